@@ -1,0 +1,19 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: setup demo test
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q ".[dev,plots]"
+	touch $@
+
+demo: setup
+	$(PY) reproduce.py --recipe demo --out runs/demo
+
+test: setup
+	$(PY) -m ruff check .
+	$(PY) -m pytest

@@ -1,0 +1,139 @@
+"""Distils an ensemble of frozen teachers into a student: training with another objective.
+
+    python distill.py --teachers runs/gpt2-705m/best.pt runs/llama-360m/best.pt
+
+    loss = alpha · CE + (1 - alpha) · T² · KL(teachers ‖ student)
+
+The KL is summed over the positions of a sequence and averaged over sequences (--kl-reduction
+sequence), because that is what produced the paper's numbers: the original's `batchmean` divides by
+the batch alone. --kl-reduction token is the mean over tokens, the formula as one would write it.
+"""
+
+import dataclasses
+import sys
+
+import torch
+from torch import nn
+
+import model as models
+from files import UserError, run
+from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype
+from train import TrainConfig, exit_code, fit, open_data, option, parse, with_recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    teachers: list[str] = dataclasses.field(
+        metadata={"help": "checkpoints of the teachers, of either architecture"}
+    )
+    teacher_weights: list[float] | None = option(None, "of their logits; default: all equal")
+    alpha: float = option(0.5, "weight of the cross-entropy against the data")
+    temperature: float = option(2.0, "that softens teachers and student alike")
+    kl_reduction: str = option(
+        "sequence", "what the KL is a mean over; see above", choices=REDUCTIONS
+    )
+
+
+class EnsembleObjective(nn.Module):
+    """The ensemble objective of a student and its frozen teachers; `forward(batch)` is the loss."""
+
+    def __init__(self, model, teachers, config, teachers_identity=()):
+        super().__init__()
+        self.model = model
+        self.teachers = nn.ModuleList(teachers).requires_grad_(False)
+        self.weights = config.teacher_weights or [1.0] * len(teachers)
+        self.alpha, self.temperature = config.alpha, config.temperature
+        self.kl_reduction = config.kl_reduction
+        self.teachers_identity = list(teachers_identity)
+        self.joined_head = None
+
+    def train(self, mode=True):
+        """Puts the student in that mode; the teachers stay in eval mode, without dropout."""
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+    def forward(self, batch):
+        hidden = self.model.hidden_states(batch.tokens)
+        with torch.no_grad():
+            teachers = [
+                (t.hidden_states(batch.tokens), t.head, w)
+                for t, w in zip(self.teachers, self.weights)
+            ]
+            dtype = matmul_dtype(hidden)
+            if self.joined_head is None or self.joined_head.dtype != dtype:
+                self.joined_head = join_heads([t.head for t in self.teachers], self.weights, dtype)
+        per_token = self.kl_reduction == "token"
+        return ensemble_kl(
+            hidden,
+            self.model.head,
+            teachers,
+            batch.targets,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            num_targets=batch.num_targets,
+            kl_denominator=batch.num_sequences * (batch.tokens.shape[1] if per_token else 1),
+            joined_head=self.joined_head,
+        )
+
+
+def load_teachers(config, data):
+    """The teachers and their identities [{"name", "digest"}].
+
+    Raises `UserError` if one has another tokenizer, another vocabulary or a shorter context.
+    """
+    teachers, identities = [], []
+    for path in config.teachers:
+        teacher, checkpoint = models.load_checkpoint(path)
+        theirs = checkpoint["tokenizer"]["identity"]
+        if theirs != data.tokenizer.identity:
+            raise UserError(
+                f"{path} was trained with another tokenizer ({theirs[:12]}) than {config.data} "
+                f"({data.tokenizer.identity[:12]}): encode the data with the teacher's tokenizer"
+            )
+        if teacher.config.vocab_size != data.tokenizer.vocabulary_size:
+            raise UserError(
+                f"{path} has {teacher.config.vocab_size} logits, the tokenizer of {config.data} "
+                f"{data.tokenizer.vocabulary_size} pieces: use a teacher trained on this data"
+            )
+        if teacher.config.max_position_embeddings < config.sequence_length:
+            raise UserError(
+                f"{path} reads {teacher.config.max_position_embeddings} tokens, fewer than "
+                f"--sequence-length {config.sequence_length}: lower it"
+            )
+        teachers.append(teacher)
+        name = checkpoint["model"]["name"]
+        identities.append({"name": name, "digest": models.content_digest(checkpoint["weights"])})
+    return teachers, identities
+
+
+def check(config):
+    """Raises `UserError` for options that contradict one another."""
+    weights = config.teacher_weights
+    if weights is not None and len(weights) != len(config.teachers):
+        raise UserError(
+            f"--teacher-weights: {len(weights)} given for {len(config.teachers)} teachers"
+        )
+    if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
+        raise UserError("--teacher-weights: none below 0, and at least one above")
+    if not 0 <= config.alpha <= 1:
+        raise UserError("--alpha: between 0 and 1")
+    if config.temperature <= 0:
+        raise UserError("--temperature: above 0")
+
+
+def main(argv=None):
+    config = with_recipe(parse(DistillConfig, __doc__, argv), out_prefix="distilled-")
+    check(config)
+    data = open_data(config)
+    teachers, identities = load_teachers(config, data)
+    torch.manual_seed(config.seed)
+    student = models.build_model(config.model, data.train.vocabulary_size)
+    positions = config.sequence_length if config.kl_reduction == "sequence" else 1
+    effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
+    print(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
+    return exit_code(fit(EnsembleObjective(student, teachers, config, identities), config))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,303 @@
+"""Scores checkpoints on a dev shard and on minimal pairs, side by side.
+
+    python evaluate.py runs/*/best.pt --pairs blimp_filtered supplement_filtered --json scores.json
+    python evaluate.py student.pt --ensemble gpt2.pt llama.pt      what the student was taught
+
+Cross-entropy in nats per token, over the chunks that training cuts; perplexity per token and per
+word, and bits per byte of the cleaned text, which do not depend on the tokenizer. A minimal pair is
+right if the acceptable sentence has the higher log-probability; a tie counts half. Sentences follow
+a newline, as sentences do in training. All in float32: ties are an artefact of fewer digits.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import Tokenizer, TokenShard
+from files import UserError, run, write_json
+from model import choose_device, count_parameters, load_checkpoint
+
+BATCH_TOKENS = 8192
+PREFIX = "\n"
+SAME_FIELD = {"s-selection": "argument_structure"}  # 13 terms in the files, 12 in BLiMP's tables
+
+
+class Ensemble(nn.Module):
+    """Several models as one: the mean of their logits, (B, T) → (B, T, V)."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        lengths = [m.config.max_position_embeddings for m in members]
+        self.max_position_embeddings = min(lengths)
+
+    def forward(self, tokens):
+        return sum(m(tokens) for m in self.members) / len(self.members)
+
+
+def context_length(model):
+    """The longest input, in tokens, that `model` reads."""
+    return getattr(model, "config", model).max_position_embeddings
+
+
+@torch.no_grad()
+def token_losses(model, tokens, targets):
+    """-log p(target) in nats: (B, T), (B, T) → (B, T) float32 on the CPU."""
+    device = next(model.parameters()).device
+    logits = model(tokens.to(device)).float().transpose(1, 2)  # (B, V, T)
+    return F.cross_entropy(logits, targets.to(device), reduction="none").cpu()
+
+
+# ---- dev text
+
+
+def corpus_scores(model, shard, sequence_length):
+    """Scores of a whole shard, and of each of its files under "per_file".
+
+    Every token but the very first is predicted once, from those before it in its chunk.
+    """
+    num_targets = len(shard.tokens) - 1
+    if num_targets < 1:
+        raise UserError(f"{shard.path} is too short to score: give more text")
+    losses = torch.empty(num_targets)
+    whole = num_targets // sequence_length * sequence_length
+    rows = max(1, BATCH_TOKENS // sequence_length)
+    steps = [(i, sequence_length) for i in range(0, whole, rows * sequence_length)]
+    if whole < num_targets:
+        steps.append((whole, num_targets - whole))
+    for start, length in tqdm(steps, desc="dev text", disable=None, leave=False):
+        stop = min(start + rows * length, whole) if length == sequence_length else num_targets
+        tokens, targets = shard.chunks(range(start, stop, length), length)
+        losses[start:stop] = token_losses(model, tokens, targets).flatten()
+    scores = _text_scores(losses, shard.words, shard.bytes)
+    scores["per_file"] = {
+        file.name: _text_scores(
+            losses[max(file.start - 1, 0) : file.stop - 1], file.words, file.bytes
+        )
+        for file in shard.files
+        if file.stop - 1 > max(file.start - 1, 0) and file.words
+    }
+    return scores
+
+
+def _text_scores(losses, words, num_bytes):
+    nats = losses.double().sum().item()
+    return {
+        "cross_entropy": nats / len(losses),
+        "perplexity": math.exp(nats / len(losses)),
+        "perplexity_per_word": math.exp(nats / words),
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+    }
+
+
+# ---- minimal pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    good: str
+    bad: str
+    field: str
+
+
+def read_pairs(folder):
+    """The pairs of each *.jsonl of a folder, {file stem: [Pair]}, in sorted order.
+
+    Raises `UserError`, naming file and line, for anything but objects with `sentence_good` and
+    `sentence_bad`. The field is `linguistics_term`, or the file's name where there is none.
+    """
+    paths = sorted(Path(folder).glob("*.jsonl"))
+    if not paths:
+        raise UserError(f"{folder} holds no *.jsonl: give a folder of BLiMP-style minimal pairs")
+    pairs = {}
+    for path in paths:
+        pairs[path.stem] = []
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                field = entry.get("linguistics_term", path.stem)
+                pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
+                valid = all(isinstance(s, str) for s in (pair.good, pair.bad, pair.field))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                valid = False
+            if not valid:
+                raise UserError(
+                    f"{path}, line {number}: expected a JSON object with the strings "
+                    "sentence_good and sentence_bad"
+                )
+            pairs[path.stem].append(pair)
+        if not pairs[path.stem]:
+            raise UserError(f"{path} holds no pair")
+    return pairs
+
+
+def sentence_scores(model, tokenizer, sentences):
+    """log p of each sentence after a newline, in nats: list of N strings → (N,) float64.
+
+    Sentences of one length share a batch, so that nothing is padded.
+    """
+    prefix = tokenizer.encode(PREFIX)
+    by_length = defaultdict(list)
+    ids = [prefix + sentence for sentence in tokenizer.encode(list(sentences))]
+    for i, sentence in enumerate(ids):
+        by_length[len(sentence)].append(i)
+    longest = max(by_length) - 1
+    if longest > context_length(model):
+        text = sentences[by_length[longest + 1][0]]
+        raise UserError(
+            f"a sentence of {longest} tokens is longer than the model's context of "
+            f"{context_length(model)}: {text[:60]!r}"
+        )
+    scores = torch.zeros(len(ids), dtype=torch.float64)
+    with tqdm(total=len(ids), desc="minimal pairs", disable=None, leave=False) as bar:
+        for length, members in sorted(by_length.items()):
+            rows = max(1, BATCH_TOKENS // length)
+            for i in range(0, len(members), rows):
+                batch = members[i : i + rows]
+                tokens = torch.tensor([ids[k] for k in batch])
+                losses = token_losses(model, tokens[:, :-1], tokens[:, 1:])
+                scores[batch] = -losses[:, len(prefix) - 1 :].double().sum(1)
+                bar.update(len(batch))
+    return scores
+
+
+def pair_scores(model, tokenizer, pairs):
+    """Accuracies in [0, 1] of `read_pairs`' pairs: per file, per field, their means, tie rate."""
+    flat = [(name, pair) for name, members in pairs.items() for pair in members]
+    scores = sentence_scores(
+        model, tokenizer, [s for _, pair in flat for s in (pair.good, pair.bad)]
+    ).view(-1, 2)  # (pairs, good and bad)
+    correct = (scores[:, 0] > scores[:, 1]).double() + 0.5 * (scores[:, 0] == scores[:, 1]).double()
+    per_file, per_field = defaultdict(list), defaultdict(list)
+    for (name, pair), value in zip(flat, correct.tolist()):
+        per_file[name].append(value)
+        per_field[SAME_FIELD.get(pair.field, pair.field)].append(value)
+    per_file = {name: sum(v) / len(v) for name, v in per_file.items()}
+    per_field = {name: sum(v) / len(v) for name, v in sorted(per_field.items())}
+    return {
+        "accuracy_over_files": sum(per_file.values()) / len(per_file),
+        "accuracy_over_fields": sum(per_field.values()) / len(per_field),
+        "tie_rate": (scores[:, 0] == scores[:, 1]).double().mean().item(),
+        "per_file": per_file,
+        "per_field": per_field,
+    }
+
+
+# ---- several models, one table
+
+
+def table(rows):
+    """`rows` of strings as lines of aligned columns; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def report(results):
+    """The lines of a table of the results, one model a row."""
+    folders = list(results[0]["pairs"])
+    heading = ["model", "parameters", "cross-entropy", "perplexity", "per word", "bits/byte"]
+    rows = [heading + [f"{Path(f).name} {kind}" for f in folders for kind in ("files", "fields")]]
+    for r in results:
+        cells = [f"{r['model']} ({r['path']})", f"{r['parameters']:,}"]
+        keys = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
+        cells += ["-" if r[k] is None else f"{r[k]:.4g}" for k in keys]
+        for folder in folders:
+            scores = r["pairs"][folder]
+            cells += [
+                f"{scores['accuracy_over_files']:.4f}",
+                f"{scores['accuracy_over_fields']:.4f}",
+            ]
+        rows.append(cells)
+    return table(rows)
+
+
+def evaluate(model, tokenizer, shard, sequence_length, pairs):
+    """The scores of one model as in the JSON; `shard` may be None."""
+    keys = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
+    text = dict.fromkeys(keys) | {"per_file": {}}
+    if shard is not None:
+        text = corpus_scores(model, shard, sequence_length)
+    return text | {
+        "pairs": {
+            folder: pair_scores(model, tokenizer, members) for folder, members in pairs.items()
+        }
+    }
+
+
+def load_all(paths, device):
+    """[(model, checkpoint)] of the paths; `UserError` unless all share one tokenizer."""
+    loaded = [load_checkpoint(path) for path in paths]
+    for path, (model, checkpoint) in zip(paths, loaded):
+        if checkpoint["tokenizer"]["identity"] != loaded[0][1]["tokenizer"]["identity"]:
+            raise UserError(f"{path} has another tokenizer than {paths[0]}: compare them apart")
+        model.to(device)
+    return loaded
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
+    parser.add_argument(
+        "--ensemble", nargs="+", default=[], metavar="CHECKPOINT", help="averaged as one more row"
+    )
+    parser.add_argument("--data", metavar="DIR", help="folder of dev.bin (default: data/babylm)")
+    parser.add_argument(
+        "--pairs", nargs="+", default=[], metavar="DIR", help="folders of BLiMP-style *.jsonl"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the scores here")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    args = parser.parse_args(argv)
+    if not args.checkpoints and not args.ensemble:
+        parser.error("give at least one checkpoint")
+
+    data = Path(args.data or "data/babylm")
+    # Minimal pairs need no shard: without --data they are scored alone where there is none.
+    with_text = args.data is not None or not args.pairs or (data / "dev.bin").exists()
+    shard = TokenShard(data / "dev.bin") if with_text else None
+    pairs = {folder: read_pairs(folder) for folder in args.pairs}
+    device = choose_device(args.device)
+    paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
+    loaded = dict(zip(paths, load_all(paths, device)))
+    first = loaded[paths[0]][1]
+    tokenizer = Tokenizer(first["tokenizer"]["model"].numpy())
+    if shard is not None and shard.tokenizer != tokenizer.identity:
+        raise UserError(
+            f"{shard.path} was made with another tokenizer than {paths[0]}: encode the text with "
+            "tokenize_corpus.py --tokenizer FILE"
+        )
+    length = min(c["config"]["sequence_length"] for _, c in loaded.values())
+
+    entries = [(p, loaded[p][1]["model"]["name"], loaded[p][0]) for p in args.checkpoints]
+    if args.ensemble:
+        members = Ensemble([loaded[p][0] for p in args.ensemble]).eval()
+        entries.append((" + ".join(args.ensemble), "ensemble", members))
+    results = []
+    for path, name, model in entries:
+        described = {"path": path, "model": name, "parameters": count_parameters(model)}
+        results.append(described | evaluate(model, tokenizer, shard, length, pairs))
+    print("\n".join(report(results)))
+    if args.json:
+        write_json(args.json, {"checkpoints": results})
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

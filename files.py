@@ -1,0 +1,76 @@
+"""Atomic writes, digests, and the one error whose message a user sees."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A failure that the user can mend: one line that names the file or flag and the remedy."""
+
+
+def run(main):
+    """The exit code of `main()`: 0 done, 1 a reported failure, 130 interrupted.
+
+    `main` returns an exit code or None. A `UserError` becomes one line on standard error. A reader
+    that closes the pipe early (`| head`) is not an error.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a binary file that becomes `path` on success and leaves no trace on failure.
+
+    The bytes are on disk before the name is: write beside it, fsync, rename, fsync the folder.
+    Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; what stood there is untouched") from error
+
+
+def write_text(path, text):
+    """Writes `text` as UTF-8 through `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON through `atomic_write`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def sha256(data):
+    """The hexadecimal SHA-256 of a bytes-like object."""
+    return hashlib.sha256(data).hexdigest()

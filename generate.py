@@ -1,0 +1,76 @@
+"""Writes text from a checkpoint of either architecture.
+
+python generate.py runs/llama-58m/best.pt --prompt "Once upon a time" --tokens 100
+"""
+
+import argparse
+import sys
+
+import torch
+
+from data import BOS, EOS, PAD, UNK, Tokenizer
+from files import UserError, run
+from model import choose_device, load_checkpoint
+
+
+@torch.no_grad()
+def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None):
+    """`tokens` (T,) int64 with `num_tokens` more: sampled, or the likeliest at temperature 0.
+
+    `top_k` keeps the k likeliest only (0: all). Special tokens, which training never saw, are left
+    out. Beyond the model's context the oldest tokens are forgotten.
+    """
+    device = next(model.parameters()).device
+    context = model.config.max_position_embeddings
+    tokens = tokens.to(device)
+    for _ in range(num_tokens):
+        logits = model(tokens[None, -context:])[0, -1].float()  # (V,)
+        logits[[PAD, BOS, EOS, UNK]] = -torch.inf
+        if top_k:
+            threshold = logits.topk(min(top_k, len(logits))).values[-1]
+            logits[logits < threshold] = -torch.inf
+        if temperature == 0:
+            chosen = logits.argmax()[None]
+        else:
+            # On the CPU, so that one seed gives one text on every device.
+            probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
+            chosen = torch.multinomial(probabilities, 1, generator=generator).to(device)
+        tokens = torch.cat((tokens, chosen))
+    return tokens.cpu()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the text begins with")
+    parser.add_argument("--tokens", type=int, default=100, help="how many more (default: 100)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="of the likeliest; 0: all (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    args = parser.parse_args(argv)
+    if args.tokens < 0 or args.temperature < 0 or args.top_k < 0:
+        parser.error("--tokens, --temperature and --top-k must not be below 0")
+
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    model.to(choose_device(args.device))
+    tokenizer = Tokenizer(checkpoint["tokenizer"]["model"].numpy())
+    # A newline first, as before every sentence in training; it is not printed.
+    prompt = tokenizer.encode("\n" + args.prompt)
+    if not args.prompt:
+        raise UserError("--prompt is empty: give at least one character")
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = generate(
+        model, torch.tensor(prompt), args.tokens, args.temperature, args.top_k, generator
+    )
+    print(tokenizer.decode(tokens.tolist()).removeprefix("\n"))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

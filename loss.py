@@ -1,0 +1,254 @@
+"""The objectives: the plain formulas first, then the fused one that is trained with.
+
+    loss = alpha · CE + (1 - alpha) · T² · KL( softmax(z_teachers / T) ‖ softmax(z_student / T) )
+
+where z_teachers is the weighted mean of the teachers' *logits* (Timiryasov and Tastet 2023;
+temperature and T² from Hinton et al. 2015): the ensemble is the normalised geometric mean of its
+members. CE is summed over targets and divided by `num_targets`. The KL is summed over positions and
+divided by `kl_denominator`: the sequences of the step as the original ran, or its tokens. Both are
+counts of the whole step, so that micro-batches and ranks add up exactly. All losses are in nats.
+
+Dimensions: N tokens, C hidden, V vocabulary, K teachers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+REDUCTIONS = ("sequence", "token")
+
+
+def cross_entropy(logits, targets, num_targets):
+    """Σ -log softmax(logits)[target] / num_targets: (..., V), (...) → ().
+
+    Targets of -100 count nothing. In nats per token where `num_targets` is their number.
+    """
+    logits, targets = logits.flatten(0, -2), targets.flatten()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_targets
+
+
+def ensemble_logits(teacher_logits, weights):
+    """The weighted mean of the teachers' logits: K × (..., V) → (..., V)."""
+    return sum(w * z for w, z in zip(weights, teacher_logits)) / sum(weights)
+
+
+def kl_divergence(student_logits, teacher_logits, temperature, kl_denominator, kl_mask=None):
+    """Σ_positions KL(teacher ‖ student) at a temperature, / kl_denominator: 2 × (..., V) → ().
+
+    `kl_mask` (...) leaves positions out: it is the KL's own, independent of ignored targets.
+    """
+    log_student = F.log_softmax(student_logits / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    per_position = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    if kl_mask is not None:
+        per_position = per_position * kl_mask
+    return per_position.sum() / kl_denominator
+
+
+def plain_ensemble_kl(
+    student_logits,
+    teacher_logits,
+    weights,
+    targets,
+    *,
+    alpha,
+    temperature,
+    num_targets,
+    kl_denominator,
+    kl_mask=None,
+):
+    """The objective as the paper writes it, from logits: what `ensemble_kl` must equal."""
+    ce = cross_entropy(student_logits, targets, num_targets)
+    teacher = ensemble_logits(teacher_logits, weights)
+    kl = kl_divergence(student_logits, teacher, temperature, kl_denominator, kl_mask)
+    return {
+        "loss": alpha * ce + (1 - alpha) * temperature**2 * kl,
+        "cross_entropy": ce,
+        "kl": kl,
+    }
+
+
+# ---- the fused objective
+#
+# A mean of logits is one linear map: mean_k(h_k W_kᵀ) = [h_1|…|h_K] · [W_1|…|W_K]ᵀ / K. So the
+# ensemble costs one matrix product and no tensor per teacher. The gradient with respect to the
+# student's logits z is known in closed form,
+#
+#     dz = alpha · (softmax(z) - onehot) / num_targets
+#        + (1 - alpha) · T · (softmax(z / T) - softmax(z_teachers / T)) / kl_denominator
+#
+# so it is computed in the forward pass, a chunk of tokens at a time, and no logits are kept.
+
+
+def centred(head):
+    """`head` less its mean row: (V, C) → (V, C).
+
+    This adds one constant to all logits of a token, which changes no softmax and, the rows of dz
+    summing to zero, no gradient; but a large common offset would use up the digits of bfloat16.
+    """
+    return head - head.mean(dim=0, keepdim=True)
+
+
+def join_heads(heads, weights, dtype):
+    """The teachers' heads side by side, K × (V, C_k) → (V, ΣC_k), for one product of all.
+
+    Weights are folded in relative to their mean, so that equal weights leave the heads as they are;
+    the division by K happens in the row arithmetic, where it is not rounded to `dtype`.
+    """
+    mean = sum(weights) / len(weights)
+    scaled = [centred(h) if w == mean else centred(h) * (w / mean) for h, w in zip(heads, weights)]
+    return torch.cat([h.to(dtype) for h in scaled], dim=1)
+
+
+def matmul_dtype(tensor):
+    """The type that matrix products read here: autocast's where it is on, else the tensor's own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def ensemble_kl(
+    student_hidden,
+    student_head,
+    teachers,
+    targets,
+    *,
+    alpha,
+    temperature,
+    num_targets,
+    kl_denominator,
+    kl_mask=None,
+    joined_head=None,
+    chunk_tokens=None,
+):
+    """The distillation objective, fused: a dict of `loss`, `cross_entropy` and `kl`, each ().
+
+    student_hidden (..., C), student_head (V, C), targets (...), and teachers
+    [(hidden_k (..., C_k), head_k (V, C_k), weight_k), ...]. Heads are the float32 parameters; they
+    are cast for the product inside. `joined_head` is `join_heads` of the teachers' heads, for
+    callers who keep it. At most `chunk_tokens` tokens have logits at a time. Only `loss` has a
+    gradient, with respect to the student alone, and only once.
+    """
+    hiddens, heads, weights = zip(*teachers)
+    dtype = matmul_dtype(student_hidden)
+    if joined_head is None:
+        joined_head = join_heads([h.detach() for h in heads], weights, dtype)
+    joined_hidden = torch.cat([h.detach().to(dtype) for h in hiddens], dim=-1).flatten(0, -2)
+    terms = Terms(alpha, temperature, len(teachers), num_targets, kl_denominator)
+    mask = None if kl_mask is None else kl_mask.flatten()
+    teacher = (joined_hidden, joined_head, mask)
+    loss, ce, kl = _fused(student_hidden, student_head, teacher, targets, terms, chunk_tokens)
+    return {"loss": loss, "cross_entropy": ce, "kl": kl}
+
+
+def fused_cross_entropy(hidden, head, targets, num_targets, chunk_tokens=None):
+    """`cross_entropy` of hidden states (..., C) through a head (V, C), without keeping logits."""
+    terms = Terms(1.0, 1.0, 0, num_targets, 1)
+    return _fused(hidden, head, None, targets, terms, chunk_tokens)[0]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The constants of one step's objective; no teachers, no KL."""
+
+    alpha: float
+    temperature: float
+    num_teachers: int
+    num_targets: int
+    kl_denominator: float
+
+
+def _fused(hidden, head, teacher, targets, terms, chunk_tokens):
+    if chunk_tokens is None:
+        # Few, large chunks keep a GPU busy; a CPU is as fast with smaller ones, in less memory.
+        chunk_tokens = 4096 if hidden.is_cuda else 1024
+    dtype = matmul_dtype(hidden)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _FusedLoss.apply(
+            hidden.flatten(0, -2), head, teacher, targets.flatten(), terms, chunk_tokens, dtype,
+            wanted,
+        )  # fmt: skip
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, teacher, targets, terms, chunk_tokens, dtype, wanted):
+        want_hidden = wanted and ctx.needs_input_grad[0]
+        want_head = wanted and ctx.needs_input_grad[1]
+        head_cast = centred(head).to(dtype)  # (V, C)
+        d_hidden = torch.empty_like(hidden) if want_hidden else None
+        d_head = torch.zeros_like(head) if want_head else None
+        ce = kl = torch.zeros((), dtype=_row_dtype(dtype), device=hidden.device)
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            hidden_cast = hidden[rows].to(dtype)  # (N, C)
+            logits = hidden_cast @ head_cast.T  # (N, V)
+            teacher_logits = mask = None
+            if teacher is not None:
+                teacher_logits = teacher[0][rows] @ teacher[1].T  # (N, V)
+                mask = None if teacher[2] is None else teacher[2][rows]
+            want = want_hidden or want_head
+            chunk_ce, chunk_kl, dz = _rows(logits, teacher_logits, targets[rows], mask, terms, want)
+            del logits, teacher_logits
+            ce, kl = ce + chunk_ce, kl + chunk_kl
+            if want_hidden or want_head:
+                dz = dz.to(dtype)
+            if want_hidden:
+                d_hidden[rows] = dz @ head_cast
+            if want_head:
+                d_head += _product_in_float32(dz.T, hidden_cast)
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(ce, kl)
+        loss = terms.alpha * ce + (1 - terms.alpha) * terms.temperature**2 * kl
+        return loss, ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, _d_ce, _d_kl):
+        # A device scalar times a tensor: the caller's scale costs no synchronisation.
+        gradients = [None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors]
+        return (*gradients, None, None, None, None, None, None)
+
+
+def _row_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _product_in_float32(a, b):
+    """a @ b accumulated and returned in float32 where the device offers that for bfloat16."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def _rows(logits, teacher_logits, targets, kl_mask, terms, want_gradient):
+    """One chunk's Σ CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None."""
+    z = logits.to(_row_dtype(logits.dtype))
+    valid = targets != IGNORED
+    index = targets.clamp(min=0)[:, None]
+    log_p = F.log_softmax(z, dim=-1)
+    num_targets = max(terms.num_targets, 1)  # a step without any target has a CE of 0, not 0 / 0
+    ce = -(log_p.gather(1, index).squeeze(1) * valid).sum() / num_targets
+    dz = None
+    if want_gradient:
+        dz = log_p.exp_()
+        dz.scatter_add_(1, index, torch.full_like(index, -1, dtype=dz.dtype))
+        dz *= valid[:, None].to(dz.dtype) * (terms.alpha / num_targets)
+    if teacher_logits is None:
+        return ce, torch.zeros_like(ce), dz
+    T = terms.temperature
+    log_student = F.log_softmax(z / T, dim=-1)
+    log_teacher = F.log_softmax(teacher_logits.to(z.dtype) / (terms.num_teachers * T), dim=-1)
+    p_teacher = log_teacher.exp()
+    per_row = (p_teacher * log_teacher.sub_(log_student)).sum(-1)
+    weight = (1 - terms.alpha) * T / terms.kl_denominator
+    if kl_mask is not None:
+        per_row = per_row * kl_mask
+        weight = weight * kl_mask[:, None].to(z.dtype)
+    kl = per_row.sum() / terms.kl_denominator
+    if want_gradient:
+        dz += weight * log_student.exp_().sub_(p_teacher)
+    return ce, kl, dz

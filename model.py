@@ -1,0 +1,213 @@
+"""Presets with their recipes, building a model by name, its device, and the checkpoint format.
+
+A checkpoint is one dict of primitives and tensors that `torch.load(path, weights_only=True)` reads:
+
+    format, version   "babyllama-checkpoint", 1
+    model             {"name", "architecture", "shape": the fields of its config}
+    weights           {parameter name: float32 tensor}
+    config            the run's options, as used
+    tokenizer         {"identity", "model": the SentencePiece file as a uint8 tensor}
+    progress          {"step", "steps", "words", "dev_cross_entropy", ...}
+    teachers          [{"name", "digest"}], empty unless distilled
+    training          moments keyed by parameter name and random states; None in best.pt
+    digest            SHA-256 of all of the above: torch.load itself verifies nothing
+"""
+
+import dataclasses
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from files import UserError, atomic_write
+from gpt2 import GPT2, GPT2Config
+from llama import Llama, LlamaConfig
+
+FORMAT, VERSION = "babyllama-checkpoint", 1
+VOCABULARY_SIZE = 16_000  # the paper's; a model in training takes its tokenizer's
+
+ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained: AdamW's step size, sequences a batch, epochs, steps, decay."""
+
+    learning_rate: float
+    batch_size: int
+    epochs: float
+    warmup_steps: int
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    config: GPT2Config | LlamaConfig
+    recipe: Recipe
+
+
+def _gpt2(layers, heads, hidden, recipe, **options):
+    config = GPT2Config(VOCABULARY_SIZE, hidden, 4 * hidden, layers, heads, **options)
+    return Preset(config, recipe)
+
+
+def _llama(layers, heads, hidden, inner, recipe, **options):
+    return Preset(LlamaConfig(VOCABULARY_SIZE, hidden, inner, layers, heads, **options), recipe)
+
+
+# Learning rate, sequences a batch, epochs, warm-up steps, weight decay: the first published scripts
+# (commit d3b831c of timinar/BabyLlama) for the three models of the paper, its later files for
+# llama-16m; the 97M pair has no recipe on record and takes its bigger sister's.
+PRESETS = {
+    "gpt2-705m": _gpt2(24, 16, 1536, Recipe(2.5e-4, 256, 6, 200)),
+    "llama-360m": _llama(24, 8, 1024, 3072, Recipe(3e-4, 128, 4, 200)),
+    "llama-58m": _llama(16, 8, 512, 1024, Recipe(2.5e-4, 32, 6, 200, 0.1)),
+    "gpt2-97m": _gpt2(12, 12, 768, Recipe(2.5e-4, 256, 6, 200)),
+    "llama-97m": _llama(12, 12, 768, 2048, Recipe(3e-4, 128, 4, 200), tie_word_embeddings=True),
+    "llama-16m": _llama(8, 8, 256, 1024, Recipe(3e-4, 128, 4, 300)),
+    # Ours, for the recipes that a CPU can run.
+    "gpt2-small-teacher": _gpt2(6, 6, 192, Recipe(1.5e-3, 32, 10, 100, 0.1)),
+    "llama-small-teacher": _llama(6, 6, 192, 512, Recipe(1e-3, 32, 6, 100, 0.1)),
+    "llama-small": _llama(4, 4, 128, 320, Recipe(1.5e-3, 32, 10, 100, 0.1)),
+    "gpt2-tiny": _gpt2(3, 4, 96, Recipe(2e-3, 32, 12, 50, 0.1)),
+    "llama-tiny": _llama(3, 4, 96, 256, Recipe(2e-3, 32, 8, 50, 0.1)),
+    "llama-micro": _llama(2, 4, 64, 160, Recipe(2e-3, 32, 12, 50, 0.1)),
+}
+
+
+def preset(name):
+    """The preset of that name. Raises `UserError` with the list of names if there is none."""
+    if name not in PRESETS:
+        raise UserError(f"no preset is called {name}: choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def build_model(name, vocabulary_size=VOCABULARY_SIZE, **changes):
+    """A freshly initialised model of that preset; `changes` override fields of its config.
+
+    Initialisation draws from torch's global generator: seed it for the same weights.
+    """
+    config = dataclasses.replace(preset(name).config, vocab_size=vocabulary_size, **changes)
+    return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+
+
+def count_parameters(model):
+    """The number of parameters, a tied head counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def architecture(model):
+    """The key of the model's class in `ARCHITECTURES`."""
+    return next(name for name, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind))
+
+
+def choose_device(name):
+    """The torch device: of `auto`, CUDA, else MPS, else the CPU. `UserError` if it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: choose auto, cuda, mps or cpu") from error
+    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
+        raise UserError(f"--device {name}: this machine has none; try --device auto")
+    return device
+
+
+# ---- checkpoints
+
+
+def content_digest(value):
+    """The SHA-256 of nested dicts, lists, primitives and tensors: names, types, shapes, bytes."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, dict):
+            digest.update(f"dict {len(value)}\n".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list {len(value)}\n".encode())
+            for item in value:
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        else:
+            digest.update(f"{type(value).__name__} {value!r}\n".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def save_checkpoint(path, *, name, model, config, tokenizer, progress, teachers=(), training=None):
+    """Writes the checkpoint of `model` atomically; the format is this module's docstring."""
+    checkpoint = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {
+            "name": name,
+            "architecture": architecture(model),
+            "shape": dataclasses.asdict(model.config),
+        },
+        "weights": {key: value.detach().cpu() for key, value in model.state_dict().items()},
+        "config": config,
+        "tokenizer": {
+            "identity": tokenizer.identity,
+            "model": torch.from_numpy(np.frombuffer(tokenizer.model_bytes, np.uint8).copy()),
+        },
+        "progress": progress,
+        "teachers": list(teachers),
+        "training": training,
+    }
+    checkpoint["digest"] = content_digest(checkpoint)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def read_checkpoint(path):
+    """The checkpoint's dict, verified. Raises `UserError` if it is missing, damaged or foreign."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: train.py and distill.py write checkpoints")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+        size = path.stat().st_size
+        raise UserError(
+            f"{path} ({size} bytes) is damaged or no checkpoint: train again, "
+            "or use previous.pt beside it"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if checkpoint.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format version {checkpoint.get('version')}, this program reads {VERSION}"
+        )
+    digest = checkpoint.pop("digest", None)
+    if content_digest(checkpoint) != digest:
+        raise UserError(f"{path} is damaged (its digest differs): use previous.pt beside it")
+    checkpoint["digest"] = digest
+    return checkpoint
+
+
+def load_checkpoint(path):
+    """The rebuilt model, in eval mode on the CPU, and the checkpoint's dict, in that order.
+
+    Raises `UserError` where `read_checkpoint` does, or if weights and shape do not belong together.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        described = checkpoint["model"]
+        kind, config = ARCHITECTURES[described["architecture"]]
+        with torch.device("meta"):
+            model = kind(config(**described["shape"]))
+        model.load_state_dict(checkpoint["weights"], assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} holds weights that do not fit the model it names") from error
+    return model.eval(), checkpoint

@@ -1,0 +1,84 @@
+"""Fixtures: a corpus, a tokenizer and shards so small that every test can have its own run."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from data import Tokenizer, TokenShard, write_shard
+
+torch.set_num_threads(2)
+TEXT = "the a cat dog child sees hears small old garden river runs sleeps and but never"
+WORDS = TEXT.split(" ")
+
+
+def write_text(num_words, seed):
+    """Lines of words in which each depends on the one before, so that there is much to learn."""
+    generator = random.Random(seed)
+    words, word = [], 0
+    for i in range(num_words):
+        word = (word * 5 + generator.choice((1, 1, 2))) % len(WORDS)
+        words.append(WORDS[word] + ("\n" if i % 9 == 8 else ""))
+    return " ".join(words).replace("\n ", "\n")
+
+
+def train_tokenizer(text, vocabulary_size=300):
+    """A SentencePiece BPE as tokenize_corpus.py makes it, of a few hundred pieces."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split("\n")),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=vocabulary_size,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return Tokenizer(written.getvalue())
+
+
+def write_split(folder, split, tokenizer, texts):
+    """Writes `texts`, {name: text}, as the folder's train.bin or dev.bin."""
+    entries = [
+        (name, np.array(tokenizer.encode(text)), len(text.split()), len(text.encode()))
+        for name, text in texts.items()
+    ]
+    write_shard(folder / f"{split}.bin", entries, tokenizer, cleaning="none")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(write_text(2000, seed=1))
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory, tokenizer):
+    """train.bin, dev.bin and tokenizer.model of some 6,000 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    train = {"novels": write_text(3000, seed=2), "letters": write_text(2500, seed=3)}
+    write_split(folder, "train", tokenizer, train)
+    dev = {"novels": write_text(600, seed=4), "letters": write_text(500, seed=5)}
+    write_split(folder, "dev", tokenizer, dev)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_shard(data_folder):
+    return TokenShard(data_folder / "train.bin")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

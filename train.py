@@ -1,0 +1,612 @@
+"""Trains a GPT-2 or a LLaMA on token shards: the one training loop of this project.
+
+    python train.py --model llama-58m                 its recipe comes with it
+    python train.py --model llama-58m --dry-run       the arithmetic, and nothing else
+
+The run's folder holds checkpoint.pt (full state), previous.pt (the one before), best.pt (weights at
+the best dev cross-entropy) and log.jsonl. The same command continues a run that was stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import model as models
+from data import BatchStream, Tokenizer, TokenShard, dev_subset
+from files import UserError, run, write_text
+from loss import fused_cross_entropy
+
+CLIP_NORM = 1.0  # Hugging Face's default, active in every run of the original
+NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
+GIB = 1 << 30
+
+
+# ---- configuration: each default beside its help, the command line generated from both
+
+
+def option(default, help, **details):
+    """A dataclass field that is also a command-line option; None means: decided later, see help."""
+    return dataclasses.field(default=default, metadata={"help": help, **details})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    model: str = option("llama-58m", "preset, from the list below")
+    data: str = option("data/babylm", "folder of train.bin, dev.bin and tokenizer.model")
+    out: str | None = option(None, "folder of the run; default: runs/ and the preset's name")
+    epochs: float | None = option(None, "passes over the data; default: the preset's", group=1)
+    steps: int | None = option(None, "optimizer steps, instead of --epochs", group=1)
+    batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
+    micro_batch_size: int | None = option(
+        None, "sequences at a time, to bound memory; default: the whole batch", minimum=1
+    )
+    sequence_length: int = option(128, "tokens of a chunk", minimum=1)
+    random_offset: bool = option(False, "start each chunk up to a length later, anew each epoch")
+    learning_rate: float | None = option(None, "peak of the schedule; default: the preset's")
+    weight_decay: float | None = option(None, "AdamW's decoupled decay; default: the preset's")
+    warmup_steps: int | None = option(
+        None, "steps to the peak, at most a tenth of all; default: the preset's", minimum=0
+    )
+    seed: int = option(0, "of initialisation, order and dropout", minimum=0)
+    resume: str = option("auto", "auto: continue if there is a run; never; or a checkpoint's path")
+    save_every: int = option(500, "steps between checkpoints; the last step always has one")
+    log_every: int = option(20, "steps between lines of log.jsonl", minimum=1)
+    eval_every: int = option(0, "steps between dev evaluations besides each epoch's; 0: none")
+    eval_sequences: int = option(1024, "dev chunks of an evaluation, the same always", minimum=1)
+    stop_after: float | None = option(None, "minutes after which to save and stop; default: never")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    precision: str = option(
+        "auto", "of matrix products; auto: bf16 where native", choices=("auto", "fp32", "bf16")
+    )
+    compile: bool | None = option(None, "torch.compile the layers; default: on CUDA only")
+    dry_run: bool = option(False, "print the arithmetic of the run and stop")
+
+
+# What may differ when a run is continued; data and teachers are compared by content instead.
+MAY_CHANGE = {
+    *("out", "resume", "save_every", "log_every", "stop_after", "micro_batch_size"),
+    *("device", "compile", "dry_run", "data", "teachers"),
+}
+
+
+def parse(config_class, description, argv=None):
+    """The config that the command line describes; wrong usage ends the program with exit code 2."""
+    listing = ", ".join(models.PRESETS)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"presets: {listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    either = parser.add_mutually_exclusive_group()
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        help = field.metadata["help"].replace("%", "%%")
+        required = field.default is dataclasses.MISSING
+        if not required and field.default is not None and kind is not bool:
+            help += f" (default: {field.default})"
+        details = {"help": help, "required": required}
+        if not required:
+            details["default"] = field.default
+        if kind is bool:
+            undecided = field.default is None
+            details["action"] = argparse.BooleanOptionalAction if undecided else "store_true"
+        elif typing.get_origin(kind) in (list, tuple):
+            details |= {"nargs": "+", "type": typing.get_args(kind)[0]}
+        else:
+            details |= {"type": kind, "choices": field.metadata.get("choices")}
+        if kind is not bool:
+            details["metavar"] = field.name.upper() if not details.get("choices") else None
+        place = either if "group" in field.metadata else parser
+        if place is either:
+            details.pop("required")
+        place.add_argument("--" + field.name.replace("_", "-"), **details)
+    config = config_class(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(config):
+        value, minimum = getattr(config, field.name), field.metadata.get("minimum")
+        if minimum is not None and value is not None and value < minimum:
+            parser.error(f"--{field.name.replace('_', '-')} must be at least {minimum}")
+    return config
+
+
+def with_recipe(config, out_prefix=""):
+    """`config` with what was left open taken from its preset's recipe."""
+    recipe = dataclasses.asdict(models.preset(config.model).recipe)
+    if config.steps is not None:
+        recipe.pop("epochs")
+    values = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    if config.out is None:
+        values["out"] = f"runs/{out_prefix}{config.model}"
+    return dataclasses.replace(config, **values)
+
+
+# ---- the objective, the optimizer, the step
+
+
+class CrossEntropyObjective(nn.Module):
+    """-log p(next token), the mean over the step's targets: what a model trains on alone."""
+
+    teachers_identity = ()
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        hidden = self.model.hidden_states(batch.tokens)
+        loss = fused_cross_entropy(hidden, self.model.head, batch.targets, batch.num_targets)
+        return {"loss": loss, "cross_entropy": loss.detach()}
+
+
+def learning_rate(step, steps, peak, warmup_steps):
+    """Of step 0, 1, ...: linear from 0 to `peak` at `warmup_steps`, then a cosine to 0 at `steps`.
+
+    The schedule as the original ran it: the first step of a warm-up has a rate of 0.
+    """
+    warmup_steps = min(warmup_steps, steps // 10)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+
+
+def build_optimizer(model, weight_decay):
+    """AdamW, 0.9 / 0.999 / 1e-8, decaying all but biases and LayerNorm.
+
+    RMSNorm gains and embeddings decay: the version that the paper ran with exempted `nn.LayerNorm`
+    alone (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`).
+    """
+    exempt = {
+        f"{module_name}.{name}"
+        for module_name, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if isinstance(module, nn.LayerNorm) or name == "bias"
+    }
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n not in exempt], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if n in exempt], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+class TrainStep:
+    """`train_step(batch, learning_rate)`: forward, backward, clip, AdamW, all on the device.
+
+    Returns the objective's terms and the gradient's norm before clipping, as tensors on the device.
+    A gradient that is not finite changes nothing; `nonfinite_in_a_row` counts such steps.
+    """
+
+    def __init__(self, objective, optimizer, autocast, micro_batch_size=None):
+        self.objective, self.optimizer, self.autocast = objective, optimizer, autocast
+        self.micro_batch_size = micro_batch_size
+        self.parameters = list(objective.model.parameters())
+        self.nonfinite_in_a_row = torch.zeros((), device=self.parameters[0].device)
+
+    def __call__(self, batch, learning_rate):
+        sums = {}
+        for part in batch.split(self.micro_batch_size or len(batch.tokens)):
+            with self.autocast:
+                terms = self.objective(part)
+            terms["loss"].backward()
+            for key, value in terms.items():
+                sums[key] = sums.get(key, 0) + value.detach()
+        norm = nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        nonfinite = (~torch.isfinite(norm)).float()
+        self.nonfinite_in_a_row = (self.nonfinite_in_a_row + 1) * nonfinite
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Fused AdamW reads this on the device and leaves weights, moments and count as they are.
+        self.optimizer.found_inf = nonfinite
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**sums, "gradient_norm": norm}
+
+
+@torch.no_grad()
+def dev_cross_entropy(model, shard, starts, sequence_length, autocast, batch_size=32):
+    """Mean nats per token of the dev chunks that begin at `starts`."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = 0.0
+    for i in range(0, len(starts), batch_size):
+        tokens, targets = shard.chunks(starts[i : i + batch_size], sequence_length)
+        with autocast:
+            hidden = model.hidden_states(tokens.to(device))
+            total += fused_cross_entropy(hidden, model.head, targets.to(device), 1).item()
+    model.train(training)
+    return total / (len(starts) * sequence_length)
+
+
+# ---- where and how to compute
+
+
+def choose_precision(name, device):
+    """fp32 or bf16; of `auto`, bf16 where the chip multiplies it natively: elsewhere it is slow."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = device.type == "cpu" and any(getattr(torch.cpu, c)() for c in checks)
+    return "bf16" if native else "fp32"
+
+
+def autocast_for(device, precision):
+    """The autocast context of that precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: TokenShard
+    dev: TokenShard
+    tokenizer: Tokenizer
+
+
+def open_data(config):
+    """The run's shards and tokenizer. `UserError` if one is missing, damaged, or of another kin."""
+    folder = Path(config.data)
+    data = Data(
+        TokenShard(folder / "train.bin"),
+        TokenShard(folder / "dev.bin"),
+        Tokenizer.load(folder / "tokenizer.model"),
+    )
+    for shard in (data.train, data.dev):
+        if shard.tokenizer != data.tokenizer.identity:
+            raise UserError(
+                f"{shard.path} was not made with {folder / 'tokenizer.model'}: "
+                "run tokenize_corpus.py again"
+            )
+    return data
+
+
+# ---- state that outlives the process
+
+
+def training_state(step):
+    """What resuming needs besides weights: moments by parameter name, and random states."""
+    names = {p: n for n, p in step.objective.model.named_parameters()}
+    cuda = step.parameters[0].is_cuda
+    return {
+        "optimizer": {names[p]: dict(state) for p, state in step.optimizer.state.items()},
+        "random": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if cuda else None,
+        },
+    }
+
+
+def restore(step, checkpoint):
+    """Puts a full checkpoint's weights, moments and random states in place."""
+    model = step.objective.model
+    model.load_state_dict(checkpoint["weights"])
+    state = checkpoint["training"]
+    for name, parameter in model.named_parameters():
+        moments = state["optimizer"].get(name, {})
+        step.optimizer.state[parameter] = {
+            key: value.to(parameter.device) for key, value in moments.items()
+        }
+    torch.set_rng_state(state["random"]["cpu"])
+    if step.parameters[0].is_cuda and state["random"]["cuda"] is not None:
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+
+
+def find_checkpoint(config):
+    """The checkpoint's dict that the run starts from, or None for a new run.
+
+    Raises `UserError` if --resume forbids it, or what there is cannot be continued.
+    """
+    out = Path(config.out)
+    here = [out / name for name in ("checkpoint.pt", "previous.pt")]
+    present = [path for path in here if path.exists()]
+    if config.resume != "auto":
+        if present:
+            raise UserError(
+                f"{out} holds a run: continue it with --resume auto, or choose another --out"
+            )
+        return None if config.resume == "never" else models.read_checkpoint(config.resume)
+    for path in present:
+        try:
+            return models.read_checkpoint(path)
+        except UserError as error:
+            if path == present[-1]:
+                raise
+            print(f"warning: {error}; falling back to {present[-1]}", file=sys.stderr)
+    return None
+
+
+def check_continues(checkpoint, identity, path):
+    """Raises `UserError`, listing what differs, unless the checkpoint is of this very run."""
+    if checkpoint["training"] is None:
+        raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
+    saved = checkpoint["config"]
+    keys = sorted((saved.keys() | identity.keys()) - MAY_CHANGE)
+    differing = [
+        f"{key} ({saved.get(key)} there, {identity.get(key)} now)"
+        for key in keys
+        if saved.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{path} is another run: {', '.join(differing)}; give the same options, or another "
+            "--out for a new run"
+        )
+
+
+class RunLog:
+    """log.jsonl: one JSON object a line; of a run that continues, what came after is dropped."""
+
+    def __init__(self, path, first, from_step):
+        kept = []
+        if from_step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with_step = json.loads(line) if line.endswith("}") else {"step": math.inf}
+                if with_step.get("step", 0) <= from_step:
+                    kept.append(line)
+        write_text(path, "\n".join([*kept, json.dumps(first)]) + "\n")
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, entry):
+        print(json.dumps(entry), file=self.file, flush=True)
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT: the step is finished first; a second one acts at once."""
+
+    def __init__(self):
+        self.number = None
+        self.previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for number in self.previous:
+            signal.signal(number, self.receive)
+
+    def receive(self, number, _frame):
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def commit():
+    """The project's git commit, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def print_arithmetic(objective, config, stream, steps, device, precision):
+    """One block that says what the run will do and need; `UserError` if the disk is too small."""
+    parameters = models.count_parameters(objective.model)
+    frozen = models.count_parameters(objective) - parameters
+    tokens = config.batch_size * config.sequence_length
+    disk = (3 * 12 + 4) * parameters + (64 << 20)  # two full states, a third on its way, best.pt
+    folder = next(p for p in (Path(config.out), *Path(config.out).absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    epochs = steps * config.batch_size / stream.num_chunks
+    print(f"model      {config.model}: {parameters:,} parameters; {device}, {precision}")
+    if frozen:
+        print(f"teachers   {frozen:,} parameters, frozen")
+    print(f"data       {len(stream.shard.tokens):,} tokens, {stream.shard.words:,} words")
+    print(
+        f"step       {config.batch_size} sequences x {config.sequence_length} = {tokens:,} tokens"
+    )
+    print(f"run        {steps:,} steps = {epochs:.2f} epochs of {stream.num_chunks:,} chunks")
+    print(f"memory     {(16 * parameters + 4 * frozen) / GIB:.2f} GiB of state, plus activations")
+    print(f"disk       {disk / GIB:.2f} GiB in {config.out}, {free / GIB:.1f} GiB free", flush=True)
+    if disk > free:
+        raise UserError(f"{config.out}: {disk} bytes needed, {free} free: choose another --out")
+
+
+# ---- the loop
+
+
+def fit(objective, config):
+    """Trains `objective.model`, and returns its progress: step, steps, dev cross-entropies, ...
+
+    `objective(batch)` returns a dict of tensors: `loss`, and whatever else is to be logged. The
+    config is complete (`with_recipe`). "stopped_by" in the result is the signal that ended the run
+    early, if any. Raises `UserError` before the first step for everything that can be known before it.
+    """
+    data = open_data(config)
+    device = models.choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    autocast = autocast_for(device, precision)
+    if config.sequence_length > objective.model.config.max_position_embeddings:
+        longest = objective.model.config.max_position_embeddings
+        raise UserError(f"--sequence-length {config.sequence_length}: {config.model} has {longest}")
+    stream = BatchStream(
+        data.train, config.batch_size, config.sequence_length, config.seed, config.random_offset
+    )
+    dev_starts = dev_subset(data.dev, config.sequence_length, config.eval_sequences)
+    steps = config.steps or max(1, round(stream.num_chunks * config.epochs / config.batch_size))
+    print_arithmetic(objective, config, stream, steps, device, precision)
+    if config.dry_run:
+        return {"step": 0, "steps": steps}
+
+    identity = run_identity(objective, config, data)
+    checkpoint = find_checkpoint(config)
+    objective.to(device).train()
+    optimizer = build_optimizer(objective.model, config.weight_decay)
+    train_step = TrainStep(objective, optimizer, autocast, config.micro_batch_size)
+    progress = {"step": 0, "steps": steps, "best_dev_cross_entropy": math.inf, "best_step": 0}
+    if checkpoint:
+        check_continues(checkpoint, identity, config.out)
+        restore(train_step, checkpoint)
+        progress = checkpoint["progress"]
+        if progress["step"] >= steps:
+            print(f"{config.out} is finished at {steps} steps; a new run needs another --out")
+            return progress
+        print(f"continuing after step {progress['step']}")
+    compile_layers = device.type == "cuda" if config.compile is None else config.compile
+    if compile_layers:
+        for module in objective.modules():
+            for block in getattr(module, "blocks", ()):
+                block.compile()  # the layers are alike: one compilation serves them all
+
+    recorder = Recorder(train_step, config, identity, data, progress, stream.words_per_chunk)
+    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
+    signals, started = StopSignal(), time.monotonic()
+    for i in range(progress["step"], steps):
+        rate = learning_rate(i, steps, config.learning_rate, config.warmup_steps)
+        terms = train_step(stream(i).to(device), rate)
+        step = progress["step"] = i + 1
+        bar.update()
+        last = step == steps
+        if step % config.log_every == 0 or last:
+            recorder.log_step(terms, rate, step * config.batch_size / stream.num_chunks, bar)
+        epoch_ends = step * config.batch_size // stream.num_chunks
+        epoch_ends = epoch_ends > i * config.batch_size // stream.num_chunks
+        if epoch_ends or last or (config.eval_every and step % config.eval_every == 0):
+            recorder.evaluate(dev_starts)
+        late = config.stop_after and time.monotonic() - started > 60 * config.stop_after
+        if last or step % config.save_every == 0 or signals.number or late:
+            recorder.save()
+        if signals.number or late:
+            print(f"stopped after step {step} of {steps}: the same command continues")
+            break
+    bar.close()
+    signals.restore()
+    return progress | {"stopped_by": signals.number}
+
+
+def run_identity(objective, config, data):
+    """What makes a run this run: its options, and the digests of what it reads."""
+    return dataclasses.asdict(config) | {
+        "train_shard": data.train.identity,
+        "dev_shard": data.dev.identity,
+        "teacher_digests": [t["digest"] for t in objective.teachers_identity],
+    }
+
+
+class Recorder:
+    """All that a run writes: log lines, dev evaluations, checkpoints; and the clock of training."""
+
+    def __init__(self, train_step, config, identity, data, progress, words_per_chunk):
+        self.train_step, self.config, self.identity = train_step, config, identity
+        self.data, self.progress, self.words_per_chunk = data, progress, words_per_chunk
+        self.model, self.out = train_step.objective.model, Path(config.out)
+        first = {
+            "config": identity,
+            "model": config.model,
+            "parameters": models.count_parameters(self.model),
+            "tokenizer": data.tokenizer.identity,
+            "commit": commit(),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "device": str(train_step.parameters[0].device),
+        }
+        self.log = RunLog(self.out / "log.jsonl", first, progress["step"])
+        self.clock, self.clock_step = time.perf_counter(), progress["step"]
+
+    def log_step(self, terms, rate, epoch, bar):
+        """One line of the log; the only place where a step waits for the device."""
+        values = {key: value.item() for key, value in terms.items()}
+        step, config = self.progress["step"], self.config
+        sequences = step * config.batch_size
+        elapsed = time.perf_counter() - self.clock
+        tokens = (step - self.clock_step) * config.batch_size * config.sequence_length
+        self.clock, self.clock_step = time.perf_counter(), step
+        self.progress["words"] = round(sequences * self.words_per_chunk)
+        entry = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "tokens": sequences * config.sequence_length,
+            "words": self.progress["words"],
+            **values,
+            "learning_rate": rate,
+            "tokens_per_second": round(tokens / elapsed, 1),
+        }
+        self.log.write(entry)
+        bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s"
+        )
+        if bar.disable:
+            print(
+                f"step {step}/{self.progress['steps']}  epoch {epoch:.2f}  "
+                f"loss {values['loss']:.4f}  cross-entropy {values['cross_entropy']:.4f}  "
+                f"{entry['tokens_per_second']:,.0f} tokens/s",
+                flush=True,
+            )
+        if self.train_step.nonfinite_in_a_row.item() >= NONFINITE_LIMIT:
+            raise UserError(
+                f"no finite gradient in the last {NONFINITE_LIMIT} steps; the weights are those "
+                f"before them, the last checkpoint is {self.out / 'checkpoint.pt'}: "
+                "lower --learning-rate or use --precision fp32"
+            )
+
+    def evaluate(self, starts):
+        """Dev cross-entropy, logged; best.pt where it is the lowest so far."""
+        paused = time.perf_counter()
+        value = dev_cross_entropy(
+            self.model, self.data.dev, starts, self.config.sequence_length, self.train_step.autocast
+        )
+        progress = self.progress
+        progress["dev_cross_entropy"] = value
+        self.log.write({"step": progress["step"], "dev_cross_entropy": value})
+        tqdm.write(f"step {progress['step']}: dev cross-entropy {value:.4f} nats per token")
+        if value < progress["best_dev_cross_entropy"]:
+            progress["best_dev_cross_entropy"], progress["best_step"] = value, progress["step"]
+            self._write("best.pt")
+        self.clock += time.perf_counter() - paused
+
+    def save(self):
+        """checkpoint.pt, the one before it kept as previous.pt."""
+        paused = time.perf_counter()
+        self._write("checkpoint.new", training_state(self.train_step))
+        current = self.out / "checkpoint.pt"
+        if current.exists():
+            os.replace(current, self.out / "previous.pt")
+        os.replace(self.out / "checkpoint.new", current)
+        self.clock += time.perf_counter() - paused
+
+    def _write(self, name, training=None):
+        models.save_checkpoint(
+            self.out / name,
+            name=self.config.model,
+            model=self.model,
+            config=self.identity,
+            tokenizer=self.data.tokenizer,
+            progress=dict(self.progress),
+            teachers=self.train_step.objective.teachers_identity,
+            training=training,
+        )
+
+
+def exit_code(progress):
+    """0, or 143 / 130 where a signal ended the run."""
+    return 128 + progress["stopped_by"] if progress.get("stopped_by") else 0
+
+
+def main(argv=None):
+    config = with_recipe(parse(TrainConfig, __doc__, argv))
+    data = open_data(config)
+    torch.manual_seed(config.seed)
+    model = models.build_model(config.model, data.train.vocabulary_size)
+    return exit_code(fit(CrossEntropyObjective(model), config))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
