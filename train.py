@@ -429,7 +429,7 @@ def fit(objective, config):
 
     `objective(batch)` returns a dict of tensors: `loss`, and whatever else is to be logged. The
     config is complete (`with_recipe`). "stopped_by" in the result is the signal that ended the run
-    early, if any. Raises `UserError` before the first step for everything that can be known before it.
+    early, if any. Raises `UserError` before the first step for all that can be known before it.
     """
     data = open_data(config)
     device = models.choose_device(config.device)

@@ -1,0 +1,206 @@
+"""Shards keep what they are given, and say so when they cannot; batches depend on the step alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import train_tokenizer, write_text
+from data import (
+    FIRST_LINE_BYTES,
+    MAGIC,
+    BatchStream,
+    Tokenizer,
+    TokenShard,
+    count_chunks,
+    dev_subset,
+    write_shard,
+)
+from files import UserError, sha256
+
+
+class Pieces:
+    """Stands for a tokenizer of any size where no text is encoded."""
+
+    def __init__(self, vocabulary_size):
+        self.vocabulary_size, self.identity = vocabulary_size, "an identity"
+
+
+def shard_of(path, ids, vocabulary_size=1000):
+    write_shard(path, [("text", ids, len(ids), 2 * len(ids))], Pieces(vocabulary_size), "none")
+    return TokenShard(path)
+
+
+@pytest.mark.parametrize("vocabulary_size, dtype", [(65_536, "uint16"), (65_537, "uint32")])
+def test_a_shard_gives_back_what_was_written(tmp_path, vocabulary_size, dtype):
+    first, second = np.arange(700), np.array([vocabulary_size - 1, 0, 5])
+    texts = [("a", first, 300, 4000), ("b", second, 2, 9)]
+    header = write_shard(tmp_path / "x.bin", texts, Pieces(vocabulary_size), "1")
+    shard = TokenShard(tmp_path / "x.bin")
+    assert header["dtype"] == dtype and shard.tokens.dtype == dtype
+    assert np.array_equal(shard.tokens, np.concatenate([first, second]))
+    assert [(f.name, f.start, f.stop) for f in shard.files] == [("a", 0, 700), ("b", 700, 703)]
+    assert (shard.words, shard.bytes, shard.tokenizer) == (302, 4009, "an identity")
+
+
+def test_the_header_is_readable_by_eye(data_folder):
+    text = (data_folder / "train.bin").read_bytes()[:600].decode()
+    assert text.startswith(MAGIC) and '"tokens":' in text and '"vocabulary_size": 300' in text
+
+
+def test_any_changed_byte_is_found(tmp_path):
+    path = tmp_path / "x.bin"
+    shard_of(path, np.arange(500))
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    places = generator.integers(0, len(whole), 200)
+    for place in [0, FIRST_LINE_BYTES - 1, FIRST_LINE_BYTES, len(whole) - 1, *places]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << generator.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="x.bin"):
+            TokenShard(path)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 200, -1])
+def test_a_truncated_shard_is_refused(tmp_path, cut):
+    path = tmp_path / "x.bin"
+    shard_of(path, np.arange(500))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match="tokenize_corpus"):
+        TokenShard(path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="tokenize_corpus"):
+        TokenShard(path)
+
+
+def test_a_missing_shard_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match=r"python tokenize_corpus\.py"):
+        TokenShard(tmp_path / "train.bin")
+
+
+def forged(path, change):
+    """The shard with its JSON changed and all digests of the header made right again."""
+    whole = path.read_bytes()
+    _, version, size, _ = whole[:FIRST_LINE_BYTES].decode().split()
+    header = json.loads(whole[FIRST_LINE_BYTES : int(size)])
+    header.update(change)
+    body = json.dumps(header).encode().ljust(int(size) - FIRST_LINE_BYTES)
+    first_line = f"{MAGIC} {version} {size} {sha256(body)}\n".encode()
+    path.write_bytes(first_line + body + whole[int(size) :])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"largest_id": 1000}, "beyond its vocabulary"),
+        ({"tokens": -1}, "contradicts itself"),
+        ({"tokens": 10**30}, "contradicts itself|expected"),
+        ({"dtype": "object"}, "contradicts itself"),
+        ({"block_bytes": 0}, "contradicts itself"),
+        ({"files": "none"}, "cannot be read"),
+        ({"shards": 2}, "one of several"),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, change, message):
+    path = tmp_path / "x.bin"
+    shard_of(path, np.arange(500))
+    forged(path, change)
+    with pytest.raises(UserError, match=message):
+        TokenShard(path)
+
+
+def test_a_newer_version_is_refused(tmp_path):
+    path = tmp_path / "x.bin"
+    shard_of(path, np.arange(500))
+    path.write_bytes(path.read_bytes().replace(b" 00000001 ", b" 00000002 ", 1))
+    with pytest.raises(UserError, match="version 2"):
+        TokenShard(path)
+
+
+def test_ids_beyond_the_vocabulary_are_never_written(tmp_path):
+    with pytest.raises(UserError, match="beyond 100 pieces"):
+        shard_of(tmp_path / "x.bin", np.arange(101), vocabulary_size=100)
+    with pytest.raises(UserError, match="no text"):
+        shard_of(tmp_path / "x.bin", np.zeros(0, int))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the order of batches
+
+
+def test_targets_are_the_next_tokens(tmp_path):
+    shard = shard_of(tmp_path / "x.bin", np.arange(1000))
+    batch = BatchStream(shard, 4, 16, seed=0)(0)
+    assert torch.equal(batch.targets, batch.tokens + 1)
+    assert torch.equal(batch.tokens[:, 0], batch.chunk_ids * 16)
+    assert (batch.num_sequences, batch.num_targets) == (4, 64)
+
+
+@pytest.mark.parametrize("random_offset", [False, True])
+def test_every_chunk_is_seen_once_an_epoch(tmp_path, random_offset):
+    shard = shard_of(tmp_path / "x.bin", np.arange(997))
+    stream = BatchStream(shard, 3, 10, seed=7, random_offset=random_offset)
+    assert stream.num_chunks == (98 if random_offset else 99)
+    batches = [stream(step) for step in range(2 * stream.num_chunks)]
+    ids = torch.cat([b.chunk_ids for b in batches]).view(6, -1)
+    for epoch in ids:
+        assert torch.equal(epoch.sort().values, torch.arange(stream.num_chunks))
+    assert not torch.equal(ids[0], ids[1])
+    if random_offset:
+        offsets = torch.cat([b.tokens[:, 0] - 10 * b.chunk_ids for b in batches])
+        assert offsets.min() == 0 and offsets.max() == 9
+        assert torch.cat([b.targets for b in batches]).max() <= 996
+
+
+def test_a_batch_is_a_function_of_seed_and_step(train_shard):
+    stream = BatchStream(train_shard, 8, 16, seed=3, random_offset=True)
+    later = [stream(step).tokens for step in (40, 2, 17)]
+    again = BatchStream(train_shard, 8, 16, seed=3, random_offset=True)
+    assert all(torch.equal(a, again(s).tokens) for a, s in zip(later, (40, 2, 17)))
+    other = BatchStream(train_shard, 8, 16, seed=4, random_offset=True)
+    assert not torch.equal(other(2).tokens, again(2).tokens)
+
+
+def test_the_last_chunk_is_used_as_far_as_it_goes():
+    assert [count_chunks(n, 10) for n in (0, 10, 11, 20, 21)] == [0, 0, 1, 1, 2]
+    assert [count_chunks(n, 10, True) for n in (0, 10, 19, 20, 30)] == [0, 0, 0, 1, 2]
+
+
+def test_a_corpus_shorter_than_one_batch_is_refused(train_shard):
+    with pytest.raises(UserError, match="--batch-size"):
+        BatchStream(train_shard, 10_000, 128, seed=0)
+
+
+def test_the_dev_subset_is_always_the_same(train_shard):
+    starts = dev_subset(train_shard, 16, 20)
+    assert np.array_equal(starts, dev_subset(train_shard, 16, 20))
+    assert len(set(starts)) == 20 and list(starts) == sorted(starts)
+    with pytest.raises(UserError, match="fewer than one chunk"):
+        dev_subset(train_shard, 10**6, 20)
+
+
+# ---- the tokenizer
+
+
+def test_text_comes_back_as_it_was(tokenizer):
+    nasty = ["", " a  b ", "tabs\tand\r\nreturns\n\n", "\u2028 e\u0301 \U0001f999", "\0", "<s></s>"]
+    for text in nasty:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert min(tokenizer.encode(text), default=4) > 3
+
+
+def test_the_identity_is_that_of_the_pieces(tokenizer):
+    assert Tokenizer(tokenizer.model_bytes).identity == tokenizer.identity
+    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
+    assert other.vocabulary_size == tokenizer.vocabulary_size
+    assert other.identity != tokenizer.identity
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        Tokenizer.load(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match="tokenize_corpus"):
+        Tokenizer.load(tmp_path / "missing.model")

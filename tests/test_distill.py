@@ -1,0 +1,167 @@
+"""Distillation is training with another objective: what learns, what is refused."""
+
+import pytest
+import torch
+
+import distill
+import model as models
+import train
+from conftest import train_tokenizer, write_split, write_text
+from data import BatchStream
+from distill import DistillConfig, EnsembleObjective
+from files import run
+from loss import plain_ensemble_kl
+from train import TrainStep, autocast_for, build_optimizer
+
+
+def config(**changes):
+    return DistillConfig(**{"teachers": ["a", "b"], "model": "llama-tiny"} | changes)
+
+
+def ensemble():
+    torch.manual_seed(1)
+    return [models.build_model(name, 300) for name in ("gpt2-tiny", "llama-tiny")]
+
+
+def test_the_objective_is_the_formula_of_the_paper(train_shard):
+    torch.manual_seed(0)
+    student, teachers = models.build_model("llama-tiny", 300), ensemble()
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
+    for reduction, denominator in (("sequence", 4), ("token", 4 * 32)):
+        options = config(alpha=0.4, temperature=1.5, kl_reduction=reduction, teacher_weights=[2, 1])
+        objective = EnsembleObjective(student, teachers, options).train()
+        got = objective(batch)
+        expected = plain_ensemble_kl(
+            student(batch.tokens), [t.eval()(batch.tokens) for t in teachers], [2, 1],
+            batch.targets, alpha=0.4, temperature=1.5, num_targets=128, kl_denominator=denominator,
+        )  # fmt: skip
+        for key in expected:
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-6)
+        ours = torch.autograd.grad(got["loss"], list(student.parameters()))
+        theirs = torch.autograd.grad(expected["loss"], list(student.parameters()))
+        for a, b in zip(ours, theirs):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_only_the_student_learns(train_shard):
+    student, teachers = models.build_model("llama-tiny", 300), ensemble()
+    objective = EnsembleObjective(student, teachers, config()).train()
+    before = [p.clone() for p in objective.parameters()]
+    step = TrainStep(
+        objective, build_optimizer(student, 0.1), autocast_for(torch.device("cpu"), "")
+    )
+    step(BatchStream(train_shard, 4, 32, seed=0)(0), 1e-3)
+    changed = [not torch.equal(a, b) for a, b in zip(before, objective.parameters())]
+    num_student = len(list(student.parameters()))
+    assert all(changed[:num_student]) and not any(changed[num_student:])
+    assert all(p.grad is None for t in teachers for p in t.parameters())
+
+
+def test_teachers_stay_in_eval_mode_while_the_student_trains():
+    objective = EnsembleObjective(models.build_model("gpt2-tiny", 300), ensemble(), config())
+    objective.train()
+    assert objective.model.training and not any(t.training for t in objective.teachers)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(train_shard):
+    teacher = models.build_model("llama-tiny", 300)
+    objective = EnsembleObjective(teacher, [teacher], config(alpha=0.0))
+    terms = objective(BatchStream(train_shard, 4, 32, seed=0)(0))
+    assert terms["kl"] < 1e-5
+
+
+# ---- the program
+
+
+@pytest.fixture(scope="module")
+def teachers(data_folder, tmp_path_factory):
+    """Two trained teachers: paths of their checkpoints."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for name in ("gpt2-tiny", "llama-tiny"):
+        train.main(
+            ["--model", name, "--data", str(data_folder), "--out", str(folder / name), *SHORT]
+        )
+    return [str(folder / name / "best.pt") for name in ("gpt2-tiny", "llama-tiny")]
+
+
+SHORT = ["--steps", "6", "--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
+SHORT += ["--eval-sequences", "8", "--log-every", "2"]
+
+
+def test_a_student_is_distilled_from_both(teachers, data_folder, tmp_path, capsys):
+    out = tmp_path / "s"
+    arguments = ["--teachers", *teachers, "--model", "llama-tiny", "--data", str(data_folder)]
+    assert distill.main([*arguments, "--out", str(out), *SHORT]) == 0
+    printed = capsys.readouterr().out
+    assert "0.5 as given, 0.0303 per token (sequence)" in printed  # 0.5 / (0.5 + 0.5 · 32)
+    assert '"kl"' in (out / "log.jsonl").read_text()
+    student, checkpoint = models.load_checkpoint(out / "best.pt")
+    assert [t["name"] for t in checkpoint["teachers"]] == ["gpt2-tiny", "llama-tiny"]
+    for path, teacher in zip(teachers, checkpoint["teachers"]):
+        assert teacher["digest"] == models.content_digest(models.read_checkpoint(path)["weights"])
+    assert not any("teachers" in key for key in checkpoint["weights"])
+    # Finished: the same command has nothing left to do. Other teachers: another run.
+    assert distill.main([*arguments, "--out", str(out), *SHORT]) == 0
+    swapped = ["--teachers", *reversed(teachers), *arguments[3:], "--out", str(out), *SHORT]
+    assert run(lambda: distill.main(swapped)) == 1
+    assert "teacher_digests" in capsys.readouterr().err
+
+
+def refused(capsys, out, *arguments):
+    """The one line with which a distillation is refused before anything is written."""
+    assert run(lambda: distill.main([*map(str, arguments), "--out", str(out), *SHORT])) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and not out.exists()
+    return error
+
+
+def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(teachers, tmp_path, capsys):
+    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
+    (tmp_path / "tokenizer.model").write_bytes(other.model_bytes)
+    for split in ("train", "dev"):
+        write_split(tmp_path, split, other, {"text": write_text(2000, seed=9)})
+    error = refused(capsys, tmp_path / "s", "--teachers", *teachers, "--data", tmp_path)
+    assert "another tokenizer" in error and "gpt2-tiny" in error
+
+
+def test_a_teacher_with_a_shorter_context_is_refused(
+    teachers, data_folder, tokenizer, tmp_path, capsys
+):
+    short = models.build_model("gpt2-tiny", 300, max_position_embeddings=16)
+    models.save_checkpoint(
+        tmp_path / "t.pt", name="gpt2-tiny", model=short, config={}, tokenizer=tokenizer,
+        progress={},
+    )  # fmt: skip
+    arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
+    assert "--sequence-length" in refused(capsys, tmp_path / "s", *arguments)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(data_folder, tokenizer, tmp_path, capsys):
+    wide = models.build_model("gpt2-tiny", 301)
+    models.save_checkpoint(
+        tmp_path / "t.pt", name="gpt2-tiny", model=wide, config={}, tokenizer=tokenizer,
+        progress={},
+    )  # fmt: skip
+    arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
+    assert "301 logits" in refused(capsys, tmp_path / "s", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--teacher-weights", "1"], "--teacher-weights"),
+        (["--teacher-weights", "-1", "2"], "--teacher-weights"),
+        (["--alpha", "1.5"], "--alpha"),
+        (["--temperature", "0"], "--temperature"),
+    ],
+)
+def test_impossible_options_are_refused(
+    teachers, data_folder, tmp_path, capsys, arguments, message
+):
+    given = ("--teachers", *teachers, "--data", data_folder, *arguments)
+    assert message in refused(capsys, tmp_path / "s", *given)
+
+
+def test_a_missing_teacher_is_named(data_folder, tmp_path, capsys):
+    given = ("--teachers", tmp_path / "none.pt", "--data", data_folder)
+    assert "none.pt" in refused(capsys, tmp_path / "s", *given)

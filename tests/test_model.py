@@ -1,0 +1,222 @@
+"""Both architectures do what they are known for; presets have their sizes; checkpoints hold."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import model as models
+from files import UserError
+from gpt2 import GPT2, GPT2Config
+from llama import Llama, LlamaConfig, RMSNorm, rope_tables, rotate
+
+SIZES = {
+    "gpt2-705m": 704_928_768,
+    "llama-360m": 359_973_888,
+    "llama-58m": 58_343_936,
+    "llama-16m": 16_584_960,
+    "gpt2-97m": 97_540_608,
+    "llama-97m": 97_241_856,
+}
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    if name == "gpt2":
+        return GPT2(GPT2Config(50, 16, 64, 2, 2, max_position_embeddings=32))
+    return Llama(LlamaConfig(50, 16, 40, 2, 2, max_position_embeddings=32))
+
+
+both = pytest.mark.parametrize("name", ["gpt2", "llama"])
+
+
+@pytest.mark.parametrize("name, parameters", SIZES.items())
+def test_presets_have_the_papers_parameter_counts(name, parameters):
+    with torch.device("meta"):
+        assert models.count_parameters(models.build_model(name)) == parameters
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
+def test_tiny_presets_have_a_million_parameters_or_less(name):
+    assert models.count_parameters(models.build_model(name, 2000)) <= 1_000_000
+
+
+def test_an_unknown_preset_is_answered_with_the_list():
+    with pytest.raises(UserError, match="llama-58m"):
+        models.build_model("llama-7b")
+
+
+@both
+def test_future_tokens_do_not_change_the_past(name):
+    model = tiny(name).eval()
+    tokens = torch.randint(50, (2, 20))
+    changed = tokens.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 50
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+@both
+def test_logits_are_the_head_applied_to_hidden_states(name):
+    model = tiny(name).eval()
+    tokens = torch.randint(50, (2, 5))
+    assert model(tokens).shape == (2, 5, 50)
+    torch.testing.assert_close(model(tokens), model.hidden_states(tokens) @ model.head.T)
+
+
+@both
+def test_an_untrained_model_is_nearly_uniform(name):
+    loss = torch.nn.functional.cross_entropy(
+        tiny(name).eval()(torch.randint(50, (4, 30))).flatten(0, 1), torch.randint(50, (120,))
+    )
+    assert abs(loss.item() - math.log(50)) < 0.1
+
+
+def test_initialisation_is_that_of_the_references():
+    gpt2 = GPT2(GPT2Config(500, 64, 256, 8, 4))
+    std = {name: p.std().item() for name, p in gpt2.named_parameters()}
+    assert abs(std["wte.weight"] - 0.02) < 1e-3
+    assert abs(std["h.3.attn.c_attn.weight"] - 0.02) < 1e-3
+    for name in ("h.3.attn.c_proj.weight", "h.3.mlp.c_proj.weight"):
+        assert abs(std[name] - 0.02 / 4) < 5e-4  # 0.02 / sqrt(2 · 8 layers)
+    assert std["h.3.mlp.c_fc.bias"] == 0
+    llama = Llama(LlamaConfig(500, 64, 160, 2, 4))
+    for name, parameter in llama.named_parameters():
+        if parameter.dim() == 2:
+            assert abs(parameter.std().item() - 0.02) < 1e-3, name
+
+
+def test_dropout_acts_in_training_only():
+    model = tiny("gpt2")
+    tokens = torch.randint(50, (2, 9))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_rms_norm_is_its_formula():
+    norm = RMSNorm(8, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 8)
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    config = LlamaConfig(50, 16, 40, 1, 2, max_position_embeddings=32)
+    cos, sin = rope_tables(config)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 32, 8)
+    scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]
+    torch.testing.assert_close(scores[10, 7], scores[25, 22])
+    assert not torch.isclose(scores[10, 7], scores[10, 5])
+
+
+def test_the_residual_stream_stays_in_float32_under_autocast():
+    for name in ("gpt2", "llama"):
+        model = tiny(name)
+        kinds = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda m, i, out: kinds.append(out.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.hidden_states(torch.randint(50, (2, 9)))
+        assert {*kinds, hidden.dtype} == {torch.float32}
+
+
+# ---- checkpoints
+
+
+def saved(path, tokenizer, name="llama-tiny", training=None):
+    torch.manual_seed(0)
+    model = models.build_model(name, tokenizer.vocabulary_size)
+    models.save_checkpoint(
+        path, name=name, model=model, config={"sequence_length": 16}, tokenizer=tokenizer,
+        progress={"step": 3}, training=training,
+    )  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
+def test_a_checkpoint_gives_back_the_model(tmp_path, tokenizer, name):
+    model = saved(tmp_path / "a.pt", tokenizer, name).eval()
+    before = torch.get_rng_state()
+    loaded, checkpoint = models.load_checkpoint(tmp_path / "a.pt")
+    assert torch.equal(before, torch.get_rng_state())
+    assert not loaded.training and loaded.config == model.config
+    tokens = torch.randint(tokenizer.vocabulary_size, (2, 10))
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert checkpoint["tokenizer"]["identity"] == tokenizer.identity
+    assert bytes(checkpoint["tokenizer"]["model"].numpy()) == tokenizer.model_bytes
+    assert not any(k.startswith(("_orig_mod.", "module.")) for k in checkpoint["weights"])
+
+
+def test_a_checkpoint_is_plain_data(tmp_path, tokenizer):
+    saved(tmp_path / "a.pt", tokenizer)
+    plain = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert plain["model"]["shape"] == dataclasses.asdict(
+        models.build_model("llama-tiny", tokenizer.vocabulary_size).config
+    )
+
+
+def test_a_changed_weight_is_found(tmp_path, tokenizer):
+    path = tmp_path / "a.pt"
+    saved(path, tokenizer)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["weights"]["norm.weight"][0] += 1e-3
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="damaged"):
+        models.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "text"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, tokenizer, damage):
+    path = tmp_path / "a.pt"
+    saved(path, tokenizer)
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": whole[:half],
+            "zeros": whole[:half] + bytes(4096) + whole[half + 4096 :],
+            "text": b"hello, world",
+        }[damage]
+    )
+    with pytest.raises(UserError, match=r"a\.pt"):
+        models.load_checkpoint(path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    torch.save({"format": models.FORMAT, "weights": Payload()}, tmp_path / "a.pt")
+    with pytest.raises(UserError):
+        models.load_checkpoint(tmp_path / "a.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_foreign_files_are_refused(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="does not exist"):
+        models.load_checkpoint(tmp_path / "none.pt")
+    torch.save({"weights": {}}, tmp_path / "b.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        models.load_checkpoint(tmp_path / "b.pt")
+    torch.save({"format": models.FORMAT, "version": 99}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="version 99"):
+        models.load_checkpoint(tmp_path / "c.pt")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path, tokenizer):
+    path = tmp_path / "a.pt"
+    saved(path, tokenizer)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["shape"]["hidden_size"] *= 2
+    del checkpoint["digest"]
+    checkpoint["digest"] = models.content_digest(checkpoint)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="do not fit"):
+        models.load_checkpoint(path)

@@ -1,0 +1,409 @@
+"""The one loop: schedule, step, resuming, what it writes, what it refuses."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as models
+import train
+from conftest import train_tokenizer, write_split, write_text
+from data import Batch, BatchStream, TokenShard
+from files import UserError, run
+from train import (
+    CrossEntropyObjective,
+    TrainConfig,
+    TrainStep,
+    autocast_for,
+    build_optimizer,
+    learning_rate,
+    with_recipe,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def config_for(data_folder, out, **changes):
+    options = {
+        "model": "gpt2-tiny", "data": str(data_folder), "out": str(out), "steps": 12,
+        "batch_size": 4, "sequence_length": 32, "learning_rate": 3e-3, "log_every": 2,
+        "eval_sequences": 8, "save_every": 5, "device": "cpu", "precision": "fp32",
+    }  # fmt: skip
+    return with_recipe(TrainConfig(**options | changes))
+
+
+def trained(config):
+    """Runs a training from its seed; the progress it ends with."""
+    torch.manual_seed(config.seed)
+    model = models.build_model(config.model, 300)
+    return train.fit(CrossEntropyObjective(model), config)
+
+
+def step_of(model, micro_batch_size=None, weight_decay=0.0):
+    objective = CrossEntropyObjective(model)
+    autocast = autocast_for(torch.device("cpu"), "fp32")
+    return TrainStep(objective, build_optimizer(model, weight_decay), autocast, micro_batch_size)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- schedule, optimizer, step
+
+
+def test_learning_rate_endpoints():
+    rates = [learning_rate(s, 1000, 0.5, 100) for s in range(1001)]
+    assert rates[0] == 0 and rates[50] == 0.25 and rates[100] == 0.5
+    assert math.isclose(rates[550], 0.25) and abs(rates[1000]) < 1e-12
+    assert max(rates) == 0.5 and 0 < rates[999] < 1e-5
+
+
+def test_warm_up_never_exceeds_a_tenth_of_the_steps():
+    assert learning_rate(2, 20, 1.0, 200) == 1.0
+    assert learning_rate(0, 5, 1.0, 200) == 1.0
+
+
+def test_all_but_biases_and_layer_norms_decay():
+    for name in ("gpt2-tiny", "llama-tiny"):
+        model = models.build_model(name, 300)
+        decayed, *exempt = build_optimizer(model, 0.1).param_groups
+        names = {p: n for n, p in model.named_parameters()}
+        assert decayed["weight_decay"] == 0.1
+        assert sum(len(g["params"]) for g in (decayed, *exempt)) == len(names)
+        if name == "llama-tiny":
+            assert not exempt
+        else:
+            assert {names[p] for p in exempt[0]["params"]} == {
+                n for n in names.values() if n.endswith("bias") or ".ln_" in n or "ln_f" in n
+            }
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 5])
+def test_accumulated_micro_batches_equal_one_batch(train_shard, micro_batch_size):
+    torch.manual_seed(0)
+    model = models.build_model("llama-tiny", 300)
+    twin = copy.deepcopy(model)
+    batch = BatchStream(train_shard, 8, 32, seed=0)(0)
+    batch.targets[0, 3:] = -100  # so that micro-batches have unequal numbers of targets
+    batch = Batch.whole(batch.chunk_ids, batch.tokens, batch.targets)
+    whole = step_of(model)(batch, 1e-3)
+    parts = step_of(twin, micro_batch_size)(batch, 1e-3)
+    for key in whole:
+        torch.testing.assert_close(whole[key], parts[key], rtol=1e-5, atol=1e-6)
+    for a, b in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(train_shard):
+    model = models.build_model("llama-tiny", 300)
+    step = step_of(model, weight_decay=0.1)
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
+    step(batch, 1e-3)
+    before = copy.deepcopy((model.state_dict(), step.optimizer.state_dict()["state"]))
+    hook = model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    terms = step(batch, 1e-3)
+    assert not torch.isfinite(terms["gradient_norm"]) and step.nonfinite_in_a_row == 1
+    assert same(before[0], model.state_dict())
+    for index, state in step.optimizer.state_dict()["state"].items():
+        assert same(before[1][index], state)
+    hook.remove()
+    step(batch, 1e-3)
+    assert step.nonfinite_in_a_row == 0 and not same(before[0], model.state_dict())
+
+
+def test_a_run_without_finite_gradients_gives_up(data_folder, tmp_path):
+    config = config_for(data_folder, tmp_path / "r", steps=40)
+    objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300))
+    objective.model.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match="no finite gradient"):
+        train.fit(objective, config)
+
+
+def test_one_batch_can_be_learned_by_heart(train_shard):
+    torch.manual_seed(0)
+    for name in ("gpt2-tiny", "llama-tiny"):
+        model = models.build_model(name, 300).eval()
+        step, batch = step_of(model), BatchStream(train_shard, 2, 32, seed=0)(0)
+        losses = [step(batch, 3e-3)["loss"].item() for _ in range(60)]
+        assert losses[0] > 4 and losses[-1] < 0.1
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_folder, tmp_path_factory):
+    """A run of twelve steps that nothing disturbed, with dropout on."""
+    out = tmp_path_factory.mktemp("whole") / "r"
+    return out, trained(config_for(data_folder, out))
+
+
+def test_a_run_writes_what_it_promises(whole_run):
+    out, progress = whole_run
+    assert {p.name for p in out.iterdir()} == {
+        "checkpoint.pt", "previous.pt", "best.pt", "log.jsonl",
+    }  # fmt: skip
+    first, *entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert first.keys() >= {
+        "config", "model", "parameters", "tokenizer", "commit", "versions", "device",
+    }  # fmt: skip
+    steps = [e for e in entries if "loss" in e]
+    assert [e["step"] for e in steps] == [2, 4, 6, 8, 10, 12]
+    assert steps[-1].keys() >= {
+        "epoch", "tokens", "words", "loss", "cross_entropy", "learning_rate", "gradient_norm",
+        "tokens_per_second",
+    }  # fmt: skip
+    assert steps[-1]["tokens"] == 12 * 4 * 32
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluations = [e for e in entries if "dev_cross_entropy" in e]
+    assert evaluations[-1]["step"] == 12
+    assert progress["dev_cross_entropy"] == evaluations[-1]["dev_cross_entropy"]
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert best["training"] is None
+    assert best["progress"]["dev_cross_entropy"] == min(e["dev_cross_entropy"] for e in evaluations)
+    assert best["progress"]["step"] == progress["best_step"]
+
+
+def test_same_seed_same_bits(whole_run, data_folder, tmp_path):
+    trained(config_for(data_folder, tmp_path / "r"))
+    assert same(weights(tmp_path / "r/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
+    trained(config_for(data_folder, tmp_path / "s", seed=1))
+    assert not same(weights(tmp_path / "s/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
+
+
+def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    """Makes a run stop itself during the given step."""
+    call, count = TrainStep.__call__, [0]
+
+    def counted(self, *arguments):
+        count[0] += 1
+        if count[0] == steps:
+            then()
+        return call(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
+
+
+def comparable(path):
+    """The log without its run objects and speeds."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in e.items() if k != "tokens_per_second"} for e in entries if "step" in e
+    ]
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_resuming_equals_not_stopping(whole_run, data_folder, tmp_path, monkeypatch, steps):
+    config = config_for(data_folder, tmp_path / "r")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps)
+        assert trained(config)["stopped_by"] == signal.SIGTERM
+    progress = trained(config)
+    assert progress["step"] == 12
+    ours = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
+    theirs = torch.load(whole_run[0] / "checkpoint.pt", weights_only=True)
+    assert same(ours["weights"], theirs["weights"])
+    for name, moments in theirs["training"]["optimizer"].items():
+        assert same(ours["training"]["optimizer"][name], moments)
+    assert same(weights(tmp_path / "r/best.pt"), weights(whole_run[0] / "best.pt"))
+    assert comparable(tmp_path / "r/log.jsonl") == comparable(whole_run[0] / "log.jsonl")
+
+
+def test_resuming_without_the_random_state_would_be_noticed(
+    whole_run, data_folder, tmp_path, monkeypatch
+):
+    config = config_for(data_folder, tmp_path / "r")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        trained(config)
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    trained(config)
+    assert not same(weights(tmp_path / "r/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(
+    whole_run, data_folder, tmp_path, monkeypatch
+):
+    config = config_for(data_folder, tmp_path / "r")
+
+    def crash():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, crash)
+        with pytest.raises(KeyboardInterrupt):
+            trained(config)
+    trained(config)
+    assert same(weights(tmp_path / "r/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
+    assert comparable(tmp_path / "r/log.jsonl") == comparable(whole_run[0] / "log.jsonl")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
+    whole_run, data_folder, tmp_path, capsys
+):
+    config = config_for(data_folder, tmp_path / "r")
+    trained(config)
+    checkpoint = tmp_path / "r/checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    trained(config)
+    assert "falling back" in capsys.readouterr().err
+    assert same(weights(checkpoint), weights(whole_run[0] / "checkpoint.pt"))
+
+
+def test_a_finished_run_says_so_and_writes_nothing(whole_run, data_folder, capsys):
+    out, _ = whole_run
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    trained(config_for(data_folder, out))
+    assert "is finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
+
+
+def test_another_recipe_is_not_continued(whole_run, data_folder):
+    with pytest.raises(UserError, match=r"learning_rate.*seed"):
+        trained(config_for(data_folder, whole_run[0], seed=5, learning_rate=1e-3))
+
+
+def test_what_may_change_on_resuming_does(whole_run, data_folder, capsys):
+    config = config_for(
+        data_folder, whole_run[0], save_every=7, log_every=3, micro_batch_size=2, stop_after=60.0
+    )
+    assert trained(config)["step"] == 12
+
+
+def test_a_run_with_other_data_is_not_continued(whole_run, tokenizer, data_folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    for split in ("train", "dev"):
+        write_split(tmp_path, split, tokenizer, {"other": write_text(3000, seed=9)})
+    with pytest.raises(UserError, match="train_shard"):
+        trained(config_for(tmp_path, whole_run[0]))
+
+
+def test_never_and_a_path_start_new_runs(whole_run, data_folder, tmp_path):
+    out, _ = whole_run
+    with pytest.raises(UserError, match="holds a run"):
+        trained(config_for(data_folder, out, resume="never"))
+    from_path = config_for(data_folder, tmp_path / "n", resume=str(out / "previous.pt"))
+    assert trained(from_path)["step"] == 12
+    assert same(weights(tmp_path / "n/checkpoint.pt"), weights(out / "checkpoint.pt"))
+    with pytest.raises(UserError, match="weights only"):
+        trained(config_for(data_folder, tmp_path / "m", resume=str(out / "best.pt")))
+
+
+def test_a_dry_run_prints_the_arithmetic_and_nothing_else_happens(data_folder, tmp_path, capsys):
+    config = config_for(data_folder, tmp_path / "r", dry_run=True)
+    trained(config)
+    printed = capsys.readouterr().out
+    assert "4 sequences x 32 = 128 tokens" in printed and "12 steps" in printed
+    assert not (tmp_path / "r").exists()
+
+
+def test_epochs_decide_the_number_of_steps(data_folder, tmp_path):
+    shard = TokenShard(data_folder / "train.bin")
+    chunks = (len(shard.tokens) - 1) // 32
+    config = config_for(data_folder, tmp_path / "r", steps=None, epochs=2.5, dry_run=True)
+    assert trained(config)["steps"] == round(chunks * 2.5 / 4)
+
+
+def test_stop_after_saves_and_stops(data_folder, tmp_path):
+    progress = trained(config_for(data_folder, tmp_path / "r", stop_after=1e-9))
+    assert progress["step"] == 1 and progress["stopped_by"] is None
+    assert torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["progress"]["step"] == 1
+
+
+def test_bfloat16_is_near_float32(data_folder, tmp_path):
+    losses = [
+        trained(config_for(data_folder, tmp_path / p, model="llama-tiny", precision=p))
+        for p in ("fp32", "bf16")
+    ]
+    values = [p["dev_cross_entropy"] for p in losses]
+    assert abs(values[0] - values[1]) < 0.02 * values[0]
+
+
+# ---- the command line
+
+
+def test_each_option_has_its_own_help():
+    helps = [f.metadata["help"] for f in dataclasses.fields(TrainConfig)]
+    assert len(set(helps)) == len(helps)
+
+
+def test_help_lists_presets_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in models.PRESETS) and "(default: 128)" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-such-option"],
+        ["--steps", "many"],
+        ["--steps", "1", "--epochs", "1"],
+        ["--batch-size", "0"],
+        ["--precision", "fp8"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "llama-7b"], "llama-58m"),
+        (["--data", "nowhere"], "tokenize_corpus.py"),
+        (["--device", "cuda:7"], "--device"),
+        (["--sequence-length", "512"], "--sequence-length"),
+        (["--batch-size", "100000"], "--batch-size"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_1(data_folder, tmp_path, capsys, arguments, message):
+    defaults = ["--data", str(data_folder), "--out", str(tmp_path / "r"), "--model", "llama-tiny"]
+    assert run(lambda: train.main([*defaults, *arguments])) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_shards_of_another_tokenizer_are_refused(data_folder, tmp_path, capsys):
+    for name in ("train.bin", "dev.bin"):
+        (tmp_path / name).write_bytes((data_folder / name).read_bytes())
+    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
+    (tmp_path / "tokenizer.model").write_bytes(other.model_bytes)
+    assert run(lambda: train.main(["--data", str(tmp_path)])) == 1
+    assert "was not made with" in capsys.readouterr().err
+
+
+def test_sigterm_saves_and_exits_with_143(data_folder, tmp_path):
+    out = tmp_path / "r"
+    command = [sys.executable, str(ROOT / "train.py"), "--model", "llama-tiny", "--device", "cpu"]
+    command += ["--data", str(data_folder), "--out", str(out), "--steps", "100000"]
+    command += ["--batch-size", "2", "--sequence-length", "16", "--log-every", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    log = out / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "the same command continues" in printed
+    assert (out / "checkpoint.pt").exists()
