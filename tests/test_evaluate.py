@@ -1,0 +1,199 @@
+"""Scores are what their definitions say: on a uniform model, on hand-made pairs, file by file."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import model as models
+from conftest import train_tokenizer, write_split, write_text
+from data import TokenShard
+from evaluate import Ensemble, corpus_scores, pair_scores, read_pairs, sentence_scores
+from files import UserError, run
+
+V = 300
+
+
+class Fixed(nn.Module):
+    """A model whose next-token logits are a given table (V, V), row by the last token."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.max_position_embeddings = 64
+
+    def forward(self, tokens):
+        return self.logits[tokens]
+
+
+def uniform():
+    return Fixed(torch.zeros(V, V))
+
+
+@pytest.fixture
+def dev_shard(data_folder):
+    return TokenShard(data_folder / "dev.bin")
+
+
+def test_a_uniform_models_perplexity_is_the_vocabulary_size(dev_shard):
+    scores = corpus_scores(uniform(), dev_shard, 32)
+    assert math.isclose(scores["perplexity"], V, rel_tol=1e-5)
+    assert math.isclose(scores["cross_entropy"], math.log(V), rel_tol=1e-6)
+    targets = len(dev_shard.tokens) - 1
+    words = math.exp(targets * math.log(V) / dev_shard.words)
+    assert math.isclose(scores["perplexity_per_word"], words, rel_tol=1e-5)
+    bits = targets * math.log2(V) / dev_shard.bytes
+    assert math.isclose(scores["bits_per_byte"], bits, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("sequence_length", [7, 32, 10_000])
+def test_every_token_but_the_first_is_scored_once(dev_shard, sequence_length):
+    """A model without memory gives the same total however the text is cut."""
+    torch.manual_seed(0)
+    model = Fixed(torch.randn(V, V))
+    got = corpus_scores(model, dev_shard, sequence_length)
+    ids = torch.from_numpy(dev_shard.tokens.astype("int64"))
+    losses = nn.functional.cross_entropy(model.logits[ids[:-1]], ids[1:], reduction="none")
+    assert math.isclose(got["cross_entropy"], losses.mean().item(), rel_tol=1e-5)
+    for file in dev_shard.files:
+        part = losses[max(file.start - 1, 0) : file.stop - 1]
+        ours = got["per_file"][file.name]["cross_entropy"]
+        assert math.isclose(ours, part.mean().item(), rel_tol=1e-5)
+
+
+def test_sentences_are_scored_after_a_newline_whatever_their_neighbours(tokenizer):
+    torch.manual_seed(0)
+    model = models.build_model("llama-tiny", V).eval()
+    sentences = ["the cat runs", "a", "the old dog sees the small garden", "the cat runs", "and"]
+    together = sentence_scores(model, tokenizer, sentences)
+    for sentence, score in zip(sentences, together):
+        ids = torch.tensor([tokenizer.encode("\n") + tokenizer.encode(sentence)])
+        log_p = model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).sum()
+        torch.testing.assert_close(score.float(), log_p, rtol=1e-5, atol=1e-4)
+
+
+PAIRS = [
+    {"sentence_good": "a cat", "sentence_bad": "a dog", "linguistics_term": "s-selection"},
+    {"sentence_good": "a dog", "sentence_bad": "a cat", "linguistics_term": "argument_structure"},
+    {"sentence_good": "a dog", "sentence_bad": "a dog", "linguistics_term": "binding"},
+]
+
+
+def write_pairs(folder, pairs, name="hand_made"):
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def prefers(tokenizer, word):
+    """A model that expects the pieces of " word" everywhere, and hardly any other."""
+    logits = torch.zeros(V, V)
+    logits[:, tokenizer.encode(f" {word}")] = 20.0
+    return Fixed(logits)
+
+
+def test_hand_made_pairs_have_the_accuracy_they_must(tokenizer, tmp_path):
+    pairs = read_pairs(write_pairs(tmp_path / "p", PAIRS))
+    scores = pair_scores(prefers(tokenizer, "cat"), tokenizer, pairs)
+    assert scores["per_file"] == {"hand_made": 0.5}  # right, wrong, and half for a tie
+    assert scores["per_field"] == {"argument_structure": 0.5, "binding": 0.5}
+    assert math.isclose(scores["tie_rate"], 1 / 3)
+    all_ties = pair_scores(uniform(), tokenizer, {"f": pairs["hand_made"][2:]})
+    assert (all_ties["accuracy_over_files"], all_ties["tie_rate"]) == (0.5, 1.0)
+
+
+def test_both_means_are_means_of_their_kind(tokenizer, tmp_path):
+    folder = write_pairs(tmp_path / "p", PAIRS[:1], "one")
+    write_pairs(folder, PAIRS[1:2] * 3, "two")
+    scores = pair_scores(prefers(tokenizer, "cat"), tokenizer, read_pairs(folder))
+    assert scores["per_file"] == {"one": 1.0, "two": 0.0}
+    assert scores["accuracy_over_files"] == 0.5
+    assert scores["accuracy_over_fields"] == 0.25  # one field of four pairs
+
+
+def test_the_ensemble_averages_logits():
+    tokens = torch.randint(V, (2, 6))
+    members = [models.build_model(n, V).eval() for n in ("gpt2-tiny", "llama-tiny")]
+    expected = (members[0](tokens) + members[1](tokens)) / 2
+    torch.testing.assert_close(Ensemble(members)(tokens), expected)
+
+
+@pytest.mark.parametrize("line", [b"[]", b'{"sentence_good": "x"}', b"{", b"\xff", b"17"])
+def test_a_line_that_is_no_pair_is_named(tmp_path, line):
+    folder = write_pairs(tmp_path / "p", PAIRS)
+    with open(folder / "hand_made.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError, match=r"hand_made\.jsonl, line 4"):
+        read_pairs(folder)
+
+
+def test_a_folder_without_pairs_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no \\*.jsonl"):
+        read_pairs(tmp_path)
+
+
+def test_a_sentence_beyond_the_context_is_refused(tokenizer):
+    with pytest.raises(UserError, match="longer than the model's context"):
+        sentence_scores(uniform(), tokenizer, ["the cat " * 100])
+
+
+# ---- the program
+
+
+@pytest.fixture
+def checkpoints(tokenizer, tmp_path):
+    paths = []
+    for name in ("gpt2-tiny", "llama-tiny"):
+        torch.manual_seed(0)
+        models.save_checkpoint(
+            tmp_path / f"{name}.pt", name=name, model=models.build_model(name, V),
+            config={"sequence_length": 32}, tokenizer=tokenizer, progress={},
+        )  # fmt: skip
+        paths.append(str(tmp_path / f"{name}.pt"))
+    return paths
+
+
+def test_several_checkpoints_and_their_ensemble_side_by_side(
+    checkpoints, data_folder, tmp_path, capsys
+):
+    pairs = str(write_pairs(tmp_path / "pairs", PAIRS))
+    arguments = [*checkpoints, "--ensemble", *checkpoints, "--data", str(data_folder)]
+    arguments += ["--pairs", pairs, "--json", str(tmp_path / "s.json"), "--device", "cpu"]
+    assert run(lambda: evaluate.main(arguments)) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("gpt2-tiny", "llama-tiny", "ensemble"))
+    entries = json.loads((tmp_path / "s.json").read_text())["checkpoints"]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry.keys() == {
+            "path", "model", "parameters", "cross_entropy", "perplexity", "perplexity_per_word",
+            "bits_per_byte", "per_file", "pairs",
+        }  # fmt: skip
+        assert entry["pairs"][pairs].keys() == {
+            "accuracy_over_files", "accuracy_over_fields", "tie_rate", "per_file", "per_field",
+        }  # fmt: skip
+    assert entries[2]["parameters"] == entries[0]["parameters"] + entries[1]["parameters"]
+
+
+def test_pairs_alone_need_no_shard(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = str(write_pairs(tmp_path / "pairs", PAIRS))
+    evaluate.main([*checkpoints, "--pairs", pairs, "--json", "s.json", "--device", "cpu"])
+    entries = json.loads((tmp_path / "s.json").read_text())["checkpoints"]
+    assert entries[0]["cross_entropy"] is None and entries[0]["pairs"][pairs]["per_file"]
+
+
+def test_text_of_another_tokenizer_is_refused(checkpoints, tmp_path, capsys):
+    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
+    write_split(tmp_path, "dev", other, {"text": write_text(500, seed=9)})
+    assert run(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path)])) == 1
+    assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_a_missing_shard_is_named(checkpoints, tmp_path, capsys):
+    assert run(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path / "none")])) == 1
+    assert "tokenize_corpus.py" in capsys.readouterr().err

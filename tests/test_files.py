@@ -1,0 +1,42 @@
+"""A write happens whole or not at all; an error is one line and an exit code."""
+
+import os
+
+import pytest
+
+from files import UserError, atomic_write, run
+
+
+def test_what_is_written_arrives_whole(tmp_path):
+    with atomic_write(tmp_path / "new" / "x") as file:
+        file.write(b"all of it")
+    assert (tmp_path / "new" / "x").read_bytes() == b"all of it"
+    assert os.listdir(tmp_path / "new") == ["x"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("other")])
+def test_a_failure_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "x"
+    path.write_bytes(b"before")
+    expected = UserError if isinstance(error, OSError) else ValueError
+    with pytest.raises(expected), atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "file" / "x"):
+        pass
+
+
+def fail(error):
+    raise error
+
+
+def test_exit_codes(capsys):
+    assert run(lambda: None) == 0 and run(lambda: 143) == 143
+    assert run(lambda: fail(UserError("say what to do"))) == 1
+    assert capsys.readouterr().err == "error: say what to do\n"
+    assert run(lambda: fail(KeyboardInterrupt())) == 130

@@ -1,0 +1,62 @@
+"""Text from both architectures: seeded, sampled as asked, never longer than asked."""
+
+import pytest
+import torch
+
+import generate as program
+import model as models
+from files import run
+from generate import generate
+
+
+@pytest.fixture(params=["gpt2-tiny", "llama-tiny"])
+def model(request):
+    torch.manual_seed(0)
+    return models.build_model(request.param, 300).eval()
+
+
+def sample(model, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return generate(model, torch.tensor([20, 30, 40]), 12, generator=generator, **options)
+
+
+def test_a_seed_decides_the_text(model):
+    assert torch.equal(sample(model, 1), sample(model, 1))
+    assert not torch.equal(sample(model, 1), sample(model, 2))
+    assert len(sample(model)) == 15 and sample(model)[:3].tolist() == [20, 30, 40]
+
+
+def test_temperature_zero_and_one_candidate_are_the_likeliest(model):
+    greedy = sample(model, temperature=0)
+    assert torch.equal(greedy, sample(model, seed=9, top_k=1))
+    logits = model(greedy[None, :3])[0, -1]
+    logits[:4] = -torch.inf
+    assert greedy[3] == logits.argmax()
+
+
+def test_special_tokens_are_never_written(model):
+    assert sample(model, temperature=100.0)[3:].min() > 3
+
+
+def test_text_may_outgrow_the_context(tokenizer):
+    model = models.build_model("llama-tiny", 300, max_position_embeddings=8).eval()
+    assert len(sample(model)) == 15
+
+
+def test_the_program_prints_the_prompt_and_more(model, tokenizer, tmp_path, capsys):
+    path = tmp_path / "a.pt"
+    name = "gpt2-tiny" if hasattr(model, "wte") else "llama-tiny"
+    models.save_checkpoint(
+        path, name=name, model=model, config={}, tokenizer=tokenizer, progress={}
+    )
+    arguments = [str(path), "--prompt", "the cat", "--tokens", "8", "--device", "cpu"]
+    assert run(lambda: program.main(arguments)) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the cat")
+    assert run(lambda: program.main(arguments)) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    assert run(lambda: program.main([str(tmp_path / "none.pt"), "--prompt", "a"])) == 1
+    assert capsys.readouterr().err.count("\n") == 1
