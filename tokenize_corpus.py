@@ -1,18 +1,19 @@
-"""Text to token shards: OUT/tokenizer.model, OUT/train.bin, OUT/dev.bin.
+"""Text -> tokenizer.model, train.bin, dev.bin: cleans, trains the tokenizer, encodes.
 
     python tokenize_corpus.py --train babylm_10M --dev babylm_dev --out data/babylm
-    python tokenize_corpus.py --dev new_text --tokenizer data/babylm/tokenizer.model --out data/new
+    python tokenize_corpus.py --dev essays --tokenizer data/babylm/tokenizer.model --out data/essays
 
-A folder holds files in the BabyLM layout (aochildes.train, qed.dev, ...) or any *.txt; they are
-joined in sorted order, without any special token. Sub-corpora known by name are cleaned as the
-paper's were. The tokenizer is a SentencePiece BPE trained on the training split alone; it is
-lossless: decoding gives back the cleaned text, byte for byte.
+A folder holds one file per sub-corpus, as BabyLM has them: aochildes.train, qed.dev, or any *.txt.
+The tokenizer sees the training split alone. Nothing is written before everything has succeeded.
 """
 
 import argparse
+import functools
 import io
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -23,262 +24,363 @@ from tqdm import tqdm
 from data import BOS, EOS, PAD, UNK, Tokenizer, write_shard
 from files import UserError, atomic_write, run
 
-SUFFIXES = (".train", ".dev", ".test", ".txt")
-CLEANING_VERSION = "1"
-MAX_PIECE_BYTES = 4000  # SentencePiece drops lines of more than 4,192 bytes without a word
-BLOCK_LINES = 20_000
-SPACE_SYMBOL = "\u2581"  # SentencePiece's own mark for a space, the one character that is not kept
+SUFFIXES = {".train", ".dev", ".test", ".txt"}
+VOCABULARY_SIZE = 16000  # the paper's
+SMALLEST_VOCABULARY = 260  # 256 bytes; pad, bos, eos, unk
+MAX_TRAINING_BYTES = 4000  # SentencePiece silently skips training lines of more than 4192 bytes
+CALL_CHARACTERS = 4000  # SentencePiece's time per character grows with the string
+BLOCK_CHARACTERS = 1 << 18  # what one process is handed at a time
+SPACE_PIECE = "\u2581"  # how SentencePiece spells a space: in text, it cannot be told from one
 
 
-# ---- cleaning, one function a sub-corpus
-#
-# What the original did, written anew from its description and its character counts. Sub-corpora
-# that are not listed are left as they are.
+# ---- cleaning: what the paper's preprocessing does to each sub-corpus of BabyLM
+
+CLEANING_VERSION = "1"  # part of each shard's header: raise it when any cleaner changes
+CREDIT_CHARACTERS = 80
 
 
-def clean_aochildes(text):
-    """No space before the mark that ends an utterance: "hm hm ." → "hm hm."."""
-    return re.sub(r" ([.?!])$", r"\1", text, flags=re.MULTILINE)
-
-
-def clean_bnc_spoken(text):
-    """No runs of spaces and no blank lines."""
-    return _without_blank_lines(_single_spaces(text))
+def tidy_spaces(text):
+    """Runs of blanks become one space, and none stays before punctuation."""
+    text = re.sub(r"[ \t\u00a0]+", " ", text)
+    return re.sub(r" (?=[.,;!?](?!\d))", "", text)  # but ` .5` is a number
 
 
 def clean_cbt(text):
-    """Tokenised text joined again: "the queen 's head , and" → "the queen's head, and"."""
-    text = re.sub(r" ('(?:s|re|ve|ll|d|m|em)\b|n't\b)", r"\1", text)
-    text = re.sub(r" ([.,;:!?])", r"\1", text)
-    text = re.sub(r"(?m)(^|[ (])` ", r"\1`", text)  # an opening quote stands at its word
-    return text.replace("-LRB- ", "(").replace(" -RRB-", ")")
+    """Tidy spaces, and apostrophes joined to their word: `queen 's` becomes `queen's`."""
+    return re.sub(r"(?<=\w) (?='\w)", "", tidy_spaces(text))
 
 
 def clean_open_subtitles(text):
-    """Without the lines that only credit who made or synchronised the subtitles."""
-    maker = r"(?:sub(?:title)?s?|sync(?:hro)?|corrections?|translat(?:ion|ed)|resync)"
-    credit = rf"(?:<[^>]*>|[=~ -])*{maker}(?:,? \w+)?(?:,? \w+)? ?(?:by|:)[^\n]{{0,60}}"
-    site = r"[^\n]{0,60}(?:www\.|addic7ed|opensubtitles)[^\n]{0,60}"
-    return re.sub(rf"(?mi)^(?:{credit}|{site})\n", "", text)
+    """Drops the lines that credit the makers of the subtitles.
+
+    A credit is short: a long line that names subtitles has dialogue in it, and stays.
+    """
+    works = (
+        "captioned|corrected|encoded|ripped|subbed|synced|synchroni[sz]ed|transcribed|translated"
+    )
+    credit = rf"\bsubtitle[ds]\b|^\W*(?:{works}) by\b|\bwww\.|https?://"
+    is_credit = re.compile(credit, re.IGNORECASE).search
+    lines = split_lines(text)
+    return "".join(line for line in lines if len(line) > CREDIT_CHARACTERS or not is_credit(line))
 
 
 def clean_qed(text):
-    """Lines shouted in capitals in sentence case, l and I repaired, no runs of spaces."""
-    lines = [_unshouted(line) for line in _single_spaces(text).split("\n")]
-    return re.sub(r"\bl(?='(?:m|ve|ll|d)\b|\b(?= [a-z]))", "I", "\n".join(lines))
+    """Tidy spaces; shouted lines in sentence case; I where text recognition read l."""
+    lines = [sentence_case(line) for line in split_lines(tidy_spaces(text))]
+    text = re.sub(r"(?<![\w'-])l(?='(?:m|ll|d|ve)\b)", "I", "".join(lines))
+    # At the start of a sentence only: elsewhere `ln` is a logarithm.
+    return re.sub(r"(?m)(^[^\w\n]*|[.!?] [^\w\n]*)l(?=[fnst]\b)", r"\1I", text)
 
 
-def _unshouted(line):
+def sentence_case(line):
+    """`WHAT DO l SEE?` as `What do I see?`; a line that is not shouted as it is.
+
+    A shouted line has two words or more, and no small letter but an l that was read for an I.
+    """
     words = re.findall(r"[^\W\d_]{2,}", line)
-    # An l among capitals is an I that was misread: "THlS" was "THIS".
-    if len(words) < 3 or not all(word.replace("l", "I").isupper() for word in words):
+    if len(words) < 2 or not line.replace("l", "").isupper():
         return line
-    lowered = line.replace("l", "I").lower()
-    lowered = re.sub(r"\bi\b", "I", lowered)
-    return re.sub(r"(^[^a-z]*|[.?!] +)([a-z])", lambda m: m[1] + m[2].upper(), lowered)
-
-
-def clean_simple_wikipedia(text):
-    """No headings ("= = = Title = = =") and no blank lines."""
-    text = re.sub(r"(?m)^ *=[^\n]*= *$", "", text)
-    return _without_blank_lines(text)
+    line = line.replace("l", "I").lower()
+    line = re.sub(r"(^\W*|[.!?] \W*)(\w)", lambda m: m[1] + m[2].upper(), line)
+    return re.sub(r"\bi\b", "I", line)
 
 
 def clean_wikipedia(text):
-    """As `clean_simple_wikipedia`."""
-    return clean_simple_wikipedia(text)
+    """Headings, `= = = Title = = =`, keep their words only; blank lines go."""
+    lines = (unmark_heading(line) for line in split_lines(text))
+    return "".join(line for line in lines if line.strip())
 
 
-def _single_spaces(text):
-    return re.sub(r" {2,}", " ", text)
+def unmark_heading(line):
+    """The title of a heading line, or any other line as it is."""
+    marked = line.strip()
+    if re.match(r"= ?=", marked) and re.search(r"= ?=$", marked):
+        return marked.strip("= ") + "\n"
+    return line
 
 
-def _without_blank_lines(text):
-    return re.sub(r"\n(?:[ \t]*\n)+", "\n", text).lstrip("\n")
-
-
-CLEANERS = {
-    "aochildes": clean_aochildes,
-    "bnc_spoken": clean_bnc_spoken,
+CLEANERS = {  # children_stories, gutenberg, switchboard and unknown names are left as they are
+    "aochildes": tidy_spaces,
+    "bnc_spoken": tidy_spaces,
     "cbt": clean_cbt,
     "open_subtitles": clean_open_subtitles,
     "qed": clean_qed,
-    "simple_wikipedia": clean_simple_wikipedia,
+    "simple_wikipedia": clean_wikipedia,
     "wikipedia": clean_wikipedia,
 }
 
 
 def clean(name, text):
-    """The text of the sub-corpus `name`, cleaned as the paper's was."""
+    """`text` as the cleaner of the sub-corpus `name` leaves it."""
     return CLEANERS[name](text) if name in CLEANERS else text
+
+
+def split_lines(text):
+    """The lines of `text`, each with its newline; unlike `splitlines`, at newlines only."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 # ---- reading
 
 
 def text_files(folder):
-    """The text files of a folder, sorted by name. Raises `UserError` if there is none."""
+    """The text files of a folder, sorted by name. Raises `UserError` if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give the one that holds the text files")
-    paths = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+        raise UserError(f"{folder} is not a folder: give one of *.train, *.dev, *.test or *.txt")
+    paths = sorted(path for path in folder.glob("[!.]*") if path.suffix in SUFFIXES)
     if not paths:
-        raise UserError(f"{folder} holds no text: expected files ending in {', '.join(SUFFIXES)}")
+        raise UserError(f"{folder} holds no text: files named *.train, *.dev, *.test or *.txt")
     return paths
 
 
-def read_texts(folder, cleaned=True):
-    """{sub-corpus: text} of a folder. Raises `UserError` for a file that is empty or not UTF-8."""
-    texts = {}
+def read_folder(folder, cleaning=True):
+    """The texts of a folder, {sub-corpus: text}, in the order of the file names.
+
+    Raises `UserError` if there is no such folder, no text in it, or a file that cannot be used.
+    """
+    texts, sources = {}, {}
     for path in text_files(folder):
-        data = path.read_bytes()
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
+        if path.stem in sources:
             raise UserError(
-                f"{path} is not UTF-8 at byte {error.start}: convert it, or take it out"
-            ) from error
-        if not text.strip():
-            raise UserError(f"{path} is empty: take it out")
-        if path.stem in texts:
-            raise UserError(f"{folder} holds two files called {path.stem}: keep one")
-        texts[path.stem] = clean(path.stem, text) if cleaned else text
+                f"{folder} holds both {sources[path.stem].name} and {path.name}: "
+                "give each split a folder of its own"
+            )
+        sources[path.stem] = path
+        text = read_text(path)
+        texts[path.stem] = clean(path.stem, text) if cleaning else text
+        if not texts[path.stem]:
+            raise UserError(
+                f"nothing is left of {path} after cleaning: remove it or use --no-clean"
+            )
     return texts
 
 
-# ---- tokenizer
+def read_text(path):
+    """The text of a file, every character as it is. Raises `UserError` if empty or not UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 at byte {error.start}: convert it, "
+            "for example with iconv -f latin1 -t utf-8"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not text:
+        raise UserError(f"{path} is empty: remove it or fill it")
+    if count := text.count(SPACE_PIECE):
+        print(f"warning: {path}: {count} characters U+2581 will become spaces", file=sys.stderr)
+    return text
 
 
-def training_pieces(texts):
-    """The lines of the texts, cut at spaces into pieces of at most 4,000 bytes of UTF-8."""
-    for text in texts:
-        for line in text.split("\n"):
-            while len(line.encode()) > MAX_PIECE_BYTES:
-                room = len(line.encode()[:MAX_PIECE_BYTES].decode("utf-8", "ignore"))
-                cut = line.rfind(" ", 1, room)
-                cut = cut if cut > 0 else room
-                yield line[:cut]
-                line = line[cut:]
-            if line:
-                yield line
+# ---- the tokenizer
 
 
-def train_tokenizer(texts, vocabulary_size):
-    """The bytes of a SentencePiece BPE model trained on the texts; same texts, same bytes.
+def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE):
+    """The bytes of a SentencePiece BPE model of `texts` that gives every text back exactly.
 
-    Raises `UserError`, naming the largest size that fits, if the texts cannot fill the vocabulary.
+    One departure from the paper, which has NFKC and byte-level BPE: text is not normalised, and
+    only characters outside the alphabet are spelt in bytes. Raises `UserError` if the texts do not
+    yield `vocab_size` pieces, or if so few cannot hold the alphabet.
     """
-    written = io.BytesIO()
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_pieces(texts),
-            model_writer=written,
+            sentence_iterator=(piece for text in texts for piece in training_pieces(text)),
+            model_writer=model,
             model_type="bpe",
-            vocab_size=vocabulary_size,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a smaller model tells how many pieces there are
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             byte_fallback=True,
-            character_coverage=0.9999,  # rarer characters are spelt in bytes
+            character_coverage=0.9999,  # else 7% of the paper's vocabulary are rare characters
             split_digits=True,
             pad_id=PAD,
             bos_id=BOS,
             eos_id=EOS,
             unk_id=UNK,
-            num_threads=1,  # it has no effect on speed, but it is written into the file
+            num_threads=1,  # does not matter for BPE, but is written into the model
             minloglevel=2,
         )
     except RuntimeError as error:
-        largest = re.search(r"value <= (\d+)", str(error))
-        least = re.search(r"required_chars\.? *\d+ vs (\d+)", str(error))
-        if largest:
-            raise UserError(
-                f"the corpus is too small for {vocabulary_size} pieces: "
-                f"--vocab-size {largest[1]} is the largest that fits"
-            ) from error
-        if least:
-            raise UserError(
-                f"{vocabulary_size} pieces are too few: --vocab-size {int(least[1]) + 1} at least"
-            ) from error
-        raise UserError(f"SentencePiece cannot train on this text: {error}") from error
-    return written.getvalue()
+        raise _training_failure(error, vocab_size) from error
+    size = Tokenizer(model.getvalue()).vocabulary_size
+    if size < vocab_size:
+        raise UserError(
+            f"the training text is too small for {vocab_size} pieces: "
+            f"add text, or lower it to at most --vocab-size {size}"
+        )
+    return model.getvalue()
 
 
-def encode(tokenizer, text, progress=lambda num_bytes: None):
-    """The ids (N,) of a text. Line by line: no piece spans a newline, so that this is exact."""
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
-    blocks = []
-    for i in range(0, len(lines), BLOCK_LINES):
-        block = lines[i : i + BLOCK_LINES]
-        ids = tokenizer.processor.encode(block, num_threads=os.cpu_count() or 1)
-        blocks.append(np.fromiter((i for line in ids for i in line), dtype=np.uint32))
-        progress(sum(map(len, block)))
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.uint32)
+def _training_failure(error, vocab_size):
+    needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+    if needed:
+        return UserError(
+            f"{vocab_size} pieces cannot hold 256 bytes and the alphabet of the training text: "
+            f"raise it to at least --vocab-size {needed[1]}"
+        )
+    return UserError(f"SentencePiece finds nothing to learn in the training text: {error}")
+
+
+def training_pieces(text):
+    """The lines of `text`, cut before a space wherever one exceeds `MAX_TRAINING_BYTES`."""
+    for line in text.split("\n"):
+        rest = line.encode()
+        while len(rest) > MAX_TRAINING_BYTES:
+            cut = rest.rfind(b" ", 1, MAX_TRAINING_BYTES)
+            if cut < 0:  # one word: cut it, though never inside a character
+                cut = MAX_TRAINING_BYTES
+                while rest[cut] & 0xC0 == 0x80:
+                    cut -= 1
+            yield rest[:cut].decode()
+            rest = rest[cut:]
+        if rest:
+            yield rest.decode()
+
+
+# ---- encoding
+
+
+def encode(tokenizer, text):
+    """The ids (N,), int32, of `text`: those of its lines, newlines kept, one after another."""
+    blocks = line_blocks(text, CALL_CHARACTERS)
+    ids = [tokenizer.processor.encode(block, return_type="numpy") for block in blocks]
+    return np.concatenate(ids or [np.zeros(0, np.int32)])
+
+
+def line_blocks(text, characters):
+    """`text` in blocks of whole lines, each block as few lines as give it `characters`.
+
+    A newline is never inside a piece, so blocks have the ids that the whole text has.
+    """
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + characters - 1) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
+@functools.cache
+def _tokenizer(model_bytes):
+    return Tokenizer(model_bytes)
+
+
+def _encode_block(task):
+    model_bytes, block = task
+    tokenizer = _tokenizer(model_bytes)
+    ids = encode(tokenizer, block)
+    return ids, tokenizer.decode(ids) == block.replace(SPACE_PIECE, " ")
+
+
+def encode_split(tokenizer, texts, pool, split):
+    """The entries of `write_shard` for {name: text}: (name, ids, words, bytes) of each.
+
+    Warns if the tokenizer does not give the text back: one that this program trained always does.
+    """
+    blocks = {name: list(line_blocks(text, BLOCK_CHARACTERS)) for name, text in texts.items()}
+    tasks = [(tokenizer.model_bytes, block) for name in texts for block in blocks[name]]
+    results = pool.imap(_encode_block, tasks)
+    total = sum(len(text) for text in texts.values())
+    entries, altered = [], 0
+    with tqdm(total=total, desc=split, unit="char", unit_scale=True, disable=None) as progress:
+        for name, text in texts.items():
+            ids = []
+            for block in blocks[name]:
+                block_ids, exact = next(results)
+                ids.append(block_ids)
+                altered += not exact
+                progress.update(len(block))
+            entries.append((name, np.concatenate(ids), len(text.split()), len(text.encode())))
+    if altered:
+        print(
+            f"warning: the tokenizer does not give the {split} text back exactly: "
+            f"{altered} of {len(tasks)} blocks differ",
+            file=sys.stderr,
+        )
+    return entries
 
 
 # ---- the program
 
 
-def encode_split(tokenizer, texts, split):
-    """The texts as `write_shard` takes them: [(name, ids, words, bytes)]."""
-    entries = []
-    total = sum(map(len, texts.values()))
-    with tqdm(total=total, desc=split, unit="char", unit_scale=True, disable=None) as bar:
-        for name, text in texts.items():
-            ids = encode(tokenizer, text, bar.update)
-            entries.append((name, ids, len(text.split()), len(text.encode())))
-    return entries
+def print_table(entries):
+    """Prints words, bytes, tokens and tokens per word of each file, each split and all."""
+    rows = []
+    for split, files in entries.items():
+        counts = [(words, size, len(ids)) for _, ids, words, size in files]
+        rows += [(split, name, count) for (name, *_), count in zip(files, counts)]
+        rows.append((split, "total", tuple(map(sum, zip(*counts)))))
+    if len(entries) > 1:
+        totals = [count for _, name, count in rows if name == "total"]
+        rows.append(("all", "total", tuple(map(sum, zip(*totals)))))
+    width = max(len(name) for _, name, _ in rows)
+    print(f"split  {'file':{width}} {'words':>12} {'bytes':>13} {'tokens':>12}  tokens/word")
+    for split, name, (words, size, tokens) in rows:
+        ratio = tokens / max(words, 1)
+        print(f"{split:5}  {name:{width}} {words:12,} {size:13,} {tokens:12,} {ratio:12.3f}")
 
 
-def summary(splits):
-    """The lines of a table: words, bytes, tokens, tokens per word of each file and together."""
-    lines = [f"{'':32}{'words':>12}{'bytes':>13}{'tokens':>12}{'tokens/word':>13}"]
-    for split, entries in splits.items():
-        rows = [(f"{split} {name}", words, size, len(ids)) for name, ids, words, size in entries]
-        rows.append((f"{split} together", *(sum(row[i] for row in rows) for i in (1, 2, 3))))
-        lines += [
-            f"{name:32}{words:12,}{size:13,}{tokens:12,}{tokens / max(words, 1):13.3f}"
-            for name, words, size, tokens in rows
-        ]
-    return lines
-
-
-def main(argv=None):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--train", metavar="DIR", help="training text; needed without --tokenizer")
     parser.add_argument("--dev", metavar="DIR", required=True, help="dev text")
+    parser.add_argument("--out", metavar="DIR", default="data/babylm", help="default: %(default)s")
     parser.add_argument(
-        "--out", metavar="DIR", default="data/babylm", help="(default: data/babylm)"
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help=f"pieces of the tokenizer (default: {VOCABULARY_SIZE})",
     )
-    parser.add_argument(
-        "--vocab-size", type=int, default=16_000, metavar="N", help="pieces (default: 16000)"
-    )
-    parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer, train none")
-    parser.add_argument("--no-clean", action="store_true", help="leave the text as it is")
+    parser.add_argument("--tokenizer", metavar="FILE", help="encode with this one, train none")
+    parser.add_argument("--no-clean", action="store_true", help="take every character as it is")
     args = parser.parse_args(argv)
-    if args.train is None and args.tokenizer is None:
-        parser.error("--train is needed to train a tokenizer; or give --tokenizer FILE")
+    if args.tokenizer and args.vocab_size is not None:
+        parser.error("--vocab-size has no effect with --tokenizer")
+    if args.vocab_size is not None and args.vocab_size <= SMALLEST_VOCABULARY:
+        parser.error(f"--vocab-size must exceed {SMALLEST_VOCABULARY}: bytes and special pieces")
+    return args
 
-    folders = {"train": args.train, "dev": args.dev}
-    splits = {s: read_texts(f, not args.no_clean) for s, f in folders.items() if f is not None}
-    symbols = sum(text.count(SPACE_SYMBOL) for texts in splits.values() for text in texts.values())
-    if symbols:
-        print(f"warning: {symbols} characters U+2581 will become spaces", file=sys.stderr)
-    if args.tokenizer:
-        tokenizer = Tokenizer.load(args.tokenizer)
-    else:
-        print(f"training a tokenizer of {args.vocab_size} pieces", flush=True)
-        tokenizer = Tokenizer(train_tokenizer(splits["train"].values(), args.vocab_size))
-    cleaning = "none" if args.no_clean else CLEANING_VERSION
-    encoded = {split: encode_split(tokenizer, texts, split) for split, texts in splits.items()}
+
+def main(argv=None):
+    """Reads, trains, encodes, then writes. Raises `UserError` before it has written anything."""
+    args = parse_arguments(argv)
     out = Path(args.out)
+    if not args.train and not args.tokenizer:
+        raise UserError("--train is missing: only with --tokenizer FILE is there nothing to train")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is not a folder: name another")
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    folders = {"train": args.train, "dev": args.dev}
+    splits = {
+        split: read_folder(folder, cleaning=not args.no_clean)
+        for split, folder in folders.items()
+        if folder
+    }
+    if tokenizer is None:
+        print("training the tokenizer", file=sys.stderr)
+        size = args.vocab_size or VOCABULARY_SIZE
+        tokenizer = Tokenizer(train_tokenizer(splits["train"].values(), size))
+    characters = sum(len(text) for texts in splits.values() for text in texts.values())
+    processes = min(os.cpu_count() or 1, 1 + characters // BLOCK_CHARACTERS)
+    # Ctrl-C is the parent's to handle: it ends the pool.
+    with multiprocessing.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        entries = {s: encode_split(tokenizer, texts, pool, s) for s, texts in splits.items()}
+
+    cleaning = "none" if args.no_clean else CLEANING_VERSION
+    for split, files in entries.items():
+        write_shard(out / f"{split}.bin", files, tokenizer, cleaning=cleaning)
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.model_bytes)
-    for split, entries in encoded.items():
-        write_shard(out / f"{split}.bin", entries, tokenizer, cleaning)
-    print("\n".join(summary(encoded)))
+    print_table(entries)
+    print(
+        f"wrote {', '.join([*(f'{s}.bin' for s in entries), 'tokenizer.model'])} to {out}{os.sep}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shards keep what they are given, and say so when they cannot; batches depend on the step alone."""
+"""Shards keep what they are given and say when they cannot; a batch depends on its step alone."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_any_changed_byte_is_found(tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << generator.integers(8)
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="x.bin"):
+        with pytest.raises(UserError, match=r"x\.bin"):
             TokenShard(path)
 
 

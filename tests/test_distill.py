@@ -95,7 +95,7 @@ def test_a_student_is_distilled_from_both(teachers, data_folder, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "0.5 as given, 0.0303 per token (sequence)" in printed  # 0.5 / (0.5 + 0.5 · 32)
     assert '"kl"' in (out / "log.jsonl").read_text()
-    student, checkpoint = models.load_checkpoint(out / "best.pt")
+    _, checkpoint = models.load_checkpoint(out / "best.pt")
     assert [t["name"] for t in checkpoint["teachers"]] == ["gpt2-tiny", "llama-tiny"]
     for path, teacher in zip(teachers, checkpoint["teachers"]):
         assert teacher["digest"] == models.content_digest(models.read_checkpoint(path)["weights"])

@@ -132,7 +132,7 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, line):
 
 
 def test_a_folder_without_pairs_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no \\*.jsonl"):
+    with pytest.raises(UserError, match=r"no \*\.jsonl"):
         read_pairs(tmp_path)
 
 

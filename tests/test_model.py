@@ -113,15 +113,14 @@ def test_rotary_scores_depend_on_distance_alone():
     assert not torch.isclose(scores[10, 7], scores[10, 5])
 
 
-def test_the_residual_stream_stays_in_float32_under_autocast():
-    for name in ("gpt2", "llama"):
-        model = tiny(name)
-        kinds = []
-        for block in model.blocks:
-            block.register_forward_hook(lambda m, i, out: kinds.append(out.dtype))
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.hidden_states(torch.randint(50, (2, 9)))
-        assert {*kinds, hidden.dtype} == {torch.float32}
+@both
+def test_the_residual_stream_stays_in_float32_under_autocast(name):
+    model, kinds = tiny(name), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, out: kinds.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden_states(torch.randint(50, (2, 9)))
+    assert {*kinds, hidden.dtype} == {torch.float32}
 
 
 # ---- checkpoints

@@ -1,206 +1,315 @@
-"""Text arrives in shards as it was: cleaned as said, lossless, counted, or refused with one line."""
+"""From text to shards: what cleaning changes, what encoding must not, and what is refused."""
 
+import io
+import random
+import re
+
+import numpy as np
 import pytest
-from conftest import write_text
+import sentencepiece
 
 import tokenize_corpus
 from data import Tokenizer, TokenShard
-from files import run
-from tokenize_corpus import CLEANERS, clean, encode, train_tokenizer, training_pieces
+from files import UserError, run
+from tokenize_corpus import clean, encode, line_blocks, main, train_tokenizer, training_pieces
 
-EXAMPLES = [
-    ("aochildes", "hm hm .\nwho is it ?\n", "hm hm.\nwho is it?\n"),
-    ("bnc_spoken", "Well  it   is.\n\nYes.\n", "Well it is.\nYes.\n"),
-    ("cbt", "the queen 's head , I do n't ; ` Yes\n", "the queen's head, I don't; `Yes\n"),
-    ("cbt", "she said : ' I know ! '\n", "she said: ' I know! '\n"),
-    ("open_subtitles", "Sync, corrected by elderman\nHello.\n", "Hello.\n"),
-    ("open_subtitles", "<font>www.addic7ed.com</font>\nWait.\n", "Wait.\n"),
-    ("open_subtitles", "We are in sync by now.\n", "We are in sync by now.\n"),
-    ("qed", "THlS IS WHAT l SAlD. GO ON!\n", "This is what I said. Go on!\n"),
-    ("qed", "And l think l'm  right\n", "And I think I'm right\n"),
-    ("qed", "DNA is a word.\nAIDS.\n", "DNA is a word.\nAIDS.\n"),
-    ("simple_wikipedia", "\n = = = April = = = \n\nIt is a month.\n", "It is a month.\n"),
-    ("wikipedia", "One.\n= History =\n\n\nTwo.\n", "One.\nTwo.\n"),
+NASTY = [
+    "",
+    "\n",
+    " \n \n",
+    "  runs   of    spaces  ",
+    "tab\tand\r\ncarriage return\r",
+    "line\u2028separator, next\x85line, \x0b\x0c",
+    "e\u0301 and é, ﬁ and ½ and \u00a0",
+    "👩‍👩‍👧 🇨🇭 漢字 ไทย",
+    "nul\0inside",
+    "\ufeffmark first",
+    "<s></s><pad><unk><0x0A>",
+    "x" * 20_000,
+    "no end of line",
 ]
 
 
-@pytest.mark.parametrize("name, before, after", EXAMPLES)
-def test_each_sub_corpus_is_cleaned_its_own_way(name, before, after):
-    assert clean(name, before) == after
-    assert clean(name, after) == after
-
-
-def test_every_cleaner_has_an_example():
-    assert {name for name, _, _ in EXAMPLES} == set(CLEANERS)
-
-
-def test_unknown_sub_corpora_are_left_as_they_are():
-    text = "hm hm .\n\n= A =\n  two\r\n"
-    assert clean("stories", text) == text and clean("gutenberg", text) == text
-
-
-# ---- tokenizer
+def words(count, seed):
+    """Lines of made-up words."""
+    generator = random.Random(seed)
+    syllables = ["ba", "de", "li", "mo", "ru", "sa", "ti", "po"]
+    made = ["".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(count)]
+    return "".join(" ".join(made[i : i + 8]) + ".\n" for i in range(0, count, 8))
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(train_tokenizer([write_text(3000, seed=1)], 320))
+    return Tokenizer(train_tokenizer([words(4000, seed=0)], 500))
 
 
-NASTY = [
-    "", " ", "\n", "\n\n\n", "no final newline", " a  b   c ", "tab\there\r\nand there\r\n",
-    "emoji \U0001f9d1\u200d\U0001f680", "e\u0301 n\u0303", "line\u2028separator\x85\x0b\x0c", "nul \0 nul",
-    "½ ﬁ \xa0 nbsp", "عربي ו עברית", "x" * 30_000, "<s> </s> <pad> <unk> <0x0A>", "\ufeffBOM",
-]  # fmt: skip
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with train/ and dev/, two sub-corpora each."""
+    for seed, split in enumerate(("train", "dev")):
+        (tmp_path / split).mkdir()
+        for name in ("stories", "aochildes"):
+            text = words(3000, seed).replace(".\n", " .\n") + "žluťoučký kůň\r\n"
+            (tmp_path / split / f"{name}.{split}").write_bytes(text.encode())
+    return tmp_path
+
+
+def arguments(corpus, *more):
+    folders = ["--train", corpus / "train", "--dev", corpus / "dev", "--out", corpus / "out"]
+    return [str(a) for a in (*folders, "--vocab-size", 500, *more)]
+
+
+# ---- cleaning
+
+
+@pytest.mark.parametrize(
+    "name, before, after",
+    [
+        ("aochildes", "what's that ?\nsay mama .\n", "what's that?\nsay mama.\n"),
+        ("bnc_spoken", "Oh !  It is   .5 , see ?\n", "Oh! It is .5, see?\n"),
+        (
+            "cbt",
+            "the queen 's head , she 'll\n' I know ! '\n",
+            "the queen's head, she'll\n' I know! '\n",
+        ),
+        ("open_subtitles", "Hi.\nSubtitles by Ann\nSynced by B.\nBye.\n", "Hi.\nBye.\n"),
+        ("qed", "WHAT DO l SEE? lT'S HERE .\n", "What do I see? It's here.\n"),
+        ("qed", "l'm sure ln x is small.\nlt is.\n", "I'm sure ln x is small.\nIt is.\n"),
+        ("simple_wikipedia", " = = = April = = = \n\nA month.\n \n", "April\nA month.\n"),
+        ("wikipedia", "= = History = =\n\nIt = x.\n", "History\nIt = x.\n"),
+    ],
+)
+def test_each_cleaner_does_what_it_says(name, before, after):
+    assert clean(name, before) == after
+
+
+@pytest.mark.parametrize("name", ["children_stories", "gutenberg", "switchboard", "unknown"])
+def test_what_needs_no_cleaning_is_left_as_it_is(name):
+    text = "  = = = A = = =\n\nSubtitles by l , 's !\r\n"
+    assert clean(name, text) == text
+
+
+@pytest.mark.parametrize("name", tokenize_corpus.CLEANERS)
+def test_clean_text_stays_as_it_is_when_cleaned_again(name):
+    text = "= = A = =\n\nSubtitles by B\nTHE l AND lT  'S , OK ?\nthe queen 's  head .\n"
+    assert clean(name, clean(name, text)) == clean(name, text)
+
+
+def test_an_acronym_is_not_a_shout():
+    assert clean("qed", "NASA.\nDNA is long.\n") == "NASA.\nDNA is long.\n"
+
+
+def test_dialogue_that_runs_into_a_credit_is_kept():
+    line = "Subtitles by Ann " + "and then she said that it was over " * 3 + "\n"
+    assert clean("open_subtitles", line) == line
+
+
+# ---- the tokenizer
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_encoding_is_lossless(tokenizer, text):
-    assert tokenizer.decode(encode(tokenizer, text)) == text
+def test_every_text_comes_back_exactly(tokenizer, text):
+    ids = encode(tokenizer, text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids.tolist()) & {0, 1, 2, 3}
 
 
-def test_encoding_by_lines_equals_encoding_at_once(tokenizer):
-    text = write_text(500, seed=2) + "\n\n \n last"
+def test_every_text_comes_back_even_if_the_tokenizer_has_learnt_from_it():
+    taught = Tokenizer(train_tokenizer([words(500, seed=1), *NASTY], 400))
+    text = "\n".join(NASTY)
+    assert taught.decode(encode(taught, text)) == text
+
+
+def test_blocks_have_the_ids_of_the_whole(tokenizer):
+    text = words(3000, seed=2) + "\n\n \u2028\n" + "ba" * 5000
+    blocks = list(line_blocks(text, 1000))
+    assert len(blocks) > 10
+    assert "".join(blocks) == text
     assert encode(tokenizer, text).tolist() == tokenizer.encode(text)
 
 
-def test_the_special_ids_are_the_papers(tokenizer):
+def test_special_pieces_have_the_ids_of_the_paper(tokenizer):
     pieces = [tokenizer.processor.id_to_piece(i) for i in range(4)]
     assert pieces == ["<pad>", "<s>", "</s>", "<unk>"]
-    assert tokenizer.vocabulary_size == 320
 
 
-def test_same_text_same_tokenizer(tokenizer):
-    assert train_tokenizer([write_text(3000, seed=1)], 320) == tokenizer.model_bytes
+def test_digits_are_split():
+    taught = Tokenizer(train_tokenizer([words(500, seed=1) + "1984 " * 200], 400))
+    assert len(encode(taught, "1984")) == 4
 
 
-def test_long_lines_are_cut_and_not_dropped():
-    line = "déjà vu " * 2000
-    pieces = list(training_pieces([line + "\nshort", "x" * 9000]))
-    assert "".join(pieces) == line + "short" + "x" * 9000
+@pytest.mark.parametrize("line", ["word " * 3000, "x" * 9001, "é" * 9001, "a" + "漢" * 9001, " "])
+def test_training_lines_are_short_enough_and_complete(line):
+    pieces = list(training_pieces(f"{line}\nnext"))
+    assert "".join(pieces) == line + "next"
     assert max(len(piece.encode()) for piece in pieces) <= 4000
-    # A word that occurs in long lines alone is learned all the same.
-    text = "\n".join("zebra quagga " * 500 for _ in range(4))
-    model = Tokenizer(train_tokenizer([text], 285))
-    assert len(model.encode(" zebra quagga")) <= 4
+
+
+def test_words_of_a_long_line_are_learnt():
+    # SentencePiece would have skipped the line, and with it the whole text
+    assert train_tokenizer([words(4000, seed=0).replace("\n", " ")], 500)
+
+
+def test_training_twice_gives_the_same_bytes():
+    text = words(1000, seed=3)
+    assert train_tokenizer([text], 400) == train_tokenizer([text], 400)
+
+
+def test_the_largest_vocabulary_named_by_the_error_fits():
+    text = words(200, seed=4)
+    with pytest.raises(UserError, match=r"--vocab-size \d+$") as error:
+        train_tokenizer([text], 16000)
+    largest = int(str(error.value).split()[-1])
+    assert Tokenizer(train_tokenizer([text], largest)).vocabulary_size == largest
+
+
+def test_the_smallest_vocabulary_named_by_the_error_fits():
+    text = words(200, seed=4)
+    with pytest.raises(UserError, match=r"--vocab-size \d+$") as error:
+        train_tokenizer([text], 261)
+    assert train_tokenizer([text], int(str(error.value).split()[-1]))
+
+
+def test_text_without_words_teaches_nothing():
+    with pytest.raises(UserError, match="nothing to learn"):
+        train_tokenizer(["\n\n"], 500)
 
 
 # ---- the program
 
 
-def write_folder(folder, **texts):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        path = folder / name.replace("__", ".")
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(folder)
+def test_shards_hold_the_cleaned_text_file_by_file(corpus, capsys):
+    main(arguments(corpus))
+    tokenizer = Tokenizer.load(corpus / "out" / "tokenizer.model")
+    assert tokenizer.vocabulary_size == 500
+    for split in ("train", "dev"):
+        shard = TokenShard(corpus / "out" / f"{split}.bin")
+        assert shard.tokenizer == tokenizer.identity
+        assert [file.name for file in shard.files] == ["aochildes", "stories"]
+        for file in shard.files:
+            raw = (corpus / split / f"{file.name}.{split}").read_bytes().decode()
+            text = tokenizer.decode(shard.tokens[file.start : file.stop])
+            assert text == clean(file.name, raw)
+            assert (file.words, file.bytes) == (len(text.split()), len(text.encode()))
+    assert f"{len(shard.tokens):,}" in capsys.readouterr().out
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    """Arguments for a small corpus in the BabyLM layout, and the folder of its output."""
-    train = write_folder(
-        tmp_path / "train", qed__train=write_text(1500, 2), aochildes__train="hm .\n" * 50
+def test_no_clean_keeps_every_character(corpus):
+    main(arguments(corpus, "--no-clean"))
+    tokenizer = Tokenizer.load(corpus / "out" / "tokenizer.model")
+    raw = b"".join((corpus / "dev" / f"{n}.dev").read_bytes() for n in ("aochildes", "stories"))
+    assert tokenizer.decode(TokenShard(corpus / "out" / "dev.bin").tokens).encode() == raw
+    assert b'"cleaning": "none"' in (corpus / "out" / "dev.bin").read_bytes()
+
+
+def test_an_existing_tokenizer_encodes_new_text(corpus, tokenizer):
+    model = corpus / "given.model"
+    model.write_bytes(tokenizer.model_bytes)
+    main(["--dev", f"{corpus}/dev", "--tokenizer", str(model), "--out", f"{corpus}/new"])
+    assert sorted(p.name for p in (corpus / "new").iterdir()) == ["dev.bin", "tokenizer.model"]
+    assert (corpus / "new" / "tokenizer.model").read_bytes() == tokenizer.model_bytes
+    shard = TokenShard(corpus / "new" / "dev.bin")
+    text = clean("aochildes", (corpus / "dev" / "aochildes.dev").read_bytes().decode())
+    expected = np.array(tokenizer.encode(text))
+    assert (shard.tokens[: shard.files[0].stop] == expected).all()
+
+
+def test_a_tokenizer_that_loses_text_is_announced(corpus, capsys):
+    lossy = io.BytesIO()  # the defaults: newlines become spaces, runs of spaces one
+    lines = iter(words(1000, seed=5).split("\n"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=lossy, vocab_size=60, minloglevel=2
     )
-    dev = write_folder(tmp_path / "dev", qed__dev=write_text(300, 3))
-    out = tmp_path / "out"
-    return ["--train", train, "--dev", dev, "--out", str(out), "--vocab-size", "300"], out
+    model = corpus / "lossy.model"
+    model.write_bytes(lossy.getvalue())
+    main(["--dev", f"{corpus}/dev", "--tokenizer", str(model), "--out", f"{corpus}/new"])
+    assert "does not give the dev text back exactly: 2 of 2 blocks" in capsys.readouterr().err
 
 
-def test_a_folder_becomes_shards_and_a_tokenizer(corpus, capsys):
-    arguments, out = corpus
-    assert run(lambda: tokenize_corpus.main(arguments)) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["dev.bin", "tokenizer.model", "train.bin"]
-    tokenizer, shard = Tokenizer.load(out / "tokenizer.model"), TokenShard(out / "train.bin")
-    assert shard.tokenizer == tokenizer.identity == TokenShard(out / "dev.bin").tokenizer
-    assert [f.name for f in shard.files] == ["aochildes", "qed"]
-    expected = "hm.\n" * 50 + write_text(1500, 2)
-    assert tokenizer.decode(shard.tokens) == expected
-    assert (shard.words, shard.bytes) == (len(expected.split()), len(expected.encode()))
-    first = shard.files[0]
-    assert (first.start, first.words, first.bytes) == (0, 50, 200)
-    printed = capsys.readouterr().out
-    assert "tokens/word" in printed and "train together" in printed
+def test_a_text_in_many_blocks_keeps_its_order(corpus, monkeypatch, capsys):
+    main(arguments(corpus))
+    whole = (corpus / "out" / "train.bin").read_bytes()
+    monkeypatch.setattr(tokenize_corpus, "BLOCK_CHARACTERS", 500)
+    main(arguments(corpus))
+    assert (corpus / "out" / "train.bin").read_bytes() == whole
+    assert "warning" not in capsys.readouterr().err
 
 
-def test_no_clean_leaves_the_text_alone(corpus):
-    arguments, out = corpus
-    tokenize_corpus.main([*arguments, "--no-clean"])
-    tokenizer, shard = Tokenizer.load(out / "tokenizer.model"), TokenShard(out / "train.bin")
-    assert tokenizer.decode(shard.tokens).startswith("hm .\nhm .\n")
+def test_characters_that_cannot_be_kept_are_counted(corpus, capsys):
+    with open(corpus / "dev" / "stories.dev", "a", encoding="utf-8") as file:
+        file.write("a\u2581b\u2581")
+    main(arguments(corpus))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "stories.dev: 2 characters U+2581" in warnings[0]
 
 
-def test_an_existing_tokenizer_encodes_new_text(corpus, tmp_path):
-    arguments, out = corpus
-    tokenize_corpus.main(arguments)
-    new = write_folder(tmp_path / "new", letters__txt="a cat and a dog\n")
-    model = out / "tokenizer.model"
-    tokenize_corpus.main(["--dev", new, "--tokenizer", str(model), "--out", str(tmp_path / "more")])
-    shard = TokenShard(tmp_path / "more/dev.bin")
-    assert shard.tokenizer == Tokenizer.load(model).identity
-    assert Tokenizer.load(model).decode(shard.tokens) == "a cat and a dog\n"
-    assert not (tmp_path / "more/train.bin").exists()
+def remove_dev(corpus):
+    (corpus / "dev").rename(corpus / "elsewhere")
 
 
-def test_training_text_alone_makes_the_tokenizer(corpus, tmp_path):
-    arguments, out = corpus
-    tokenize_corpus.main(arguments)
-    before = (out / "tokenizer.model").read_bytes()
-    write_folder(tmp_path / "dev", qed__dev="altogether different words " * 200)
-    tokenize_corpus.main(arguments)
-    assert (out / "tokenizer.model").read_bytes() == before
+def leave_no_text(corpus):
+    for path in (corpus / "dev").iterdir():
+        path.rename(path.with_suffix(".md"))
 
 
-def test_the_space_symbol_is_counted(corpus, tmp_path, capsys):
-    arguments, _ = corpus
-    write_folder(tmp_path / "train", qed__train="a \u2581 b \u2581\n" + write_text(1500, 2))
-    tokenize_corpus.main(arguments)
-    assert "2 characters U+2581" in capsys.readouterr().err
+def empty_a_file(corpus):
+    (corpus / "dev" / "stories.dev").write_bytes(b"")
+
+
+def leave_blank_lines_only(corpus):
+    (corpus / "dev" / "wikipedia.dev").write_bytes(b"\n\n")
+
+
+def write_latin1(corpus):
+    (corpus / "dev" / "stories.dev").write_bytes("abc é".encode("latin-1"))
+
+
+def mix_the_splits(corpus):
+    (corpus / "train" / "stories.dev").write_bytes(b"a dev text\n")
+
+
+def put_a_file_where_the_output_belongs(corpus):
+    (corpus / "out").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
-    "files, message",
+    "spoil, message",
     [
-        ({"bad__train": b"fine\n\xff\xfe"}, "bad.train is not UTF-8 at byte 5"),
-        ({"empty__train": b""}, "empty.train is empty"),
-        ({"blank__train": b" \n\n"}, "blank.train is empty"),
-        ({"qed__txt": b"twice"}, "two files called qed"),
+        (remove_dev, r"dev is not a folder"),
+        (leave_no_text, r"dev holds no text"),
+        (empty_a_file, r"stories\.dev is empty"),
+        (leave_blank_lines_only, r"nothing is left of .*wikipedia\.dev"),
+        (write_latin1, r"stories\.dev is not UTF-8 at byte 4"),
+        (mix_the_splits, r"holds both stories\.dev and stories\.train"),
+        (put_a_file_where_the_output_belongs, r"--out .*out is not a folder"),
     ],
 )
-def test_bad_text_is_named_and_nothing_is_overwritten(corpus, tmp_path, capsys, files, message):
-    arguments, out = corpus
-    tokenize_corpus.main(arguments)
-    before = {p: p.read_bytes() for p in out.iterdir()}
-    capsys.readouterr()
-    write_folder(tmp_path / "train", **files)
-    assert run(lambda: tokenize_corpus.main(arguments)) == 1
+def test_bad_input_is_one_line_and_nothing_is_written(corpus, capsys, spoil, message):
+    spoil(corpus)
+    assert run(lambda: main(arguments(corpus))) == 1
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert before == {p: p.read_bytes() for p in out.iterdir()}
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (corpus / "out").is_dir()
 
 
-def test_missing_folders_are_named(corpus, tmp_path, capsys):
-    arguments, out = corpus
-    assert run(lambda: tokenize_corpus.main([*arguments, "--train", str(tmp_path / "none")])) == 1
-    assert "none is no folder" in capsys.readouterr().err
-    (tmp_path / "vacant").mkdir()
-    assert run(lambda: tokenize_corpus.main([*arguments, "--dev", str(tmp_path / "vacant")])) == 1
-    assert "holds no text" in capsys.readouterr().err
-    assert not out.exists()
+def test_what_was_there_survives_a_failure(corpus):
+    main(arguments(corpus))
+    before = {p.name: p.read_bytes() for p in (corpus / "out").iterdir()}
+    with pytest.raises(UserError, match="too small for 16000 pieces"):
+        main(arguments(corpus, "--vocab-size", 16000))
+    assert {p.name: p.read_bytes() for p in (corpus / "out").iterdir()} == before
 
 
-def test_a_vocabulary_that_cannot_be_filled_is_answered_with_the_largest_that_can(corpus, capsys):
-    arguments, out = corpus
-    assert run(lambda: tokenize_corpus.main([*arguments[:-1], "16000"])) == 1
-    error = capsys.readouterr().err
-    assert "is the largest that fits" in error and not out.exists()
-    largest = error.split("--vocab-size ")[1].split()[0]
-    assert run(lambda: tokenize_corpus.main([*arguments[:-1], largest])) == 0
-    assert run(lambda: tokenize_corpus.main([*arguments[:-1], "200"])) == 1
-    assert "too few" in capsys.readouterr().err
+def test_a_tokenizer_needs_training_text(corpus):
+    with pytest.raises(UserError, match="--train is missing"):
+        main(["--dev", f"{corpus}/dev", "--out", f"{corpus}/out"])
 
 
-def test_without_train_a_tokenizer_is_needed(tmp_path):
+@pytest.mark.parametrize("more", [["--tokenizer", "a.model"], ["--vocab-size", "100"]])
+def test_a_flag_without_effect_is_wrong_usage(corpus, more, capsys):
     with pytest.raises(SystemExit) as stop:
-        tokenize_corpus.main(["--dev", str(tmp_path)])
+        main(arguments(corpus, *more))
     assert stop.value.code == 2
+    assert "--vocab-size" in capsys.readouterr().err
