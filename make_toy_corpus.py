@@ -341,7 +341,8 @@ def anaphor(grammar, number):
     verb = grammar.verb(MEETING, subject.head)
     if verb is None:
         return anaphor(grammar, number)
-    wrong = {"themselves": "itself", "himself": "herself", "herself": "himself"}
+    one = grammar.random.choice(("himself", "herself"))
+    wrong = {"themselves": one, "himself": "herself", "herself": "himself"}
     words, place = f"{subject.words} {grammar.finite(verb, subject, 'present')}", grammar.place()
     return tuple(f"{words} {r} {place}." for r in (subject.reflexive, wrong[subject.reflexive]))
 
