@@ -43,8 +43,7 @@ class Recipe:
     vocabulary_size: int
     words: int | None = None  # of the sample to train on; None: all there is
     teacher_options: tuple[str, ...] = ()
-    student_options: tuple[str, ...] = ()  # of the student and of its twin alike
-    options: tuple[str, ...] = ()  # of all
+    options: tuple[str, ...] = ()  # of teachers, student and twin alike
 
 
 PAPER = ("gpt2-705m", "llama-360m")
@@ -100,57 +99,51 @@ def training_stage(program, out, deadline, *arguments):
         raise Stopped(0)
 
 
-def sample_lines(source, target, fraction):
-    """Writes about `fraction` of a text's lines: runs of lines, evenly spread over it."""
-    lines = source.read_bytes().split(b"\n")
+def sample_lines(text, fraction):
+    """About `fraction` of a text's lines: runs of lines, evenly spread over it."""
+    lines = text.split("\n")
     blocks = [lines[i : i + BLOCK_LINES] for i in range(0, len(lines), BLOCK_LINES)]
     kept = [
         block
         for i, block in enumerate(blocks)
         if math.floor((i + 1) * fraction) > math.floor(i * fraction)
     ]
-    text = b"\n".join(line for block in kept or blocks[:1] for line in block)
-    write_text(target, text.decode("utf-8", "surrogateescape"))
+    return "\n".join(line for block in kept or blocks[:1] for line in block)
 
 
 def sample_corpus(folder, target, words):
-    """Samples every file of a folder alike, so that about `words` words remain."""
-    paths = tokenize_corpus.text_files(folder)
-    total = sum(len(path.read_bytes().split()) for path in paths)
-    for path in paths:
-        sample_lines(path, target / path.name, min(1.0, words / max(total, 1)))
+    """Writes a sample of each file of a folder, all in one proportion, of about `words` words."""
+    texts = {
+        path.name: tokenize_corpus.read_text(path) for path in tokenize_corpus.text_files(folder)
+    }
+    fraction = min(1.0, words / max(sum(len(text.split()) for text in texts.values()), 1))
+    for name, text in texts.items():
+        write_text(target / name, sample_lines(text, fraction))
 
 
 def prepare_data(recipe, args, out):
-    """The folder of shards, and the folders of minimal pairs."""
-    data, pairs = out / "data", args.pairs
+    """The folder of shards, made once; `UserError` if it was made from something else."""
+    data, corpus = out / "data", out / "corpus"
+    made_from = {key: getattr(args, key) for key in ("recipe", "train", "dev", "words")}
     done = data / "made.json"
-    made_from = {
-        key: getattr(args, key) for key in ("recipe", "train", "dev", "words", "corpus_seed")
-    }
-    if args.recipe == "demo":
-        pairs = [str(out / "corpus" / "pairs")]
     if done.exists():
-        if json.loads(done.read_text()) != made_from:
+        if json.loads(done.read_text(encoding="utf-8")) != made_from:
             raise UserError(f"{out} was made from other text: choose another --out")
-        return data, pairs
-    train_folder, dev_folder = args.train, args.dev
+        return data
+    train_folder, dev_folder = corpus / "train", corpus / "dev"
     if args.recipe == "demo":
-        stage(
-            make_toy_corpus, "--out", out / "corpus", "--words", args.words, "--seed",
-            args.corpus_seed,
-        )  # fmt: skip
-        train_folder, dev_folder = out / "corpus" / "train", out / "corpus" / "dev"
+        stage(make_toy_corpus, "--out", corpus, "--words", args.words)
     elif args.words:
-        train_folder, dev_folder = out / "corpus" / "train", out / "corpus" / "dev"
         sample_corpus(args.train, train_folder, args.words)
-        sample_corpus(args.dev, dev_folder, args.words // 10)
+        sample_corpus(args.dev, dev_folder, max(args.words // 10, 1))
+    else:
+        train_folder, dev_folder = args.train, args.dev
     stage(
         tokenize_corpus, "--train", train_folder, "--dev", dev_folder, "--out", data,
         "--vocab-size", recipe.vocabulary_size,
     )  # fmt: skip
     write_json(done, made_from)
-    return data, pairs
+    return data
 
 
 def run_seed(recipe, args, seed, data, pairs, out, deadline):
@@ -160,29 +153,32 @@ def run_seed(recipe, args, seed, data, pairs, out, deadline):
     for role, preset in zip(("gpt2-teacher", "llama-teacher"), recipe.teachers):
         options = (*common, *recipe.teacher_options)
         training_stage(train, folders[role], deadline, "--model", preset, *options)
-    options = ("--model", recipe.student, *common, *recipe.student_options)
+    options = ("--model", recipe.student, *common)
     training_stage(train, folders["control"], deadline, *options)
     teachers = [folders[role] / "best.pt" for role in ("gpt2-teacher", "llama-teacher")]
-    training_stage(
-        distill, folders["student"], deadline, "--teachers", *teachers, *options
-    )  # fmt: skip
+    training_stage(distill, folders["student"], deadline, "--teachers", *teachers, *options)
     scores = out / "scores.json"
-    if not scores.exists():
+    if not scores.exists() or set(read_scores(scores)[0]["pairs"]) != set(pairs):
         checkpoints = [folder / "best.pt" for folder in folders.values()]
         pair_options = ("--pairs", *pairs) if pairs else ()
         stage(
             evaluate, *checkpoints, "--ensemble", *teachers, "--data", data, *pair_options,
             "--json", scores, "--device", args.device,
         )  # fmt: skip
-    entries = json.loads(scores.read_text(encoding="utf-8"))["checkpoints"]
+    entries = read_scores(scores)
     results = dict(zip([*folders, "ensemble"], entries))
     for role, folder in folders.items():
         results[role] |= read_log(folder / "log.jsonl")
     return results
 
 
+def read_scores(path):
+    """The entries of evaluate.py's JSON, in the order of its arguments, the ensemble last."""
+    return json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+
+
 def read_log(path):
-    """Of a run's log: seconds of training (evaluation left out), and its curve [(epoch, dev)]."""
+    """Of a run's log: its epochs, seconds of training, and curve [(step, dev cross-entropy)]."""
     seconds, tokens, epoch, curve = 0.0, 0, 0.0, []
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -368,13 +364,14 @@ def main(argv=None):
         parser.error("--seeds and --words must be at least 1")
     recipe = RECIPES[args.recipe]
     args.command = "python reproduce.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    args.words, args.corpus_seed = args.words or recipe.words, 0
+    args.words = args.words or recipe.words
     out = Path(args.out or f"runs/{args.recipe}")
     deadline = time.monotonic() + 60 * args.stop_after if args.stop_after else None
     try:
-        data, pairs = prepare_data(recipe, args, out)
+        data = prepare_data(recipe, args, out)
+        pairs = [out / "corpus" / "pairs"] if args.recipe == "demo" else args.pairs
         seeds = [
-            run_seed(recipe, args, seed, data, pairs, out / f"seed-{seed}", deadline)
+            run_seed(recipe, args, seed, data, [*map(str, pairs)], out / f"seed-{seed}", deadline)
             for seed in range(args.seeds)
         ]
     except Stopped as stopped:
