@@ -68,8 +68,8 @@ PRESETS = {
     "llama-97m": _llama(12, 12, 768, 2048, Recipe(3e-4, 128, 4, 200), tie_word_embeddings=True),
     "llama-16m": _llama(8, 8, 256, 1024, Recipe(3e-4, 128, 4, 300)),
     # Ours, for the recipes that a CPU can run. The teachers see little text often, so they decay
-    # more: with 0.1 the LLaMA overfits from its fifth epoch on. Half the batch gives the GPT-2, slow
-    # to learn its positions, twice the steps.
+    # more: with 0.1 the LLaMA overfits from its fifth epoch on. The GPT-2, slow to learn its
+    # positions, gets half the batch and so twice the steps.
     "gpt2-small": _gpt2(6, 6, 192, Recipe(1.5e-3, 16, 7, 100, 0.5)),
     "llama-small": _llama(6, 6, 192, 512, Recipe(1.5e-3, 32, 6, 100, 1.0)),
     "llama-small-student": _llama(3, 4, 96, 256, Recipe(2e-3, 16, 10, 100, 0.1)),
