@@ -311,7 +311,6 @@ class BatchStream:
                 f"{shard.path} has {self.num_chunks} chunks of {sequence_length} tokens, fewer "
                 f"than one batch of {batch_size}: lower --batch-size or add text"
             )
-        self.words_per_chunk = shard.words / self.num_chunks
 
     def __call__(self, step):
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)

@@ -49,24 +49,32 @@ class TrainConfig:
     model: str = option("llama-58m", "preset, from the list below")
     data: str = option("data/babylm", "folder of train.bin, dev.bin and tokenizer.model")
     out: str | None = option(None, "folder of the run; default: runs/ and the preset's name")
-    epochs: float | None = option(None, "passes over the data; default: the preset's", group=1)
-    steps: int | None = option(None, "optimizer steps, instead of --epochs", group=1)
+    epochs: float | None = option(
+        None, "passes over the data; default: the preset's", either=True, minimum=0
+    )
+    steps: int | None = option(None, "optimizer steps, not --epochs", either=True, minimum=1)
     batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
     micro_batch_size: int | None = option(
         None, "sequences at a time, to bound memory; default: the whole batch", minimum=1
     )
     sequence_length: int = option(128, "tokens of a chunk", minimum=1)
     random_offset: bool = option(False, "start each chunk up to a length later, anew each epoch")
-    learning_rate: float | None = option(None, "peak of the schedule; default: the preset's")
-    weight_decay: float | None = option(None, "AdamW's decoupled decay; default: the preset's")
+    learning_rate: float | None = option(
+        None, "peak of the schedule; default: the preset's", minimum=0
+    )
+    weight_decay: float | None = option(
+        None, "AdamW's decoupled decay; default: the preset's", minimum=0
+    )
     warmup_steps: int | None = option(
         None, "steps to the peak, at most a tenth of all; default: the preset's", minimum=0
     )
     seed: int = option(0, "of initialisation, order and dropout", minimum=0)
     resume: str = option("auto", "auto: continue if there is a run; never; or a checkpoint's path")
-    save_every: int = option(500, "steps between checkpoints; the last step always has one")
+    save_every: int = option(500, "steps between checkpoints; the last has one", minimum=1)
     log_every: int = option(20, "steps between lines of log.jsonl", minimum=1)
-    eval_every: int = option(0, "steps between dev evaluations besides each epoch's; 0: none")
+    eval_every: int = option(
+        0, "steps between dev evaluations besides each epoch's; 0: none", minimum=0
+    )
     eval_sequences: int = option(1024, "dev chunks of an evaluation, the same always", minimum=1)
     stop_after: float | None = option(None, "minutes after which to save and stop; default: never")
     device: str = option("auto", "auto, cuda, mps or cpu")
@@ -114,7 +122,7 @@ def parse(config_class, description, argv=None):
             details |= {"type": kind, "choices": field.metadata.get("choices")}
         if kind is not bool:
             details["metavar"] = field.name.upper() if not details.get("choices") else None
-        place = either if "group" in field.metadata else parser
+        place = either if "either" in field.metadata else parser
         if place is either:
             details.pop("required")
         place.add_argument("--" + field.name.replace("_", "-"), **details)
@@ -291,7 +299,7 @@ def training_state(step):
         "optimizer": {names[p]: dict(state) for p, state in step.optimizer.state.items()},
         "random": {
             "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if cuda else None,
+            "cuda": torch.cuda.get_rng_state(step.parameters[0].device) if cuda else None,
         },
     }
 
@@ -308,7 +316,7 @@ def restore(step, checkpoint):
         }
     torch.set_rng_state(state["random"]["cpu"])
     if step.parameters[0].is_cuda and state["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(state["random"]["cuda"])
+        torch.cuda.set_rng_state(state["random"]["cuda"], step.parameters[0].device)
 
 
 def find_checkpoint(config):
@@ -320,7 +328,7 @@ def find_checkpoint(config):
     here = [out / name for name in ("checkpoint.pt", "previous.pt")]
     present = [path for path in here if path.exists()]
     if config.resume != "auto":
-        if present:
+        if present or (out / "log.jsonl").exists():
             raise UserError(
                 f"{out} holds a run: continue it with --resume auto, or choose another --out"
             )
@@ -367,7 +375,15 @@ class RunLog:
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, entry):
-        print(json.dumps(entry), file=self.file, flush=True)
+        """Appends one object; numbers that JSON does not have become null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
+        try:
+            print(json.dumps(finite), file=self.file, flush=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
 
 
 class StopSignal:
@@ -467,29 +483,32 @@ def fit(objective, config):
             for block in getattr(module, "blocks", ()):
                 block.compile()  # the layers are alike: one compilation serves them all
 
-    recorder = Recorder(train_step, config, identity, data, progress, stream.words_per_chunk)
+    recorder = Recorder(train_step, config, identity, data, progress)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
     signals, started = StopSignal(), time.monotonic()
-    for i in range(progress["step"], steps):
-        rate = learning_rate(i, steps, config.learning_rate, config.warmup_steps)
-        terms = train_step(stream(i).to(device), rate)
-        step = progress["step"] = i + 1
-        bar.update()
-        last = step == steps
-        if step % config.log_every == 0 or last:
-            recorder.log_step(terms, rate, step * config.batch_size / stream.num_chunks, bar)
-        epoch_ends = step * config.batch_size // stream.num_chunks
-        epoch_ends = epoch_ends > i * config.batch_size // stream.num_chunks
-        if epoch_ends or last or (config.eval_every and step % config.eval_every == 0):
-            recorder.evaluate(dev_starts)
-        late = config.stop_after and time.monotonic() - started > 60 * config.stop_after
-        if last or step % config.save_every == 0 or signals.number or late:
-            recorder.save()
-        if signals.number or late:
-            print(f"stopped after step {step} of {steps}: the same command continues")
-            break
-    bar.close()
-    signals.restore()
+    try:
+        for i in range(progress["step"], steps):
+            rate = learning_rate(i, steps, config.learning_rate, config.warmup_steps)
+            terms = train_step(stream(i).to(device), rate)
+            step = progress["step"] = i + 1
+            epochs_before, epochs = (n * config.batch_size / stream.num_chunks for n in (i, step))
+            progress["words"] = round(epochs * data.train.words)
+            bar.update()
+            last = step == steps
+            if step % config.log_every == 0 or last:
+                recorder.log_step(terms, rate, epochs, bar)
+            epoch_ends = int(epochs) > int(epochs_before)
+            if epoch_ends or last or (config.eval_every and step % config.eval_every == 0):
+                recorder.evaluate(dev_starts)
+            late = config.stop_after and time.monotonic() - started > 60 * config.stop_after
+            if last or step % config.save_every == 0 or signals.number or late:
+                recorder.save()
+            if signals.number or late:
+                print(f"stopped after step {step} of {steps}: the same command continues")
+                break
+    finally:
+        bar.close()
+        signals.restore()
     return progress | {"stopped_by": signals.number}
 
 
@@ -505,9 +524,9 @@ def run_identity(objective, config, data):
 class Recorder:
     """All that a run writes: log lines, dev evaluations, checkpoints; and the clock of training."""
 
-    def __init__(self, train_step, config, identity, data, progress, words_per_chunk):
+    def __init__(self, train_step, config, identity, data, progress):
         self.train_step, self.config, self.identity = train_step, config, identity
-        self.data, self.progress, self.words_per_chunk = data, progress, words_per_chunk
+        self.data, self.progress = data, progress
         self.model, self.out = train_step.objective.model, Path(config.out)
         first = {
             "config": identity,
@@ -521,7 +540,7 @@ class Recorder:
         self.log = RunLog(self.out / "log.jsonl", first, progress["step"])
         self.clock, self.clock_step = time.perf_counter(), progress["step"]
 
-    def log_step(self, terms, rate, epoch, bar):
+    def log_step(self, terms, rate, epochs, bar):
         """One line of the log; the only place where a step waits for the device."""
         values = {key: value.item() for key, value in terms.items()}
         step, config = self.progress["step"], self.config
@@ -529,10 +548,9 @@ class Recorder:
         elapsed = time.perf_counter() - self.clock
         tokens = (step - self.clock_step) * config.batch_size * config.sequence_length
         self.clock, self.clock_step = time.perf_counter(), step
-        self.progress["words"] = round(sequences * self.words_per_chunk)
         entry = {
             "step": step,
-            "epoch": round(epoch, 4),
+            "epoch": round(epochs, 4),
             "tokens": sequences * config.sequence_length,
             "words": self.progress["words"],
             **values,
@@ -545,7 +563,7 @@ class Recorder:
         )
         if bar.disable:
             print(
-                f"step {step}/{self.progress['steps']}  epoch {epoch:.2f}  "
+                f"step {step}/{self.progress['steps']}  epoch {epochs:.2f}  "
                 f"loss {values['loss']:.4f}  cross-entropy {values['cross_entropy']:.4f}  "
                 f"{entry['tokens_per_second']:,.0f} tokens/s",
                 flush=True,

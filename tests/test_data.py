@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import train_tokenizer, write_text
 
+from conftest import train_tokenizer, write_text
 from data import (
     FIRST_LINE_BYTES,
     MAGIC,

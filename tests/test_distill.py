@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import train_tokenizer, write_split, write_text
 
 import distill
 import model as models
 import train
+from conftest import train_tokenizer, write_split, write_text
 from data import BatchStream
 from distill import DistillConfig, EnsembleObjective
 from files import run

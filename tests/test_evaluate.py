@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import train_tokenizer, write_split, write_text
 from torch import nn
 
 import evaluate
 import model as models
+from conftest import train_tokenizer, write_split, write_text
 from data import TokenShard
 from evaluate import Ensemble, corpus_scores, pair_scores, read_pairs, sentence_scores
 from files import UserError, run

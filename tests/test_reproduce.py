@@ -6,9 +6,9 @@ import sys
 from itertools import pairwise
 
 import pytest
-from conftest import write_text
 
 import reproduce
+from conftest import write_text
 from files import run
 from model import PRESETS
 from reproduce import RECIPES, Recipe, sample_lines, text_chart

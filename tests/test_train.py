@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_tokenizer, write_split, write_text
 
 import model as models
 import train
+from conftest import train_tokenizer, write_split, write_text
 from data import Batch, BatchStream, TokenShard
 from files import UserError, run
 from train import (
