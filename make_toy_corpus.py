@@ -4,8 +4,8 @@
 
 A probabilistic grammar of English with a lexicon of a few hundred words writes short stories,
 dialogues and an encyclopedia, and minimal pairs of agreement, anaphora and determiners. Pairs are
-held out by construction: whether a noun may meet a verb in the text or in the pairs alone is
-settled once for every two words. Same seed, same bytes.
+held out by construction: whether a noun may meet a verb, or a demonstrative, in the text or in the
+pairs alone is settled once for every two words. Same seed, same bytes.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import random
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from files import UserError, run, write_text
@@ -66,7 +66,10 @@ PASTS = {
     "find": "found", "hold": "held", "take": "took", "bring": "brought", "lose": "lost",
     "break": "broke", "throw": "threw", "steal": "stole", "see": "saw", "know": "knew",
     "meet": "met", "feed": "fed", "teach": "taught", "kneel": "knelt", "drop": "dropped",
+    "go": "went", "give": "gave", "wake": "woke", "leave": "left", "eat": "ate", "have": "had",
 }  # fmt: skip
+PEOPLE_ONLY = set("sing laugh smile shout whistle paint mend teach visit".split(" "))
+DEMONSTRATIVES = ("this", "that", "these", "those")
 NEAR = "near behind beside under above".split(" ")
 KINDS = {
     "person": (PEOPLE, ADJECTIVES), "animal": (ANIMALS, ADJECTIVES),
@@ -74,15 +77,11 @@ KINDS = {
 }  # fmt: skip
 
 
-def ends_in_sibilant(word):
-    return word.endswith(("s", "x", "ch", "sh"))
-
-
 def with_s(word):
     """The regular -s form: of a noun its plural, of a verb its third person."""
     if word.endswith("y") and word[-2] not in "aeou":
         return word[:-1] + "ies"
-    return word + ("es" if ends_in_sibilant(word) else "s")
+    return word + ("es" if word.endswith(("s", "x", "ch", "sh", "o")) else "s")
 
 
 def plural(noun):
@@ -97,9 +96,9 @@ def past(verb):
     return verb + ("d" if verb.endswith("e") else "ed")
 
 
-def held_out(noun, verb):
-    """Whether these two lemmas meet in the minimal pairs alone, never in text: a fifth of all."""
-    return zlib.crc32(f"{noun} {verb}".encode()) % 5 == 0
+def held_out(*words):
+    """Whether these lemmas, noun and verb or "these" and noun, meet in pairs alone: a fifth do."""
+    return zlib.crc32(" ".join(words).encode()) % 5 == 0
 
 
 # ---- grammar
@@ -107,25 +106,33 @@ def held_out(noun, verb):
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase: its words, the lemma that heads it, its number, and the pronoun it takes."""
+    """A noun phrase: its words, its number, its pronoun, and the lemmas of the nouns in it.
+
+    The first lemma heads the phrase; the others stand between the head and what follows.
+    """
 
     words: str
-    head: str
+    lemmas: tuple
     many: bool
     pronoun: str
+    kind: str = "person"
 
     @property
     def reflexive(self):
-        return {"he": "himself", "she": "herself", "it": "itself", "they": "themselves"}[
-            self.pronoun
-        ]
+        forms = {"he": "himself", "she": "herself", "it": "itself", "they": "themselves"}
+        return forms[self.pronoun]
+
+    @property
+    def object_pronoun(self):
+        return {"he": "him", "she": "her", "it": "it", "they": "them"}[self.pronoun]
 
 
 class Grammar:
     """Draws phrases and sentences, `for_pairs` of held-out combinations, else of the others."""
 
-    def __init__(self, seed, for_pairs=False):
-        self.random, self.for_pairs = random.Random(seed), for_pairs
+    def __init__(self, seed, stream, for_pairs=False):
+        self.random, self.for_pairs = random.Random(f"{seed} {stream}"), for_pairs
+        self.seed = seed
 
     def chance(self, probability):
         return self.random.random() < probability
@@ -135,10 +142,12 @@ class Grammar:
         weights = [1 / (rank + 3) for rank in range(len(words))]
         return self.random.choices(words, weights)[0]
 
-    def name(self):
+    def name(self, other_than=None):
         girl = self.chance(0.5)
         name = self.word(GIRLS if girl else BOYS)
-        return Phrase(name, name, False, "she" if girl else "he")
+        if other_than and name == other_than.words:
+            return self.name(other_than)
+        return Phrase(name, (name,), False, "she" if girl else "he")
 
     def noun(self, kind, many=None, determiner=None, adjective=0.3, head=None):
         """A common noun of a kind with determiner and perhaps an adjective."""
@@ -149,64 +158,91 @@ class Grammar:
             several = ("the", "the", "these", "those", "some", "two", "three", "many")
             single = ("the", "the", "a", "a", "this", "that", "every")
             determiner = self.random.choice(several if many else single)
+        if determiner in DEMONSTRATIVES and held_out(determiner, head) and not self.for_pairs:
+            determiner = "the"
         words = [self.word(adjectives)] if self.chance(adjective) else []
         words.append(plural(head) if many else head)
         if determiner == "a" and words[0][0] in "aeio":
             determiner = "an"
         pronoun = GENDERS.get(head) or self.random.choice(("he", "she"))
         pronoun = "they" if many else pronoun if kind == "person" else "it"
-        return Phrase(" ".join([determiner, *words]), head, many, pronoun)
+        return Phrase(" ".join([determiner, *words]), (head,), many, pronoun, kind)
 
     def being(self, **options):
         """A person or an animal."""
         return self.noun("person" if self.chance(0.5) else "animal", **options)
 
-    def verb(self, verbs, *nouns):
-        """A verb that may meet all of the nouns here: held out where pairs are made, else not."""
-        allowed = [v for v in verbs if all(held_out(n, v) == self.for_pairs for n in nouns)]
+    def verb(self, verbs, subject, *objects):
+        """A verb that may meet all of these here: held out where pairs are made, else not.
+
+        None where there is no such verb.
+        """
+        lemmas = [lemma for phrase in (subject, *objects) for lemma in phrase.lemmas]
+        allowed = [
+            verb
+            for verb in verbs
+            if all(held_out(lemma, verb) == self.for_pairs for lemma in lemmas)
+            and (subject.kind == "person" or verb not in PEOPLE_ONLY)
+        ]
         return self.word(allowed) if allowed else None
 
     def finite(self, verb, subject, tense):
         """The form of a verb after a subject."""
+        if verb == "be":
+            several, single = ("were", "was") if tense == "past" else ("are", "is")
+            return several if subject.many else single
         if tense == "past":
             return past(verb)
-        return verb if subject.many else with_s(verb)
+        return verb if subject.many else "has" if verb == "have" else with_s(verb)
 
     def place(self):
         preposition = self.random.choice(("in", "at", *NEAR))
         return f"{preposition} {self.noun('place', many=False, determiner='the').words}"
 
-    def modified(self, subject):
-        """The subject, perhaps with a phrase or clause between it and its verb."""
-        if self.chance(0.12):
-            attractor = self.noun(self.random.choice(("thing", "place")), determiner="the")
-            return f"{subject.words} {self.word(NEAR)} {attractor.words}"
-        if self.chance(0.08):
-            other = self.being(determiner="the")
-            verb = self.verb(MEETING, other.head, subject.head)
-            if verb:
-                return f"{subject.words} that {other.words} {self.finite(verb, other, 'present')}"
-        return subject.words
+    def beside(self, subject, many=None, adjective=0.3):
+        """The subject with a phrase behind it: "the dog near the houses"."""
+        kind = "place" if self.for_pairs else self.random.choice(("thing", "place"))
+        other = self.noun(kind, many, "the", adjective)
+        words = f"{subject.words} {self.word(NEAR)} {other.words}"
+        return replace(subject, words=words, lemmas=subject.lemmas + other.lemmas)
+
+    def related(self, subject, many=None, tense="present"):
+        """The subject with a clause behind it, "the dog that the cats see", or None."""
+        other = self.being(many=many, determiner="the", adjective=0.1)
+        verb = self.verb(MEETING, other, subject)
+        if verb is None:
+            return None
+        words = f"{subject.words} that {other.words} {self.finite(verb, other, tense)}"
+        return replace(subject, words=words, lemmas=subject.lemmas + other.lemmas)
 
     def predicate(self, subject, tense):
         """A verb phrase for a subject: an act, a thing handled, someone met, or oneself."""
         which = self.random.random()
+        verb = words = None
         if which < 0.4:
-            words = self.finite(self.verb(ACTS, subject.head), subject, tense)
-            return f"{words} {self.place()}" if self.chance(0.4) else words
-        if which < 0.48 and subject.pronoun != "it":
-            verb = self.verb(MEETING, subject.head)
-            return f"{self.finite(verb, subject, tense)} {subject.reflexive}"
-        thing = which < 0.75
-        found = self.noun("thing") if thing else self.being() if self.chance(0.7) else self.name()
-        verb = self.verb(HANDLING if thing else MEETING, subject.head, found.head)
+            verb = self.verb(ACTS, subject)
+            words = self.place() if self.chance(0.4) else ""
+        elif which < 0.48 and subject.pronoun != "it":
+            verb, words = self.verb(MEETING, subject), subject.reflexive
+        elif which < 0.75:
+            thing = self.noun("thing")
+            verb, words = self.verb(HANDLING, subject, thing), thing.words
+        else:
+            met = self.being() if self.chance(0.7) else self.name()
+            if met.lemmas[0] not in subject.lemmas:
+                verb, words = self.verb(MEETING, subject, met), met.words
         if verb is None:
             return self.predicate(subject, tense)
-        return f"{self.finite(verb, subject, tense)} {found.words}"
+        return f"{self.finite(verb, subject, tense)} {words}".strip()
 
-    def clause(self, subject, tense, as_pronoun=False):
-        words = subject.pronoun if as_pronoun else self.modified(subject)
-        return f"{words} {self.predicate(subject, tense)}"
+    def clause(self, subject, tense):
+        """Subject and predicate; between them perhaps a phrase or a clause (an attractor)."""
+        which = self.random.random()
+        if which < 0.14:
+            subject = self.beside(subject)
+        elif which < 0.24:
+            subject = self.related(subject, tense=tense) or subject
+        return f"{subject.words} {self.predicate(subject, tense)}"
 
 
 def sentence(words, mark="."):
@@ -216,147 +252,211 @@ def sentence(words, mark="."):
 # ---- three registers
 
 
+# What happens in a story, in order: subject, verb, rest. HERO and FRIEND have names, CREATURE and
+# THING recur, PLACE is one place in the whole story: who remembers the beginning knows the end.
+PLOTS = [
+    line.split("; ")
+    for line in """
+HERO lose THING PLACE; HERO look for THING; FRIEND find THING PLACE; FRIEND give THING to HERO
+HERO find THING PLACE; FRIEND want THING; HERO give THING to FRIEND; FRIEND thank HERO
+CREATURE be hungry; HERO go home; HERO bring a loaf; CREATURE eat the loaf; CREATURE be happy
+CREATURE steal THING; HERO chase CREATURE; CREATURE drop THING PLACE; HERO take THING home
+HERO break THING; HERO be sad; FRIEND mend THING; HERO thank FRIEND
+CREATURE sleep PLACE; HERO drop THING; CREATURE wake; FRIEND laugh
+FRIEND hide THING PLACE; HERO look for THING; CREATURE find THING PLACE; FRIEND be angry
+HERO visit FRIEND; FRIEND be tired; HERO go home; FRIEND sleep PLACE
+HERO fall PLACE; HERO cry; FRIEND help HERO; HERO thank FRIEND
+FRIEND call HERO; HERO leave THING PLACE; CREATURE take THING; HERO be angry
+""".strip().split("\n")
+]  # fmt: skip
+
+
+def plot(grammar, cast, place):
+    """One of PLOTS as [(subject, verb, rest)], or None if a meeting in it is held out."""
+    events = []
+    for event in grammar.random.choice(PLOTS):
+        subject, verb, *rest = event.split(" ")
+        if not grammar.verb([verb], cast[subject], *(cast[word] for word in rest if word in cast)):
+            return None
+        events.append((subject, verb, [place if word == "PLACE" else word for word in rest]))
+    return events
+
+
+def told(grammar, event, cast, before, tense):
+    """An event in words, with pronouns for those whom the event before was about."""
+    who, verb, rest = event
+    subject = cast[who]
+    words = [subject.pronoun if before[:1] == (who,) and grammar.chance(0.7) else subject.words]
+    words.append(grammar.finite(verb, subject, tense))
+    for word in rest:
+        known = before and word in before[2] and grammar.chance(0.5)
+        other = cast.get(word)
+        words.append((other.object_pronoun if known else other.words) if other else word)
+    return " ".join(words)
+
+
 def story(grammar):
-    """The lines of a story: one hero, a friend and a creature who come back, one tense."""
-    tense = "past" if grammar.chance(0.35) else "present"
-    hero, friend = grammar.name(), grammar.name()
-    creature = grammar.being(determiner="the", adjective=0.0)
-    first = "lived" if tense == "past" else "lives"
-    verb = grammar.verb(HANDLING + MEETING, hero.head, creature.head) or "like"
-    verb = grammar.finite(verb, hero, tense) if not held_out(hero.head, verb) else "has"
-    a = grammar.noun("animal", many=False, determiner="a")
-    lines = [f"{hero.words} {first} {grammar.place()}", f"{hero.words} {verb} {creature.words}"]
-    lines.append(f"there {'was' if tense == 'past' else 'is'} {a.words} {grammar.place()}")
-    cast = [hero, friend, creature]
-    for _ in range(grammar.random.randint(3, 8)):
-        subject = grammar.random.choice(cast)
-        same = lines and lines[-1].startswith(subject.words)
-        words = grammar.clause(subject, tense, as_pronoun=bool(same) and grammar.chance(0.7))
-        if grammar.chance(0.2):
-            other = grammar.random.choice(cast)
+    """The lines of a story: a hero, a friend, a creature and a thing, a plot, asides, one tense."""
+    tense = "past" if grammar.chance(0.5) else "present"
+    hero, thing, place = grammar.name(), grammar.noun("thing"), grammar.place()
+    cast = {"HERO": hero, "FRIEND": grammar.name(hero), "CREATURE": grammar.being(determiner="the")}
+    cast["THING"] = grammar.noun("thing", thing.many, "the", 0.0, *thing.lemmas)
+    events, before = plot(grammar, cast, place), ()
+    if events is None:
+        return story(grammar)
+    lines = [
+        f"{hero.words} {grammar.finite('live', hero, tense)} {grammar.place()}",
+        f"{hero.words} {grammar.finite('have', hero, tense)} {thing.words}",
+        f"{cast['CREATURE'].words} {grammar.finite('be', cast['CREATURE'], tense)} {place}",
+    ]
+    for event in events:
+        lines.append(told(grammar, event, cast, before, tense))
+        before = event
+        if grammar.chance(0.25):
+            other = cast[grammar.random.choice(("HERO", "FRIEND", "CREATURE"))]
             joint = grammar.random.choice(("because", "and", "but", "when"))
-            words = f"{words} {joint} {grammar.clause(other, tense)}"
-        elif grammar.chance(0.1):
-            says = "said" if tense == "past" else "says"
-            words = f"{friend.words} {says} that {words}"
-        lines.append(words)
+            lines[-1] += f" {joint} {grammar.clause(other, tense)}"
+            before = ()
+        if grammar.chance(0.4):
+            says = f"{cast['FRIEND'].words} {grammar.finite('say', cast['FRIEND'], tense)} that "
+            aside = grammar.clause(grammar.being(), tense)
+            lines.append((says if grammar.chance(0.2) else "") + aside)
+            before = ()
     return [sentence(line) for line in lines]
 
 
+def exchange(grammar):
+    """A question and its answer, and perhaps a second of each, about one being or thing."""
+    determiner = grammar.random.choice(("the", "this", "that"))
+    kind = grammar.random.choice(("person", "animal", "thing"))
+    several = {"the": "the", "this": "these", "that": "those"}[determiner]
+    many = grammar.chance(0.4)
+    subject = grammar.noun(kind, many, several if many else determiner)
+    it, be = subject.pronoun, grammar.finite("be", subject, "present")
+    do, place = "do" if many else "does", grammar.place()
+    if kind == "thing" or grammar.chance(0.3):
+        yield sentence(f"where {be} {subject.words}", "?")
+        yield sentence(f"{it} {be} {place}")
+        finder = grammar.name()
+        verb = grammar.verb(HANDLING if kind == "thing" else MEETING, finder, subject)
+        if verb and grammar.chance(0.5):
+            yield sentence(f"who {past(verb)} {subject.object_pronoun}", "?")
+            yield sentence(f"{finder.words} {past(verb)} {subject.object_pronoun} {place}")
+        return
+    verb, other = grammar.verb(ACTS, subject), grammar.verb(ACTS, subject)
+    yield sentence(f"{do} {subject.words} {verb} {place}", "?")
+    if verb == other or grammar.chance(0.5):
+        yield sentence(f"yes, {it} {do}")
+    else:
+        yield sentence(f"no, {it} {grammar.finite(other, subject, 'present')} {place}")
+
+
 def dialogue(grammar):
-    """The turns of two speakers who ask and answer about the same things."""
-    speakers = [grammar.name().words, grammar.name().words]
-    turns = []
-    for _ in range(grammar.random.randint(2, 5)):
-        subject = grammar.being(determiner=grammar.random.choice(("the", "the", "this", "that")))
-        if subject.many:
-            subject = grammar.noun("animal", many=True, determiner="these", head=None)
-        verb = grammar.verb(ACTS, subject.head)
-        do, be = ("do", "are") if subject.many else ("does", "is")
-        place = grammar.place()
-        if grammar.chance(0.5):
-            turns.append(sentence(f"{do} {subject.words} {verb} {place}", "?"))
-            answer = f"yes, {subject.pronoun} {do}"
-        else:
-            turns.append(sentence(f"where {be} {subject.words}", "?"))
-            answer = f"{subject.words} {be} {place}"
-        turns.append(sentence(answer))
+    """The turns of two speakers, who alternate."""
+    first = grammar.name()
+    speakers = (first.words, grammar.name(first).words)
+    turns = [turn for _ in range(grammar.random.randint(1, 4)) for turn in exchange(grammar)]
     return [f"{speakers[i % 2]}: {turn}" for i, turn in enumerate(turns)]
 
 
 def entry(grammar):
-    """The lines of an encyclopedia about one kind of being or thing."""
-    kind = grammar.random.choice(("animal", "animal", "person", "thing"))
+    """The lines of an encyclopedia about one noun. Its facts are the same wherever it is told."""
+    kind = grammar.random.choice(("animal", "animal", "person", "thing", "place"))
     head = grammar.word(KINDS[kind][0])
-    one = grammar.noun(kind, many=False, determiner="a", adjective=0.0, head=head)
+    one = grammar.noun(kind, False, "a", 0.0, head)
+    many = Phrase(plural(head), (head,), True, "they", kind)
+    world = Grammar(grammar.seed, f"facts {head}")
+    facts = [
+        ("be", world.word(KINDS[kind][1])),
+        ("be", world.word(KINDS[kind][1])),
+    ]
+    if kind in ("animal", "person"):
+        facts += [("live", world.place()), (world.verb(ACTS, one), world.place())]
+        facts += [(world.verb(ACTS, one), "")]
     lines = [f"{one.words} is {'an' if kind == 'animal' else 'a'} {kind}"]
-    those = Phrase(plural(head), head, True, "they")
-    for _ in range(grammar.random.randint(2, 5)):
-        adjective = grammar.word(KINDS[kind][1])
-        if kind == "thing":
-            user = grammar.noun("person", determiner="the")
-            verb = grammar.verb(HANDLING, user.head, head)
-            lines.append(f"{those.words} are {adjective}")
-            if verb:
-                lines.append(f"{user.words} {grammar.finite(verb, user, 'present')} {those.words}")
-        elif grammar.chance(0.3):
-            lines.append(f"most {those.words} are {adjective}")
-        else:
-            subject = those if grammar.chance(0.5) else one
-            lines.append(f"{subject.words} {grammar.predicate(subject, 'present')}")
+    for verb, rest in grammar.random.sample(facts, grammar.random.randint(1, len(facts))):
+        subject = grammar.random.choice((one, many))
+        lines.append(f"{subject.words} {grammar.finite(verb, subject, 'present')} {rest}".strip())
+    if kind in ("animal", "person"):
+        subject = grammar.beside(many) if grammar.chance(0.4) else many
+        lines.append(f"{subject.words} {grammar.predicate(subject, 'present')}")
+    else:
+        user = grammar.noun("person", determiner="the")
+        verb = grammar.verb(HANDLING if kind == "thing" else MEETING, user, many)
+        if verb:
+            lines.append(f"{user.words} {grammar.finite(verb, user, 'present')} {many.words}")
     return [sentence(line) for line in lines]
 
 
+# Each register: what composes one text of it, and its share of the words.
 REGISTERS = {"stories": (story, 0.6), "dialogues": (dialogue, 0.2), "encyclopedia": (entry, 0.2)}
 
 
 def write_split(folder, split, words, seed):
     """Writes each register's share of `words` words as FOLDER/NAME.SPLIT."""
     for name, (compose, share) in REGISTERS.items():
-        grammar = Grammar(f"{seed} {split} {name}")
+        grammar = Grammar(seed, f"{split} {name}")
         lines, count = [], 0
         while count < share * words:
             text = compose(grammar)
             count += sum(len(line.split()) for line in text)
-            lines += [*text, ""] if name == "stories" else text
+            lines += [*text, ""]
         write_text(folder / f"{name}.{split}", "\n".join(lines) + "\n")
 
 
-# ---- minimal pairs: a paradigm gives the acceptable sentence and the other one
+# ---- minimal pairs: a paradigm gives the acceptable sentence and the other one, or None where no
+# ---- verb is held out for the nouns that it drew
 
 
 def agreement(grammar, between=""):
     """Subject and verb, with what stands between them: nothing, "near" a noun, or a clause."""
     many = grammar.chance(0.5)
-    subject = grammar.being(many=many, determiner="the")
-    words = subject.words
-    if between == "near":  # the attractor has the other number
-        words += f" {grammar.word(NEAR)} {grammar.noun('place', not many, 'the', 0.0).words}"
-    if between == "that":
-        other = grammar.being(many=not many, determiner="the", adjective=0.0)
-        verb = grammar.verb(MEETING, other.head, subject.head)
-        if verb is None:
-            return agreement(grammar, between)
-        words += f" that {other.words} {grammar.finite(verb, other, 'present')}"
-    verb = grammar.verb(ACTS, subject.head)
-    if verb is None:
-        return agreement(grammar, between)
+    subject = grammar.being(many=many, determiner="the", adjective=0.0 if between else 0.3)
+    if between:  # the attractor has the other number
+        modified = grammar.beside if between == "near" else grammar.related
+        subject = modified(subject, not many)
+    verb = subject and grammar.verb(ACTS, subject)
+    if not verb:
+        return None
     good, bad = (verb, with_s(verb)) if many else (with_s(verb), verb)
-    return f"{words} {good}.", f"{words} {bad}."
+    return f"{subject.words} {good}.", f"{subject.words} {bad}."
 
 
 def question(grammar):
     many = grammar.chance(0.5)
     subject = grammar.being(many=many, determiner="the")
-    verb = grammar.verb(ACTS, subject.head)
-    if verb is None:
-        return question(grammar)
+    verb = grammar.verb(ACTS, subject)
     good, bad = ("do", "does") if many else ("does", "do")
-    return tuple(f"{do} {subject.words} {verb}?" for do in (good, bad))
+    return verb and tuple(f"{do} {subject.words} {verb}?" for do in (good, bad))
 
 
 def anaphor(grammar, number):
-    """A reflexive that agrees in number, or with a name in gender."""
-    subject = grammar.noun("person", many=True, determiner="the") if number else grammar.name()
-    verb = grammar.verb(MEETING, subject.head)
+    """A reflexive that agrees in number, or with a name in gender.
+
+    In number the verb is in the past, whose form does not tell the number of the subject.
+    """
+    head = grammar.random.choice(sorted(GENDERS))
+    subject = grammar.noun("person", determiner="the", head=head) if number else grammar.name()
+    verb = grammar.verb(MEETING, subject)
     if verb is None:
-        return anaphor(grammar, number)
-    one = grammar.random.choice(("himself", "herself"))
-    wrong = {"themselves": one, "himself": "herself", "herself": "himself"}
-    words, place = f"{subject.words} {grammar.finite(verb, subject, 'present')}", grammar.place()
-    return tuple(f"{words} {r} {place}." for r in (subject.reflexive, wrong[subject.reflexive]))
+        return None
+    one = {"she": "herself", "he": "himself"}[GENDERS[head]]
+    good = subject.reflexive
+    bad = ({one, "themselves"} if number else {"himself", "herself"}) - {good}
+    verb, place = grammar.finite(verb, subject, "past" if number else "present"), grammar.place()
+    return tuple(f"{subject.words} {verb} {word} {place}." for word in (good, *bad))
 
 
 def determiner(grammar, adjective):
-    """A demonstrative and its noun, perhaps with an adjective between them."""
+    """A demonstrative and its noun, which never meet in the text, perhaps an adjective between."""
     many, subject = grammar.chance(0.5), grammar.name()
     chosen = grammar.random.choice(("these", "those") if many else ("this", "that"))
     found = grammar.noun("thing", many, chosen, adjective=float(adjective))
-    verb = grammar.verb(HANDLING, subject.head, found.head)
-    if verb is None:
-        return determiner(grammar, adjective)
+    verb = grammar.verb(HANDLING, subject, found)
+    if verb is None or not held_out(chosen, *found.lemmas):
+        return None
     words = f"{subject.words} {with_s(verb)} {found.words}"
-    wrong = found.head if many else plural(found.head)
+    wrong = found.lemmas[0] if many else plural(*found.lemmas)
     return f"{words}.", f"{words.rsplit(' ', 1)[0]} {wrong}."
 
 
@@ -375,11 +475,12 @@ PARADIGMS = {
 def write_pairs(folder, seed):
     """Writes each paradigm's pairs, no sentence twice, in the layout of BLiMP's files."""
     for name, (term, compose) in PARADIGMS.items():
-        grammar = Grammar(f"{seed} pairs {name}", for_pairs=True)
+        grammar = Grammar(seed, f"pairs {name}", for_pairs=True)
         pairs = {}
         while len(pairs) < PAIRS_PER_PARADIGM:
-            good, bad = (sentence(words, mark="") for words in compose(grammar))
-            if good != bad:  # sheep and deer have one form for both numbers
+            made = compose(grammar)
+            if made and made[0] != made[1]:  # sheep and deer have one form for both numbers
+                good, bad = (sentence(words, mark="") for words in made)
                 pairs[good] = bad
         lines = [
             json.dumps(
