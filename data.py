@@ -74,7 +74,7 @@ class Tokenizer:
         return self.processor.encode(text)
 
     def decode(self, ids):
-        """The text of `ids`, exactly what was encoded."""
+        """The text of `ids`: what was encoded, but for U+2581, which comes back as a space."""
         return self.processor.decode([int(i) for i in ids])
 
 

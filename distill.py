@@ -10,6 +10,7 @@ the batch alone. --kl-reduction token is the mean over tokens, the formula as on
 """
 
 import dataclasses
+import math
 import sys
 
 import torch
@@ -27,8 +28,8 @@ class DistillConfig(TrainConfig):
         metadata={"help": "checkpoints of the teachers, of either architecture"}
     )
     teacher_weights: list[float] | None = option(None, "of their logits; default: all equal")
-    alpha: float = option(0.5, "weight of the cross-entropy against the data")
-    temperature: float = option(2.0, "that softens teachers and student alike")
+    alpha: float = option(0.5, "weight of the cross-entropy, from 0 to 1", minimum=0, maximum=1)
+    temperature: float = option(2.0, "that softens teachers and student alike", above=0)
     kl_reduction: str = option(
         "sequence", "what the KL is a mean over; see above", choices=REDUCTIONS
     )
@@ -107,24 +108,20 @@ def load_teachers(config, data):
     return teachers, identities
 
 
-def check(config):
-    """Raises `UserError` for options that contradict one another."""
+def check_weights(config):
+    """Raises `UserError` unless there is a weight for each teacher, or none at all."""
     weights = config.teacher_weights
     if weights is not None and len(weights) != len(config.teachers):
         raise UserError(
             f"--teacher-weights: {len(weights)} given for {len(config.teachers)} teachers"
         )
-    if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
+    if weights is not None and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
         raise UserError("--teacher-weights: none below 0, and at least one above")
-    if not 0 <= config.alpha <= 1:
-        raise UserError("--alpha: between 0 and 1")
-    if config.temperature <= 0:
-        raise UserError("--temperature: above 0")
 
 
 def main(argv=None):
     config = with_recipe(parse(DistillConfig, __doc__, argv), out_prefix="distilled-")
-    check(config)
+    check_weights(config)
     data = open_data(config)
     teachers, identities = load_teachers(config, data)
     torch.manual_seed(config.seed)

@@ -28,6 +28,7 @@ from model import choose_device, count_parameters, load_checkpoint
 
 BATCH_TOKENS = 8192
 PREFIX = "\n"
+TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
 SAME_FIELD = {"s-selection": "argument_structure"}  # 13 terms in the files, 12 in BLiMP's tables
 
 
@@ -84,17 +85,19 @@ def corpus_scores(model, shard, sequence_length):
             losses[max(file.start - 1, 0) : file.stop - 1], file.words, file.bytes
         )
         for file in shard.files
-        if file.stop - 1 > max(file.start - 1, 0) and file.words
+        if file.stop - 1 > max(file.start - 1, 0)
     }
     return scores
 
 
 def _text_scores(losses, words, num_bytes):
     nats = losses.double().sum().item()
+    per_word = nats / words if words else math.inf
     return {
         "cross_entropy": nats / len(losses),
         "perplexity": math.exp(nats / len(losses)),
-        "perplexity_per_word": math.exp(nats / words),
+        # None where text has hardly any spaces, and words are no measure of it.
+        "perplexity_per_word": math.exp(per_word) if per_word < 700 else None,
         "bits_per_byte": nats / math.log(2) / num_bytes,
     }
 
@@ -128,13 +131,13 @@ def read_pairs(folder):
                 entry = json.loads(line)
                 field = entry.get("linguistics_term", path.stem)
                 pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
-                valid = all(isinstance(s, str) for s in (pair.good, pair.bad, pair.field))
+                valid = all(s and s.encode() for s in (pair.good, pair.bad, pair.field))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 valid = False
             if not valid:
                 raise UserError(
-                    f"{path}, line {number}: expected a JSON object with the strings "
-                    "sentence_good and sentence_bad"
+                    f"{path}, line {number}: expected a JSON object with sentence_good and "
+                    "sentence_bad, two strings that are not empty"
                 )
             pairs[path.stem].append(pair)
         if not pairs[path.stem]:
@@ -213,25 +216,19 @@ def report(results):
     """The lines of a table of the results, one model a row."""
     folders = list(results[0]["pairs"])
     heading = ["model", "parameters", "cross-entropy", "perplexity", "per word", "bits/byte"]
-    rows = [heading + [f"{Path(f).name} {kind}" for f in folders for kind in ("files", "fields")]]
+    columns = {"files": "accuracy_over_files", "fields": "accuracy_over_fields", "ties": "tie_rate"}
+    rows = [heading + [f"{Path(f).name} {column}" for f in folders for column in columns]]
     for r in results:
         cells = [f"{r['model']} ({r['path']})", f"{r['parameters']:,}"]
-        keys = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
-        cells += ["-" if r[k] is None else f"{r[k]:.4g}" for k in keys]
-        for folder in folders:
-            scores = r["pairs"][folder]
-            cells += [
-                f"{scores['accuracy_over_files']:.4f}",
-                f"{scores['accuracy_over_fields']:.4f}",
-            ]
+        cells += ["-" if r[k] is None else f"{r[k]:.4g}" for k in TEXT_SCORES]
+        cells += [f"{r['pairs'][f][key]:.4f}" for f in folders for key in columns.values()]
         rows.append(cells)
     return table(rows)
 
 
 def evaluate(model, tokenizer, shard, sequence_length, pairs):
     """The scores of one model as in the JSON; `shard` may be None."""
-    keys = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
-    text = dict.fromkeys(keys) | {"per_file": {}}
+    text = dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
     if shard is not None:
         text = corpus_scores(model, shard, sequence_length)
     return text | {
@@ -280,18 +277,28 @@ def main(argv=None):
     first = loaded[paths[0]][1]
     tokenizer = Tokenizer(first["tokenizer"]["model"].numpy())
     if shard is not None and shard.tokenizer != tokenizer.identity:
-        raise UserError(
+        message = (
             f"{shard.path} was made with another tokenizer than {paths[0]}: encode the text with "
             "tokenize_corpus.py --tokenizer FILE"
         )
-    length = min(c["config"]["sequence_length"] for _, c in loaded.values())
+        if args.data is not None or not args.pairs:
+            raise UserError(message)
+        print(f"warning: {message}; minimal pairs only", file=sys.stderr)
+        shard = None
 
-    entries = [(p, loaded[p][1]["model"]["name"], loaded[p][0]) for p in args.checkpoints]
+    lengths = {
+        path: checkpoint["config"]["sequence_length"] for path, (_, checkpoint) in loaded.items()
+    }
+    entries = [
+        (path, loaded[path][1]["model"]["name"], loaded[path][0], lengths[path])
+        for path in args.checkpoints
+    ]
     if args.ensemble:
-        members = Ensemble([loaded[p][0] for p in args.ensemble]).eval()
-        entries.append((" + ".join(args.ensemble), "ensemble", members))
+        members = Ensemble([loaded[path][0] for path in args.ensemble]).eval()
+        length = min(lengths[path] for path in args.ensemble)
+        entries.append((" + ".join(args.ensemble), "ensemble", members, length))
     results = []
-    for path, name, model in entries:
+    for path, name, model, length in entries:
         described = {"path": path, "model": name, "parameters": count_parameters(model)}
         results.append(described | evaluate(model, tokenizer, shard, length, pairs))
     print("\n".join(report(results)))

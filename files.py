@@ -15,8 +15,8 @@ class UserError(Exception):
 def run(main):
     """The exit code of `main()`: 0 done, 1 a reported failure, 130 interrupted.
 
-    `main` returns an exit code or None. A `UserError` becomes one line on standard error. A reader
-    that closes the pipe early (`| head`) is not an error.
+    `main` returns an exit code or None. A `UserError`, or a file that the system does not let us
+    read, becomes one line on standard error. 141 says that whoever read the output left early.
     """
     try:
         return main() or 0
@@ -26,8 +26,23 @@ def run(main):
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _discard_output()
+        return 141
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _discard_output():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text):
+    """Prints a line at once; a run goes on when nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard_output()
 
 
 @contextlib.contextmanager

@@ -55,8 +55,10 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
-    if args.tokens < 0 or args.temperature < 0 or args.top_k < 0:
-        parser.error("--tokens, --temperature and --top-k must not be below 0")
+    if args.tokens < 0 or args.top_k < 0 or not 0 <= args.seed < 1 << 63:
+        parser.error("--tokens, --top-k and --seed must not be below 0, nor enormous")
+    if not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
+        parser.error("--temperature must be 0, or between 0.01 and 100")
 
     model, checkpoint = load_checkpoint(args.checkpoint)
     model.to(choose_device(args.device))

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -49,7 +50,7 @@ class Recipe:
 PAPER = ("gpt2-705m", "llama-360m")
 RECIPES = {
     "demo": Recipe(
-        ("gpt2-tiny", "llama-tiny"), "llama-tiny-student", 600, words=60_000,
+        ("gpt2-tiny", "llama-tiny"), "llama-tiny-student", 1000, words=60_000,
         options=("--eval-sequences", "256", "--log-every", "50"),
     ),
     "small": Recipe(
@@ -88,11 +89,11 @@ def stage(program, *arguments):
 
 def training_stage(program, out, deadline, *arguments):
     """A stage that trains; not repeated where it is finished."""
-    if deadline:
+    if deadline is not None:
         minutes = (deadline - time.monotonic()) / 60
         if minutes <= 0:
             raise Stopped(0)
-        arguments += ("--stop-after", f"{minutes:.2f}")
+        arguments += ("--stop-after", minutes)
     stage(program, *arguments, "--out", out)
     progress = read_checkpoint(out / "checkpoint.pt")["progress"]
     if progress["step"] < progress["steps"]:
@@ -131,6 +132,7 @@ def prepare_data(recipe, args, out):
             raise UserError(f"{out} was made from other text: choose another --out")
         return data
     train_folder, dev_folder = corpus / "train", corpus / "dev"
+    shutil.rmtree(corpus, ignore_errors=True)  # of an attempt that failed half-way
     if args.recipe == "demo":
         stage(make_toy_corpus, "--out", corpus, "--words", args.words)
     elif args.words:
@@ -157,9 +159,10 @@ def run_seed(recipe, args, seed, data, pairs, out, deadline):
     training_stage(train, folders["control"], deadline, *options)
     teachers = [folders[role] / "best.pt" for role in ("gpt2-teacher", "llama-teacher")]
     training_stage(distill, folders["student"], deadline, "--teachers", *teachers, *options)
-    scores = out / "scores.json"
-    if not scores.exists() or set(read_scores(scores)[0]["pairs"]) != set(pairs):
-        checkpoints = [folder / "best.pt" for folder in folders.values()]
+    scores, checkpoints = out / "scores.json", [folder / "best.pt" for folder in folders.values()]
+    newest = max(path.stat().st_mtime for path in checkpoints)
+    fresh = scores.exists() and scores.stat().st_mtime >= newest
+    if not fresh or set(read_scores(scores)[0]["pairs"]) != set(pairs):
         pair_options = ("--pairs", *pairs) if pairs else ()
         stage(
             evaluate, *checkpoints, "--ensemble", *teachers, "--data", data, *pair_options,
@@ -360,13 +363,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.recipe != "demo" and not (args.train and args.dev):
         parser.error(f"--recipe {args.recipe} needs --train DIR and --dev DIR")
+    if args.recipe == "demo" and (args.train or args.dev or args.pairs):
+        parser.error(
+            "--recipe demo makes its own text and pairs: leave out --train, --dev, --pairs"
+        )
     if args.seeds < 1 or (args.words is not None and args.words < 1):
         parser.error("--seeds and --words must be at least 1")
     recipe = RECIPES[args.recipe]
     args.command = "python reproduce.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     args.words = args.words or recipe.words
     out = Path(args.out or f"runs/{args.recipe}")
-    deadline = time.monotonic() + 60 * args.stop_after if args.stop_after else None
+    deadline = None if args.stop_after is None else time.monotonic() + 60 * args.stop_after
+    for folder in args.pairs:
+        evaluate.read_pairs(folder)  # a mistake in them is to be known before hours of training
     try:
         data = prepare_data(recipe, args, out)
         pairs = [out / "corpus" / "pairs"] if args.recipe == "demo" else args.pairs

@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 import model as models
 from data import BatchStream, Tokenizer, TokenShard, dev_subset
-from files import UserError, run, write_text
+from files import UserError, run, say, write_text
 from loss import fused_cross_entropy
 
 CLIP_NORM = 1.0  # Hugging Face's default, active in every run of the original
 NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
+EVAL_BATCH_SIZE = 32  # sequences
 GIB = 1 << 30
 
 
@@ -50,7 +51,7 @@ class TrainConfig:
     data: str = option("data/babylm", "folder of train.bin, dev.bin and tokenizer.model")
     out: str | None = option(None, "folder of the run; default: runs/ and the preset's name")
     epochs: float | None = option(
-        None, "passes over the data; default: the preset's", either=True, minimum=0
+        None, "passes over the data; default: the preset's", either=True, above=0
     )
     steps: int | None = option(None, "optimizer steps, not --epochs", either=True, minimum=1)
     batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
@@ -76,7 +77,9 @@ class TrainConfig:
         0, "steps between dev evaluations besides each epoch's; 0: none", minimum=0
     )
     eval_sequences: int = option(1024, "dev chunks of an evaluation, the same always", minimum=1)
-    stop_after: float | None = option(None, "minutes after which to save and stop; default: never")
+    stop_after: float | None = option(
+        None, "minutes after which to save and stop; default: never", minimum=0
+    )
     device: str = option("auto", "auto, cuda, mps or cpu")
     precision: str = option(
         "auto", "of matrix products; auto: bf16 where native", choices=("auto", "fp32", "bf16")
@@ -123,15 +126,28 @@ def parse(config_class, description, argv=None):
         if kind is not bool:
             details["metavar"] = field.name.upper() if not details.get("choices") else None
         place = either if "either" in field.metadata else parser
-        if place is either:
-            details.pop("required")
         place.add_argument("--" + field.name.replace("_", "-"), **details)
     config = config_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(config):
-        value, minimum = getattr(config, field.name), field.metadata.get("minimum")
-        if minimum is not None and value is not None and value < minimum:
-            parser.error(f"--{field.name.replace('_', '-')} must be at least {minimum}")
+        problem = _out_of_range(getattr(config, field.name), **field.metadata)
+        if problem:
+            parser.error(f"--{field.name.replace('_', '-')} must be {problem}")
     return config
+
+
+def _out_of_range(value, minimum=None, above=None, maximum=None, **_):
+    """What a number must be and is not, or None."""
+    if not isinstance(value, (int, float)):
+        return None
+    if not abs(value) < 1 << 63:
+        return "a number of reasonable size"
+    if minimum is not None and value < minimum:
+        return f"at least {minimum}"
+    if above is not None and value <= above:
+        return f"above {above}"
+    if maximum is not None and value > maximum:
+        return f"at most {maximum}"
+    return None
 
 
 def with_recipe(config, out_prefix=""):
@@ -229,14 +245,14 @@ class TrainStep:
 
 
 @torch.no_grad()
-def dev_cross_entropy(model, shard, starts, sequence_length, autocast, batch_size=32):
+def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
     """Mean nats per token of the dev chunks that begin at `starts`."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     total = 0.0
-    for i in range(0, len(starts), batch_size):
-        tokens, targets = shard.chunks(starts[i : i + batch_size], sequence_length)
+    for i in range(0, len(starts), EVAL_BATCH_SIZE):
+        tokens, targets = shard.chunks(starts[i : i + EVAL_BATCH_SIZE], sequence_length)
         with autocast:
             hidden = model.hidden_states(tokens.to(device))
             total += fused_cross_entropy(hidden, model.head, targets.to(device), 1).item()
@@ -319,33 +335,49 @@ def restore(step, checkpoint):
         torch.cuda.set_rng_state(state["random"]["cuda"], step.parameters[0].device)
 
 
-def find_checkpoint(config):
-    """The checkpoint's dict that the run starts from, or None for a new run.
+STATES = ("checkpoint.pt", "checkpoint.new", "previous.pt")  # the newest first
+
+
+def find_checkpoint(config, identity):
+    """The checkpoint that the run starts from and its path, or (None, None) for a new run.
 
     Raises `UserError` if --resume forbids it, or what there is cannot be continued.
     """
     out = Path(config.out)
-    here = [out / name for name in ("checkpoint.pt", "previous.pt")]
-    present = [path for path in here if path.exists()]
-    if config.resume != "auto":
-        if present or (out / "log.jsonl").exists():
-            raise UserError(
-                f"{out} holds a run: continue it with --resume auto, or choose another --out"
-            )
-        return None if config.resume == "never" else models.read_checkpoint(config.resume)
+    present = [out / name for name in STATES if (out / name).exists()]
+    if config.resume == "never" and (present or (out / "log.jsonl").exists()):
+        raise UserError(
+            f"{out} holds a run: continue it with --resume auto, or choose another --out"
+        )
     for path in present:
         try:
-            return models.read_checkpoint(path)
+            checkpoint = models.read_checkpoint(path)
         except UserError as error:
             if path == present[-1]:
                 raise
-            print(f"warning: {error}; falling back to {present[-1]}", file=sys.stderr)
-    return None
+            print(f"warning: {error}; falling back to an older state", file=sys.stderr)
+            continue
+        check_continues(checkpoint, identity, path)
+        return checkpoint, path
+    if config.resume not in ("auto", "never"):
+        checkpoint = models.read_checkpoint(config.resume)
+        check_continues(checkpoint, identity, config.resume)
+        progress = checkpoint["progress"]
+        if progress["step"] >= progress["steps"]:
+            raise UserError(f"{config.resume} is of a finished run: there is nothing to continue")
+        # The new folder is to have a best.pt of its own.
+        progress.update(best_dev_cross_entropy=math.inf, best_step=0)
+        return checkpoint, Path(config.resume)
+    if (out / "best.pt").exists():  # of a run that was killed before its first checkpoint
+        check_continues(
+            models.read_checkpoint(out / "best.pt"), identity, out / "best.pt", state=False
+        )
+    return None, None
 
 
-def check_continues(checkpoint, identity, path):
+def check_continues(checkpoint, identity, path, state=True):
     """Raises `UserError`, listing what differs, unless the checkpoint is of this very run."""
-    if checkpoint["training"] is None:
+    if state and checkpoint["training"] is None:
         raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
     saved = checkpoint["config"]
     keys = sorted((saved.keys() | identity.keys()) - MAY_CHANGE)
@@ -356,7 +388,7 @@ def check_continues(checkpoint, identity, path):
     ]
     if differing:
         raise UserError(
-            f"{path} is another run: {', '.join(differing)}; give the same options, or another "
+            f"{path} is of another run: {', '.join(differing)}; give the same options, or another "
             "--out for a new run"
         )
 
@@ -405,8 +437,9 @@ class StopSignal:
 
 
 def commit():
-    """The project's git commit, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    """The project's git commit, marked where files differ from it, or "unknown"."""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -420,21 +453,21 @@ def print_arithmetic(objective, config, stream, steps, device, precision):
     frozen = models.count_parameters(objective) - parameters
     tokens = config.batch_size * config.sequence_length
     disk = (3 * 12 + 4) * parameters + (64 << 20)  # two full states, a third on its way, best.pt
-    folder = next(p for p in (Path(config.out), *Path(config.out).absolute().parents) if p.exists())
+    out = Path(config.out)
+    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
+    there = sum((out / name).stat().st_size for name in STATES if (out / name).exists())
     free = shutil.disk_usage(folder).free
     epochs = steps * config.batch_size / stream.num_chunks
-    print(f"model      {config.model}: {parameters:,} parameters; {device}, {precision}")
+    say(f"model      {config.model}: {parameters:,} parameters; {device}, {precision}")
     if frozen:
-        print(f"teachers   {frozen:,} parameters, frozen")
-    print(f"data       {len(stream.shard.tokens):,} tokens, {stream.shard.words:,} words")
-    print(
-        f"step       {config.batch_size} sequences x {config.sequence_length} = {tokens:,} tokens"
-    )
-    print(f"run        {steps:,} steps = {epochs:.2f} epochs of {stream.num_chunks:,} chunks")
-    print(f"memory     {(16 * parameters + 4 * frozen) / GIB:.2f} GiB of state, plus activations")
-    print(f"disk       {disk / GIB:.2f} GiB in {config.out}, {free / GIB:.1f} GiB free", flush=True)
-    if disk > free:
-        raise UserError(f"{config.out}: {disk} bytes needed, {free} free: choose another --out")
+        say(f"teachers   {frozen:,} parameters, frozen")
+    say(f"data       {len(stream.shard.tokens):,} tokens, {stream.shard.words:,} words")
+    say(f"step       {config.batch_size} sequences x {config.sequence_length} = {tokens:,} tokens")
+    say(f"run        {steps:,} steps = {epochs:.2f} epochs of {stream.num_chunks:,} chunks")
+    say(f"memory     {(16 * parameters + 4 * frozen) / GIB:.2f} GiB of state, plus activations")
+    say(f"disk       {disk / GIB:.2f} GiB in {config.out}, {free / GIB:.1f} GiB free")
+    if disk - there > free:
+        raise UserError(f"{out}: {disk - there} bytes needed, {free} free: choose another --out")
 
 
 # ---- the loop
@@ -445,7 +478,7 @@ def fit(objective, config):
 
     `objective(batch)` returns a dict of tensors: `loss`, and whatever else is to be logged. The
     config is complete (`with_recipe`). "stopped_by" in the result is the signal that ended the run
-    early, if any. Raises `UserError` before the first step for all that can be known before it.
+    early. Raises `UserError` before the first step for all that can be known before it.
     """
     data = open_data(config)
     device = models.choose_device(config.device)
@@ -464,26 +497,25 @@ def fit(objective, config):
         return {"step": 0, "steps": steps}
 
     identity = run_identity(objective, config, data)
-    checkpoint = find_checkpoint(config)
+    checkpoint, found = find_checkpoint(config, identity)
     objective.to(device).train()
     optimizer = build_optimizer(objective.model, config.weight_decay)
     train_step = TrainStep(objective, optimizer, autocast, config.micro_batch_size)
     progress = {"step": 0, "steps": steps, "best_dev_cross_entropy": math.inf, "best_step": 0}
     if checkpoint:
-        check_continues(checkpoint, identity, config.out)
         restore(train_step, checkpoint)
         progress = checkpoint["progress"]
         if progress["step"] >= steps:
-            print(f"{config.out} is finished at {steps} steps; a new run needs another --out")
+            say(f"{config.out} is finished at {steps} steps; a new run needs another --out")
             return progress
-        print(f"continuing after step {progress['step']}")
+        say(f"continuing after step {progress['step']} of {found}")
     compile_layers = device.type == "cuda" if config.compile is None else config.compile
     if compile_layers:
         for module in objective.modules():
             for block in getattr(module, "blocks", ()):
                 block.compile()  # the layers are alike: one compilation serves them all
 
-    recorder = Recorder(train_step, config, identity, data, progress)
+    recorder = Recorder(train_step, config, identity, data, progress, found)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
     signals, started = StopSignal(), time.monotonic()
     try:
@@ -500,16 +532,17 @@ def fit(objective, config):
             epoch_ends = int(epochs) > int(epochs_before)
             if epoch_ends or last or (config.eval_every and step % config.eval_every == 0):
                 recorder.evaluate(dev_starts)
-            late = config.stop_after and time.monotonic() - started > 60 * config.stop_after
+            minutes = (time.monotonic() - started) / 60
+            late = config.stop_after is not None and minutes > config.stop_after
             if last or step % config.save_every == 0 or signals.number or late:
                 recorder.save()
-            if signals.number or late:
-                print(f"stopped after step {step} of {steps}: the same command continues")
-                break
+            if (signals.number or late) and not last:
+                say(f"stopped after step {step} of {steps}: the same command continues")
+                return progress | {"stopped_by": signals.number}
     finally:
         bar.close()
         signals.restore()
-    return progress | {"stopped_by": signals.number}
+    return progress
 
 
 def run_identity(objective, config, data):
@@ -517,6 +550,7 @@ def run_identity(objective, config, data):
     return dataclasses.asdict(config) | {
         "train_shard": data.train.identity,
         "dev_shard": data.dev.identity,
+        "shape": dataclasses.asdict(objective.model.config),
         "teacher_digests": [t["digest"] for t in objective.teachers_identity],
     }
 
@@ -524,10 +558,12 @@ def run_identity(objective, config, data):
 class Recorder:
     """All that a run writes: log lines, dev evaluations, checkpoints; and the clock of training."""
 
-    def __init__(self, train_step, config, identity, data, progress):
+    def __init__(self, train_step, config, identity, data, progress, found):
         self.train_step, self.config, self.identity = train_step, config, identity
         self.data, self.progress = data, progress
         self.model, self.out = train_step.objective.model, Path(config.out)
+        self.current = self.out / "checkpoint.pt"
+        self.current_is_whole = found == self.current
         first = {
             "config": identity,
             "model": config.model,
@@ -562,16 +598,15 @@ class Recorder:
             f"loss {values['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s"
         )
         if bar.disable:
-            print(
+            say(
                 f"step {step}/{self.progress['steps']}  epoch {epochs:.2f}  "
                 f"loss {values['loss']:.4f}  cross-entropy {values['cross_entropy']:.4f}  "
-                f"{entry['tokens_per_second']:,.0f} tokens/s",
-                flush=True,
+                f"{entry['tokens_per_second']:,.0f} tokens/s"
             )
         if self.train_step.nonfinite_in_a_row.item() >= NONFINITE_LIMIT:
             raise UserError(
                 f"no finite gradient in the last {NONFINITE_LIMIT} steps; the weights are those "
-                f"before them, the last checkpoint is {self.out / 'checkpoint.pt'}: "
+                f"before them, and so are the checkpoints in {self.out}: "
                 "lower --learning-rate or use --precision fp32"
             )
 
@@ -584,20 +619,21 @@ class Recorder:
         progress = self.progress
         progress["dev_cross_entropy"] = value
         self.log.write({"step": progress["step"], "dev_cross_entropy": value})
-        tqdm.write(f"step {progress['step']}: dev cross-entropy {value:.4f} nats per token")
+        with tqdm.external_write_mode():
+            say(f"step {progress['step']}: dev cross-entropy {value:.4f} nats per token")
         if value < progress["best_dev_cross_entropy"]:
             progress["best_dev_cross_entropy"], progress["best_step"] = value, progress["step"]
             self._write("best.pt")
         self.clock += time.perf_counter() - paused
 
     def save(self):
-        """checkpoint.pt, the one before it kept as previous.pt."""
+        """checkpoint.pt; the one before it, unless it was found damaged, becomes previous.pt."""
         paused = time.perf_counter()
         self._write("checkpoint.new", training_state(self.train_step))
-        current = self.out / "checkpoint.pt"
-        if current.exists():
-            os.replace(current, self.out / "previous.pt")
-        os.replace(self.out / "checkpoint.new", current)
+        if self.current_is_whole:
+            os.replace(self.current, self.out / "previous.pt")
+        os.replace(self.out / "checkpoint.new", self.current)
+        self.current_is_whole = True
         self.clock += time.perf_counter() - paused
 
     def _write(self, name, training=None):

@@ -1,14 +1,16 @@
 """Fixtures: a corpus, a tokenizer and shards so small that every test can have its own run."""
 
-import io
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 
+import tokenize_corpus
 from data import Tokenizer, TokenShard, write_shard
+from train import TrainStep
 
 torch.set_num_threads(2)
 TEXT = "the a cat dog child sees hears small old garden river runs sleeps and but never"
@@ -26,24 +28,8 @@ def write_text(num_words, seed):
 
 
 def train_tokenizer(text, vocabulary_size=300):
-    """A SentencePiece BPE as tokenize_corpus.py makes it, of a few hundred pieces."""
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.split("\n")),
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=vocabulary_size,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
-    return Tokenizer(written.getvalue())
+    """A tokenizer of a few hundred pieces."""
+    return Tokenizer(tokenize_corpus.train_tokenizer([text], vocabulary_size))
 
 
 def write_split(folder, split, tokenizer, texts):
@@ -53,6 +39,19 @@ def write_split(folder, split, tokenizer, texts):
         for name, text in texts.items()
     ]
     write_shard(folder / f"{split}.bin", entries, tokenizer, cleaning="none")
+
+
+def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    """Makes a run stop itself during the given step."""
+    call, count = TrainStep.__call__, [0]
+
+    def counted(self, *arguments):
+        count[0] += 1
+        if count[0] == steps:
+            then()
+        return call(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
 
 
 @pytest.fixture(scope="session")

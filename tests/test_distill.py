@@ -124,26 +124,19 @@ def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(teachers, 
     assert "another tokenizer" in error and "gpt2-tiny" in error
 
 
-def test_a_teacher_with_a_shorter_context_is_refused(
-    teachers, data_folder, tokenizer, tmp_path, capsys
+@pytest.mark.parametrize(
+    "vocabulary_size, positions, message", [(300, 16, "--sequence-length"), (301, 64, "301 logits")]
+)
+def test_a_teacher_of_another_shape_is_refused(
+    data_folder, tokenizer, tmp_path, capsys, vocabulary_size, positions, message
 ):
-    short = models.build_model("gpt2-tiny", 300, max_position_embeddings=16)
+    teacher = models.build_model("gpt2-tiny", vocabulary_size, max_position_embeddings=positions)
     models.save_checkpoint(
-        tmp_path / "t.pt", name="gpt2-tiny", model=short, config={}, tokenizer=tokenizer,
+        tmp_path / "t.pt", name="gpt2-tiny", model=teacher, config={}, tokenizer=tokenizer,
         progress={},
     )  # fmt: skip
     arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
-    assert "--sequence-length" in refused(capsys, tmp_path / "s", *arguments)
-
-
-def test_a_teacher_with_another_vocabulary_is_refused(data_folder, tokenizer, tmp_path, capsys):
-    wide = models.build_model("gpt2-tiny", 301)
-    models.save_checkpoint(
-        tmp_path / "t.pt", name="gpt2-tiny", model=wide, config={}, tokenizer=tokenizer,
-        progress={},
-    )  # fmt: skip
-    arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
-    assert "301 logits" in refused(capsys, tmp_path / "s", *arguments)
+    assert message in refused(capsys, tmp_path / "s", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +144,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(data_folder, tokenizer, tm
     [
         (["--teacher-weights", "1"], "--teacher-weights"),
         (["--teacher-weights", "-1", "2"], "--teacher-weights"),
-        (["--alpha", "1.5"], "--alpha"),
-        (["--temperature", "0"], "--temperature"),
+        (["--teacher-weights", "nan", "2"], "--teacher-weights"),
     ],
 )
 def test_impossible_options_are_refused(
@@ -160,6 +152,19 @@ def test_impossible_options_are_refused(
 ):
     given = ("--teachers", *teachers, "--data", data_folder, *arguments)
     assert message in refused(capsys, tmp_path / "s", *given)
+
+
+@pytest.mark.parametrize("arguments", [["--alpha", "1.5"], ["--temperature", "0"], []])
+def test_wrong_usage_exits_with_2(arguments):
+    given = ["--teachers", "a.pt", *arguments] if arguments else []
+    with pytest.raises(SystemExit) as stop:
+        distill.main(given)
+    assert stop.value.code == 2
+
+
+def test_a_shard_is_no_teacher(data_folder, tmp_path, capsys):
+    given = ("--teachers", data_folder / "train.bin", "--data", data_folder)
+    assert "train.bin" in refused(capsys, tmp_path / "s", *given)
 
 
 def test_a_missing_teacher_is_named(data_folder, tmp_path, capsys):

@@ -122,7 +122,18 @@ def test_the_ensemble_averages_logits():
     torch.testing.assert_close(Ensemble(members)(tokens), expected)
 
 
-@pytest.mark.parametrize("line", [b"[]", b'{"sentence_good": "x"}', b"{", b"\xff", b"17"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b'{"sentence_good": "x"}',
+        b'{"sentence_good": "", "sentence_bad": "a"}',
+        rb'{"sentence_good": "\ud800", "sentence_bad": "a"}',
+        b"{",
+        b"\xff",
+        b"17",
+    ],
+)
 def test_a_line_that_is_no_pair_is_named(tmp_path, line):
     folder = write_pairs(tmp_path / "p", PAIRS)
     with open(folder / "hand_made.jsonl", "ab") as file:
@@ -192,6 +203,23 @@ def test_text_of_another_tokenizer_is_refused(checkpoints, tmp_path, capsys):
     write_split(tmp_path, "dev", other, {"text": write_text(500, seed=9)})
     assert run(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path)])) == 1
     assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_pairs_are_scored_although_the_default_text_is_of_another_tokenizer(
+    checkpoints, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
+    write_split(tmp_path / "data" / "babylm", "dev", other, {"text": write_text(500, seed=9)})
+    pairs = str(write_pairs(tmp_path / "pairs", PAIRS))
+    assert run(lambda: evaluate.main([*checkpoints, "--pairs", pairs, "--device", "cpu"])) == 0
+    assert "minimal pairs only" in capsys.readouterr().err
+
+
+def test_text_without_spaces_has_no_perplexity_per_word(tokenizer, tmp_path):
+    write_split(tmp_path, "dev", tokenizer, {"text": "x" * 3000})
+    scores = corpus_scores(uniform(), TokenShard(tmp_path / "dev.bin"), 32)
+    assert scores["perplexity_per_word"] is None and scores["bits_per_byte"] > 1
 
 
 def test_a_missing_shard_is_named(checkpoints, tmp_path, capsys):

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "".join(re.findall(r"```\n(.*?)```", README, flags=re.S))
 COMMANDS = re.findall(r"^(?:python|make) .*$", BLOCKS, flags=re.M)
+COMMANDS += re.findall(r"`(python [^`\n]+)`", README)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def small_world(tmp_path, monkeypatch):
         preset = dataclasses.replace(tiny[name.split("-")[0]], recipe=recipe)
         monkeypatch.setitem(models.PRESETS, name, preset)
     for name, recipe in reproduce.RECIPES.items():
-        recipe = dataclasses.replace(recipe, vocabulary_size=300, teacher_options=())
+        recipe = dataclasses.replace(recipe, vocabulary_size=300)
         monkeypatch.setitem(reproduce.RECIPES, name, recipe)
     monkeypatch.setattr(tokenize_corpus, "VOCABULARY_SIZE", 300)
     monkeypatch.chdir(tmp_path)

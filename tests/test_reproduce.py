@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 import reproduce
-from conftest import write_text
+from conftest import interrupt_after, write_text
 from files import run
 from model import PRESETS
 from reproduce import RECIPES, Recipe, sample_lines, text_chart
@@ -56,7 +56,7 @@ def test_the_demo_ends_with_a_report_and_is_not_done_twice(short_recipe, tmp_pat
     assert written == {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
 
 
-def test_a_given_corpus_is_sampled_and_resumed(short_recipe, tmp_path, capsys):
+def test_a_given_corpus_is_sampled_and_resumed(short_recipe, tmp_path, monkeypatch, capsys):
     for split in ("train", "dev"):
         (tmp_path / split).mkdir()
         text = write_text(6000, seed=len(split))
@@ -64,8 +64,13 @@ def test_a_given_corpus_is_sampled_and_resumed(short_recipe, tmp_path, capsys):
     arguments = ["--recipe", "small", "--train", str(tmp_path / "train"), "--device", "cpu"]
     arguments += ["--dev", str(tmp_path / "dev"), "--out", str(tmp_path / "out")]
     arguments += ["--words", "3000"]
-    assert run(lambda: reproduce.main([*arguments, "--stop-after", "0.0001"])) == 0
-    assert "the same command continues" in capsys.readouterr().out
+    for options in (["--stop-after", "0"], ["--stop-after", "1e-9"]):
+        assert run(lambda o=options: reproduce.main([*arguments, *o])) == 0
+        assert "the same command continues" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert run(lambda: reproduce.main(arguments)) == 143
+    assert "stopped after step 2 of 4" in capsys.readouterr().out
     assert not (tmp_path / "out/report.md").exists()
     assert run(lambda: reproduce.main(arguments)) == 0
     words = len((tmp_path / "out/corpus/train/qed.train").read_text().split())
@@ -75,10 +80,17 @@ def test_a_given_corpus_is_sampled_and_resumed(short_recipe, tmp_path, capsys):
     assert "choose another --out" in capsys.readouterr().err
 
 
-def test_a_recipe_without_text_is_wrong_usage():
+@pytest.mark.parametrize("arguments", [["small"], ["demo", "--train", "text"], ["tiny"]])
+def test_wrong_usage_exits_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
-        reproduce.main(["--recipe", "small"])
+        reproduce.main(["--recipe", *arguments])
     assert stop.value.code == 2
+
+
+def test_pairs_are_read_before_anything_is_trained(tmp_path, capsys):
+    arguments = ["--recipe", "small", "--train", "a", "--dev", "b", "--pairs", str(tmp_path)]
+    assert run(lambda: reproduce.main(arguments)) == 1
+    assert "minimal pairs" in capsys.readouterr().err
 
 
 def test_recipes_name_presets_that_exist():

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,8 +15,9 @@ import torch
 
 import model as models
 import train
-from conftest import train_tokenizer, write_split, write_text
+from conftest import interrupt_after, train_tokenizer, write_split, write_text
 from data import Batch, BatchStream, TokenShard
+from distill import DistillConfig
 from files import UserError, run
 from train import (
     CrossEntropyObjective,
@@ -185,19 +185,6 @@ def test_same_seed_same_bits(whole_run, data_folder, tmp_path):
     assert not same(weights(tmp_path / "s/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
 
 
-def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
-    """Makes a run stop itself during the given step."""
-    call, count = TrainStep.__call__, [0]
-
-    def counted(self, *arguments):
-        count[0] += 1
-        if count[0] == steps:
-            then()
-        return call(self, *arguments)
-
-    monkeypatch.setattr(TrainStep, "__call__", counted)
-
-
 def comparable(path):
     """The log without its run objects and speeds."""
     entries = [json.loads(line) for line in path.read_text().splitlines()]
@@ -262,6 +249,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
     trained(config)
     assert "falling back" in capsys.readouterr().err
     assert same(weights(checkpoint), weights(whole_run[0] / "checkpoint.pt"))
+    models.read_checkpoint(tmp_path / "r/previous.pt")  # not what was damaged
 
 
 def test_a_finished_run_says_so_and_writes_nothing(whole_run, data_folder, capsys):
@@ -277,11 +265,51 @@ def test_another_recipe_is_not_continued(whole_run, data_folder):
         trained(config_for(data_folder, whole_run[0], seed=5, learning_rate=1e-3))
 
 
-def test_what_may_change_on_resuming_does(whole_run, data_folder, capsys):
-    config = config_for(
-        data_folder, whole_run[0], save_every=7, log_every=3, micro_batch_size=2, stop_after=60.0
-    )
+def test_what_may_change_on_resuming_does(data_folder, tmp_path, monkeypatch):
+    config = config_for(data_folder, tmp_path / "r", model="llama-tiny")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        assert trained(config)["step"] == 5
+    changes = {"save_every": 7, "log_every": 3, "micro_batch_size": 2, "stop_after": 60.0}
+    assert trained(dataclasses.replace(config, **changes))["step"] == 12
+    trained(config_for(data_folder, tmp_path / "whole", model="llama-tiny"))
+    ours, theirs = (weights(tmp_path / name / "checkpoint.pt") for name in ("r", "whole"))
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2e-4)
+
+
+def test_a_run_of_another_shape_is_not_continued(whole_run, data_folder):
+    config = config_for(data_folder, whole_run[0])
+    model = models.build_model(config.model, 300, dropout=0.0)
+    with pytest.raises(UserError, match="shape"):
+        train.fit(CrossEntropyObjective(model), config)
+
+
+def test_what_is_left_of_another_run_is_not_overwritten(whole_run, data_folder, tmp_path):
+    (tmp_path / "best.pt").write_bytes((whole_run[0] / "best.pt").read_bytes())
+    with pytest.raises(UserError, match="learning_rate"):
+        trained(config_for(data_folder, tmp_path, learning_rate=1e-3))
+    assert trained(config_for(data_folder, tmp_path))["step"] == 12
+
+
+def test_a_kill_between_two_renames_loses_nothing(whole_run, data_folder, tmp_path):
+    config = config_for(data_folder, tmp_path / "r")
+    trained(config)
+    (tmp_path / "r/checkpoint.pt").rename(tmp_path / "r/checkpoint.new")
+    (tmp_path / "r/previous.pt").write_bytes(b"")
     assert trained(config)["step"] == 12
+
+
+def test_nobody_reading_the_output_does_not_end_a_run(data_folder, tmp_path):
+    out = tmp_path / "r"
+    command = f"{sys.executable} {ROOT / 'train.py'} --model llama-tiny --device cpu --steps 30"
+    command += f" --data {data_folder} --out {out} --batch-size 2 --sequence-length 16"
+    command += " --log-every 1 | head -n 8"
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint.pt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_run_with_other_data_is_not_continued(whole_run, tokenizer, data_folder, tmp_path):
@@ -337,8 +365,9 @@ def test_bfloat16_is_near_float32(data_folder, tmp_path):
 
 
 def test_each_option_has_its_own_help():
-    helps = [f.metadata["help"] for f in dataclasses.fields(TrainConfig)]
-    assert len(set(helps)) == len(helps)
+    for config_class in (TrainConfig, DistillConfig):
+        helps = [f.metadata["help"] for f in dataclasses.fields(config_class)]
+        assert len(set(helps)) == len(helps) and min(map(len, helps)) > 5
 
 
 def test_help_lists_presets_and_defaults(capsys):
@@ -356,6 +385,10 @@ def test_help_lists_presets_and_defaults(capsys):
         ["--steps", "many"],
         ["--steps", "1", "--epochs", "1"],
         ["--batch-size", "0"],
+        ["--steps", "0"],
+        ["--epochs", "nan"],
+        ["--learning-rate", "inf"],
+        ["--seed", "100000000000000000000"],
         ["--precision", "fp8"],
     ],
 )
@@ -371,6 +404,7 @@ def test_wrong_usage_exits_with_2(arguments):
         (["--model", "llama-7b"], "llama-58m"),
         (["--data", "nowhere"], "tokenize_corpus.py"),
         (["--device", "cuda:7"], "--device"),
+        (["--device", "meta"], "--device"),
         (["--sequence-length", "512"], "--sequence-length"),
         (["--batch-size", "100000"], "--batch-size"),
     ],
