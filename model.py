@@ -72,8 +72,8 @@ PRESETS = {
     "gpt2-small": _gpt2(6, 6, 192, Recipe(1.5e-3, 16, 7, 100, 0.5)),
     "llama-small": _llama(6, 6, 192, 512, Recipe(1.5e-3, 32, 6, 100, 1.0)),
     "llama-small-student": _llama(4, 4, 128, 320, Recipe(1.5e-3, 16, 6, 100, 0.1)),
-    "gpt2-tiny": _gpt2(3, 4, 96, Recipe(3e-3, 16, 14, 50, 0.5)),
-    "llama-tiny": _llama(3, 4, 96, 256, Recipe(3e-3, 16, 10, 50, 0.5)),
+    "gpt2-tiny": _gpt2(3, 4, 96, Recipe(3e-3, 16, 30, 50, 0.5)),
+    "llama-tiny": _llama(3, 4, 96, 256, Recipe(3e-3, 16, 15, 50, 0.5)),
     "llama-tiny-student": _llama(2, 4, 64, 160, Recipe(3e-3, 16, 14, 50, 0.1)),
 }
 
