@@ -19,7 +19,17 @@ from torch import nn
 import model as models
 from files import UserError, run
 from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype
-from train import TrainConfig, exit_code, fit, open_data, option, parse, with_recipe
+from train import (
+    TrainConfig,
+    exit_code,
+    fit,
+    initial_model,
+    load_compatible,
+    open_data,
+    option,
+    parse,
+    with_recipe,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,18 +95,7 @@ def load_teachers(config, data):
     """
     teachers, identities = [], []
     for path in config.teachers:
-        teacher, checkpoint = models.load_checkpoint(path)
-        theirs = checkpoint["tokenizer"]["identity"]
-        if theirs != data.tokenizer.identity:
-            raise UserError(
-                f"{path} was trained with another tokenizer ({theirs[:12]}) than {config.data} "
-                f"({data.tokenizer.identity[:12]}): encode the data with the teacher's tokenizer"
-            )
-        if teacher.config.vocab_size != data.tokenizer.vocabulary_size:
-            raise UserError(
-                f"{path} has {teacher.config.vocab_size} logits, the tokenizer of {config.data} "
-                f"{data.tokenizer.vocabulary_size} pieces: use a teacher trained on this data"
-            )
+        teacher, checkpoint = load_compatible(path, config, data)
         if teacher.config.max_position_embeddings < config.sequence_length:
             raise UserError(
                 f"{path} reads {teacher.config.max_position_embeddings} tokens, fewer than "
@@ -124,8 +123,7 @@ def main(argv=None):
     check_weights(config)
     data = open_data(config)
     teachers, identities = load_teachers(config, data)
-    torch.manual_seed(config.seed)
-    student = models.build_model(config.model, data.train.vocabulary_size)
+    student = initial_model(config, data)
     positions = config.sequence_length if config.kl_reduction == "sequence" else 1
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
     print(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")

@@ -5,8 +5,14 @@
 
 Cross-entropy in nats per token, over the chunks that training cuts; perplexity per token and per
 word, and bits per byte of the cleaned text, which do not depend on the tokenizer. A minimal pair is
-right if the acceptable sentence has the higher log-probability; a tie counts half. Sentences follow
-a newline, as sentences do in training. All in float32: ties are an artefact of fewer digits.
+right if the acceptable sentence has the higher log-probability; a tie counts half. All in float32:
+ties are an artefact of fewer digits.
+
+What precedes a sentence is a matter of --convention. `newline`, the default, is the context in
+which sentences begin in training, and scores their first token too. The official BabyLM pipelines
+do otherwise: 2023 puts </s> first (and reports the mean over fields), 2024 puts <s> and a blank
+(the mean over files), 2025 puts nothing, so that the first token is not scored. <s> and </s> never
+occur in training here, so under 2023 and 2024 every sentence follows an untrained embedding.
 """
 
 import argparse
@@ -17,17 +23,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from data import Tokenizer, TokenShard
-from files import UserError, run, write_json
+from files import UserError, atomic_write, run, write_json
 from model import choose_device, count_parameters, load_checkpoint
 
 BATCH_TOKENS = 8192
-PREFIX = "\n"
 TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
 SAME_FIELD = {"s-selection": "argument_structure"}  # 13 terms in the files, 12 in BLiMP's tables
 
@@ -106,6 +112,22 @@ def _text_scores(losses, words, num_bytes):
 
 
 @dataclass(frozen=True)
+class Convention:
+    """What precedes a sentence: a token or nothing, and then perhaps a blank, which is scored."""
+
+    prefix: str | None
+    blank: str = ""
+
+
+CONVENTIONS = {
+    "newline": Convention("<0x0A>"),
+    "2023": Convention("</s>"),
+    "2024": Convention("<s>", blank=" "),
+    "2025": Convention(None),
+}
+
+
+@dataclass(frozen=True)
 class Pair:
     good: str
     bad: str
@@ -130,6 +152,7 @@ def read_pairs(folder):
             try:
                 entry = json.loads(line)
                 field = entry.get("linguistics_term", path.stem)
+                field = SAME_FIELD.get(field, field)
                 pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
                 valid = all(s and s.encode() for s in (pair.good, pair.bad, pair.field))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -145,17 +168,19 @@ def read_pairs(folder):
     return pairs
 
 
-def sentence_scores(model, tokenizer, sentences):
-    """log p of each sentence after a newline, in nats: list of N strings → (N,) float64.
+def sentence_scores(model, tokenizer, sentences, convention="newline"):
+    """log p of each sentence in that convention, in nats: list of N strings → (N,) float64.
 
     Sentences of one length share a batch, so that nothing is padded.
     """
-    prefix = tokenizer.encode(PREFIX)
+    how = CONVENTIONS[convention]
+    prefix = [] if how.prefix is None else [tokenizer.processor.piece_to_id(how.prefix)]
     by_length = defaultdict(list)
-    ids = [prefix + sentence for sentence in tokenizer.encode(list(sentences))]
+    ids = [prefix + s for s in tokenizer.encode([how.blank + s for s in sentences])]
     for i, sentence in enumerate(ids):
         by_length[len(sentence)].append(i)
-    longest = max(by_length) - 1
+    by_length.pop(1, None)  # nothing follows the one token, which has no context: log p is 0
+    longest = max(by_length, default=1) - 1
     if longest > context_length(model):
         text = sentences[by_length[longest + 1][0]]
         raise UserError(
@@ -170,31 +195,58 @@ def sentence_scores(model, tokenizer, sentences):
                 batch = members[i : i + rows]
                 tokens = torch.tensor([ids[k] for k in batch])
                 losses = token_losses(model, tokens[:, :-1], tokens[:, 1:])
-                scores[batch] = -losses[:, len(prefix) - 1 :].double().sum(1)
+                scores[batch] = -losses.double().sum(1)
                 bar.update(len(batch))
     return scores
 
 
-def pair_scores(model, tokenizer, pairs):
-    """Accuracies in [0, 1] of `read_pairs`' pairs: per file, per field, their means, tie rate."""
-    flat = [(name, pair) for name, members in pairs.items() for pair in members]
-    scores = sentence_scores(
-        model, tokenizer, [s for _, pair in flat for s in (pair.good, pair.bad)]
-    ).view(-1, 2)  # (pairs, good and bad)
-    correct = (scores[:, 0] > scores[:, 1]).double() + 0.5 * (scores[:, 0] == scores[:, 1]).double()
+def pair_scores(model, tokenizer, pairs, convention="newline"):
+    """log p of the good and the bad sentence of each of `read_pairs`' pairs, in order: (P, 2)."""
+    members = [pair for file in pairs.values() for pair in file]
+    sentences = [sentence for pair in members for sentence in (pair.good, pair.bad)]
+    return sentence_scores(model, tokenizer, sentences, convention).view(-1, 2)
+
+
+def accuracies(pairs, scores):
+    """Accuracies in [0, 1] from `pair_scores`: per file, per field, their means, and tie rate."""
+    ties = (scores[:, 0] == scores[:, 1]).double()
+    correct = (scores[:, 0] > scores[:, 1]).double() + 0.5 * ties
     per_file, per_field = defaultdict(list), defaultdict(list)
-    for (name, pair), value in zip(flat, correct.tolist()):
+    places = [(name, pair.field) for name, members in pairs.items() for pair in members]
+    for (name, field), value in zip(places, correct.tolist()):
         per_file[name].append(value)
-        per_field[SAME_FIELD.get(pair.field, pair.field)].append(value)
+        per_field[field].append(value)
     per_file = {name: sum(v) / len(v) for name, v in per_file.items()}
     per_field = {name: sum(v) / len(v) for name, v in sorted(per_field.items())}
     return {
         "accuracy_over_files": sum(per_file.values()) / len(per_file),
         "accuracy_over_fields": sum(per_field.values()) / len(per_field),
-        "tie_rate": (scores[:, 0] == scores[:, 1]).double().mean().item(),
+        "tie_rate": ties.mean().item(),
         "per_file": per_file,
         "per_field": per_field,
     }
+
+
+def write_pair_scores(path, checkpoints, pairs, scores):
+    """Writes every score as an .npz, from which anyone can compute any accuracy again.
+
+    `checkpoint` (M,), `folder`, `paradigm` (the file's stem) and `field` (P,), and log p in nats,
+    `good` and `bad` (M, P). `scores` has one list for each of the M checkpoints, with (pairs, 2)
+    scores for each folder.
+    """
+    places = [
+        (folder, name, pair.field)
+        for folder, files in pairs.items()
+        for name, members in files.items()
+        for pair in members
+    ]
+    folders, files, fields = map(np.array, zip(*places))
+    joined = torch.stack([torch.cat(of_folders) for of_folders in scores]).numpy()  # (M, P, 2)
+    with atomic_write(path) as file:
+        np.savez_compressed(
+            file, checkpoint=np.array(checkpoints), folder=folders, paradigm=files, field=fields,
+            good=joined[..., 0], bad=joined[..., 1],
+        )  # fmt: skip
 
 
 # ---- several models, one table
@@ -226,18 +278,6 @@ def report(results):
     return table(rows)
 
 
-def evaluate(model, tokenizer, shard, sequence_length, pairs):
-    """The scores of one model as in the JSON; `shard` may be None."""
-    text = dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
-    if shard is not None:
-        text = corpus_scores(model, shard, sequence_length)
-    return text | {
-        "pairs": {
-            folder: pair_scores(model, tokenizer, members) for folder, members in pairs.items()
-        }
-    }
-
-
 def load_all(paths, device):
     """[(model, checkpoint)] of the paths; `UserError` unless all share one tokenizer."""
     loaded = [load_checkpoint(path) for path in paths]
@@ -260,11 +300,18 @@ def main(argv=None):
     parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="DIR", help="folders of BLiMP-style *.jsonl"
     )
+    parser.add_argument(
+        "--convention", choices=CONVENTIONS, default="newline",
+        help="what precedes a sentence of a minimal pair; see above (default: newline)",
+    )  # fmt: skip
+    parser.add_argument("--pair-scores", metavar="FILE", help="write every pair's two scores (npz)")
     parser.add_argument("--json", metavar="FILE", help="write the scores here")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     if not args.checkpoints and not args.ensemble:
         parser.error("give at least one checkpoint")
+    if args.pair_scores and not args.pairs:
+        parser.error("--pair-scores needs --pairs")
 
     data = Path(args.data or "data/babylm")
     # Minimal pairs need no shard: without --data they are scored alone where there is none.
@@ -297,13 +344,24 @@ def main(argv=None):
         members = Ensemble([loaded[path][0] for path in args.ensemble]).eval()
         length = min(lengths[path] for path in args.ensemble)
         entries.append((" + ".join(args.ensemble), "ensemble", members, length))
-    results = []
+    results, scores = [], []
     for path, name, model, length in entries:
         described = {"path": path, "model": name, "parameters": count_parameters(model)}
-        results.append(described | evaluate(model, tokenizer, shard, length, pairs))
+        text = dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
+        if shard is not None:
+            text = corpus_scores(model, shard, length)
+        by_folder = {
+            folder: pair_scores(model, tokenizer, members, args.convention)
+            for folder, members in pairs.items()
+        }
+        accuracy = {folder: accuracies(pairs[folder], s) for folder, s in by_folder.items()}
+        results.append(described | text | {"pairs": accuracy})
+        scores.append(list(by_folder.values()))
     print("\n".join(report(results)))
     if args.json:
-        write_json(args.json, {"checkpoints": results})
+        write_json(args.json, {"convention": args.convention, "checkpoints": results})
+    if args.pair_scores:
+        write_pair_scores(args.pair_scores, [r["path"] for r in results], pairs, scores)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ A checkpoint is one dict of primitives and tensors that `torch.load(path, weight
     tokenizer         {"identity", "model": the SentencePiece file as a uint8 tensor}
     progress          {"step", "steps", "words", "dev_cross_entropy", ...}
     teachers          [{"name", "digest"}], empty unless distilled
+    commit            of the project when it was written
     training          moments keyed by parameter name and random states; None in best.pt
     digest            SHA-256 of all of the above: torch.load itself verifies nothing
 """
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +150,9 @@ def content_digest(value):
     return digest.hexdigest()
 
 
-def save_checkpoint(path, *, name, model, config, tokenizer, progress, teachers=(), training=None):
+def save_checkpoint(
+    path, *, name, model, config, tokenizer, progress, teachers=(), commit="unknown", training=None
+):
     """Writes the checkpoint of `model` atomically; the format is this module's docstring."""
     checkpoint = {
         "format": FORMAT,
@@ -166,6 +170,7 @@ def save_checkpoint(path, *, name, model, config, tokenizer, progress, teachers=
         },
         "progress": progress,
         "teachers": list(teachers),
+        "commit": commit,
         "training": training,
     }
     checkpoint["digest"] = content_digest(checkpoint)
@@ -204,6 +209,22 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def check_shape(config):
+    """Raises ValueError for a config that no model has, before anything of such a size is made."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int:
+            valid = type(value) is int and 0 < value < 1 << 20
+        elif field.type is float:
+            valid = type(value) in (int, float) and 0 <= value < math.inf
+        else:
+            valid = type(value) is bool
+        if not valid:
+            raise ValueError(f"{field.name} cannot be {value!r}")
+    if config.num_hidden_layers > 1000 or config.hidden_size % config.num_attention_heads:
+        raise ValueError("there are too many layers, or heads that do not divide hidden_size")
+
+
 def load_checkpoint(path):
     """The rebuilt model, in eval mode on the CPU, and the checkpoint's dict, in that order.
 
@@ -213,9 +234,11 @@ def load_checkpoint(path):
     try:
         described = checkpoint["model"]
         kind, config = ARCHITECTURES[described["architecture"]]
+        config = config(**described["shape"])
+        check_shape(config)
         with torch.device("meta"):
-            model = kind(config(**described["shape"]))
+            model = kind(config)
         model.load_state_dict(checkpoint["weights"], assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that do not fit the model it names") from error
     return model.eval(), checkpoint

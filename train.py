@@ -48,6 +48,9 @@ def option(default, help, **details):
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     model: str = option("llama-58m", "preset, from the list below")
+    init: str | None = option(
+        None, "start from this checkpoint's weights and shape; --model then names the recipe alone"
+    )
     data: str = option("data/babylm", "folder of train.bin, dev.bin and tokenizer.model")
     out: str | None = option(None, "folder of the run; default: runs/ and the preset's name")
     epochs: float | None = option(
@@ -72,6 +75,11 @@ class TrainConfig:
     seed: int = option(0, "of initialisation, order and dropout", minimum=0)
     resume: str = option("auto", "auto: continue if there is a run; never; or a checkpoint's path")
     save_every: int = option(500, "steps between checkpoints; the last has one", minimum=1)
+    save_at_words: list[str] | None = option(
+        None,
+        "write the weights as chck_1M.pt and so on when that many words have been seen: numbers "
+        "such as 500k or 1M, or babylm (1M to 10M by 1M, then every 10M)",
+    )
     log_every: int = option(20, "steps between lines of log.jsonl", minimum=1)
     eval_every: int = option(
         0, "steps between dev evaluations besides each epoch's; 0: none", minimum=0
@@ -90,7 +98,15 @@ class TrainConfig:
 
 # What may differ when a run is continued; data and teachers are compared by content instead.
 MAY_CHANGE = {
-    *("out", "resume", "save_every", "log_every", "stop_after", "micro_batch_size"),
+    *(
+        "out",
+        "resume",
+        "save_every",
+        "save_at_words",
+        "log_every",
+        "stop_after",
+        "micro_batch_size",
+    ),
     *("device", "compile", "dry_run", "data", "teachers"),
 }
 
@@ -304,6 +320,53 @@ def open_data(config):
     return data
 
 
+def load_compatible(path, config, data):
+    """`load_checkpoint`, but `UserError` unless the data were made with the model's tokenizer."""
+    model, checkpoint = models.load_checkpoint(path)
+    theirs = checkpoint["tokenizer"]["identity"]
+    if theirs != data.tokenizer.identity:
+        raise UserError(
+            f"{path} was trained with another tokenizer ({theirs[:12]}) than {config.data} "
+            f"({data.tokenizer.identity[:12]}): encode the data with that of the checkpoint"
+        )
+    if model.config.vocab_size != data.tokenizer.vocabulary_size:
+        raise UserError(
+            f"{path} has {model.config.vocab_size} logits, the tokenizer of {config.data} "
+            f"{data.tokenizer.vocabulary_size} pieces: use a model trained on this data"
+        )
+    return model, checkpoint
+
+
+def initial_model(config, data):
+    """The model to train: freshly initialised from the seed, or as --init has it."""
+    torch.manual_seed(config.seed)
+    if config.init is not None:
+        return load_compatible(config.init, config, data)[0]
+    return models.build_model(config.model, data.train.vocabulary_size)
+
+
+def word_marks(names, total_words):
+    """{file name: words} of --save-at-words, as far as the run goes. `UserError` for no number."""
+    million, marks = 1_000_000, []
+    for name in names or ():
+        number, unit = (name[:-1], name[-1]) if name[-1:] in ("k", "M") else (name, "")
+        if name == "babylm":
+            marks += [*range(million, 10 * million, million)]
+            marks += range(10 * million, total_words + 1, 10 * million)
+        elif number.isascii() and number.isdigit() and int(number):
+            marks.append(int(number) * {"": 1, "k": 1000, "M": million}[unit])
+        else:
+            raise UserError(f"--save-at-words {name}: give babylm, or numbers such as 500k or 1M")
+
+    def label(mark):
+        for unit, size in (("M", million), ("k", 1000)):
+            if mark % size == 0:
+                return f"{mark // size}{unit}"
+        return str(mark)
+
+    return {f"chck_{label(mark)}.pt": mark for mark in sorted(set(marks)) if mark <= total_words}
+
+
 # ---- state that outlives the process
 
 
@@ -447,12 +510,13 @@ def commit():
     return found.stdout.strip() or "unknown"
 
 
-def print_arithmetic(objective, config, stream, steps, device, precision):
+def print_arithmetic(objective, config, stream, steps, marks, device, precision):
     """One block that says what the run will do and need; `UserError` if the disk is too small."""
     parameters = models.count_parameters(objective.model)
     frozen = models.count_parameters(objective) - parameters
     tokens = config.batch_size * config.sequence_length
-    disk = (3 * 12 + 4) * parameters + (64 << 20)  # two full states, a third on its way, best.pt
+    # Two full states and a third on its way; best.pt and the word marks are weights alone.
+    disk = (3 * 12 + 4 * (1 + len(marks))) * parameters + (64 << 20)
     out = Path(config.out)
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
     there = sum((out / name).stat().st_size for name in STATES if (out / name).exists())
@@ -464,6 +528,8 @@ def print_arithmetic(objective, config, stream, steps, device, precision):
     say(f"data       {len(stream.shard.tokens):,} tokens, {stream.shard.words:,} words")
     say(f"step       {config.batch_size} sequences x {config.sequence_length} = {tokens:,} tokens")
     say(f"run        {steps:,} steps = {epochs:.2f} epochs of {stream.num_chunks:,} chunks")
+    if marks:
+        say(f"marks      {', '.join(marks)}")
     say(f"memory     {(16 * parameters + 4 * frozen) / GIB:.2f} GiB of state, plus activations")
     say(f"disk       {disk / GIB:.2f} GiB in {config.out}, {free / GIB:.1f} GiB free")
     if disk - there > free:
@@ -492,7 +558,9 @@ def fit(objective, config):
     )
     dev_starts = dev_subset(data.dev, config.sequence_length, config.eval_sequences)
     steps = config.steps or max(1, round(stream.num_chunks * config.epochs / config.batch_size))
-    print_arithmetic(objective, config, stream, steps, device, precision)
+    words = steps * config.batch_size / stream.num_chunks * data.train.words
+    marks = word_marks(config.save_at_words, round(words))
+    print_arithmetic(objective, config, stream, steps, marks, device, precision)
     if config.dry_run:
         return {"step": 0, "steps": steps}
 
@@ -515,7 +583,7 @@ def fit(objective, config):
             for block in getattr(module, "blocks", ()):
                 block.compile()  # the layers are alike: one compilation serves them all
 
-    recorder = Recorder(train_step, config, identity, data, progress, found)
+    recorder = Recorder(train_step, config, identity, data, progress, marks, found)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
     signals, started = StopSignal(), time.monotonic()
     try:
@@ -524,7 +592,7 @@ def fit(objective, config):
             terms = train_step(stream(i).to(device), rate)
             step = progress["step"] = i + 1
             epochs_before, epochs = (n * config.batch_size / stream.num_chunks for n in (i, step))
-            progress["words"] = round(epochs * data.train.words)
+            recorder.count_words(epochs)
             bar.update()
             last = step == steps
             if step % config.log_every == 0 or last:
@@ -558,18 +626,19 @@ def run_identity(objective, config, data):
 class Recorder:
     """All that a run writes: log lines, dev evaluations, checkpoints; and the clock of training."""
 
-    def __init__(self, train_step, config, identity, data, progress, found):
+    def __init__(self, train_step, config, identity, data, progress, marks, found):
         self.train_step, self.config, self.identity = train_step, config, identity
-        self.data, self.progress = data, progress
+        self.data, self.progress, self.marks = data, progress, marks
         self.model, self.out = train_step.objective.model, Path(config.out)
         self.current = self.out / "checkpoint.pt"
         self.current_is_whole = found == self.current
+        self.commit = commit()
         first = {
             "config": identity,
             "model": config.model,
             "parameters": models.count_parameters(self.model),
             "tokenizer": data.tokenizer.identity,
-            "commit": commit(),
+            "commit": self.commit,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "device": str(train_step.parameters[0].device),
         }
@@ -626,6 +695,14 @@ class Recorder:
             self._write("best.pt")
         self.clock += time.perf_counter() - paused
 
+    def count_words(self, epochs):
+        """Words seen; the weights go into a file of their own where a mark has been passed."""
+        before = self.progress.get("words", 0)
+        self.progress["words"] = round(epochs * self.data.train.words)
+        for name, mark in self.marks.items():
+            if before < mark <= self.progress["words"]:
+                self._write(name)
+
     def save(self):
         """checkpoint.pt; the one before it, unless it was found damaged, becomes previous.pt."""
         paused = time.perf_counter()
@@ -645,6 +722,7 @@ class Recorder:
             tokenizer=self.data.tokenizer,
             progress=dict(self.progress),
             teachers=self.train_step.objective.teachers_identity,
+            commit=self.commit,
             training=training,
         )
 
@@ -657,9 +735,7 @@ def exit_code(progress):
 def main(argv=None):
     config = with_recipe(parse(TrainConfig, __doc__, argv))
     data = open_data(config)
-    torch.manual_seed(config.seed)
-    model = models.build_model(config.model, data.train.vocabulary_size)
-    return exit_code(fit(CrossEntropyObjective(model), config))
+    return exit_code(fit(CrossEntropyObjective(initial_model(config, data)), config))
 
 
 if __name__ == "__main__":

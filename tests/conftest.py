@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import export_hf
+import model as models
 import tokenize_corpus
 from data import Tokenizer, TokenShard, write_shard
 from train import TrainStep
@@ -39,6 +41,27 @@ def write_split(folder, split, tokenizer, texts):
         for name, text in texts.items()
     ]
     write_shard(folder / f"{split}.bin", entries, tokenizer, cleaning="none")
+
+
+def hf_twin(model, weights=True):
+    """Hugging Face's model of the same shape, and with the same weights unless asked otherwise."""
+    import transformers  # here, because it takes seconds and few tests need it
+
+    kind = models.architecture(model)
+    described = export_hf.hf_config(model, kind)
+    for key in ("architectures", "torch_dtype", "dtype"):
+        del described[key]
+    config = transformers.AutoConfig.for_model(**described)
+    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if weights:
+        tensors = {
+            export_hf.hf_name(kind, name): w.T if export_hf.is_transposed(kind, name) else w
+            for name, w in model.state_dict().items()
+        }
+        missing, unexpected = twin.load_state_dict(tensors, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        assert not missing or twin.lm_head.weight is twin.get_input_embeddings().weight
+    return twin.eval()
 
 
 def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):

@@ -1,5 +1,6 @@
 """Scores are what their definitions say: on a uniform model, on hand-made pairs, file by file."""
 
+import itertools
 import json
 import math
 
@@ -10,8 +11,16 @@ from torch import nn
 import evaluate
 import model as models
 from conftest import train_tokenizer, write_split, write_text
-from data import TokenShard
-from evaluate import Ensemble, corpus_scores, pair_scores, read_pairs, sentence_scores
+from data import BOS, EOS, TokenShard
+from evaluate import (
+    CONVENTIONS,
+    Ensemble,
+    accuracies,
+    corpus_scores,
+    pair_scores,
+    read_pairs,
+    sentence_scores,
+)
 from files import UserError, run
 
 V = 300
@@ -98,18 +107,20 @@ def prefers(tokenizer, word):
 
 def test_hand_made_pairs_have_the_accuracy_they_must(tokenizer, tmp_path):
     pairs = read_pairs(write_pairs(tmp_path / "p", PAIRS))
-    scores = pair_scores(prefers(tokenizer, "cat"), tokenizer, pairs)
+    scores = accuracies(pairs, pair_scores(prefers(tokenizer, "cat"), tokenizer, pairs))
     assert scores["per_file"] == {"hand_made": 0.5}  # right, wrong, and half for a tie
     assert scores["per_field"] == {"argument_structure": 0.5, "binding": 0.5}
     assert math.isclose(scores["tie_rate"], 1 / 3)
-    all_ties = pair_scores(uniform(), tokenizer, {"f": pairs["hand_made"][2:]})
+    pairs = {"f": pairs["hand_made"][2:]}
+    all_ties = accuracies(pairs, pair_scores(uniform(), tokenizer, pairs))
     assert (all_ties["accuracy_over_files"], all_ties["tie_rate"]) == (0.5, 1.0)
 
 
 def test_both_means_are_means_of_their_kind(tokenizer, tmp_path):
     folder = write_pairs(tmp_path / "p", PAIRS[:1], "one")
     write_pairs(folder, PAIRS[1:2] * 3, "two")
-    scores = pair_scores(prefers(tokenizer, "cat"), tokenizer, read_pairs(folder))
+    pairs = read_pairs(folder)
+    scores = accuracies(pairs, pair_scores(prefers(tokenizer, "cat"), tokenizer, pairs))
     assert scores["per_file"] == {"one": 1.0, "two": 0.0}
     assert scores["accuracy_over_files"] == 0.5
     assert scores["accuracy_over_fields"] == 0.25  # one field of four pairs
@@ -145,6 +156,30 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, line):
 def test_a_folder_without_pairs_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no \*\.jsonl"):
         read_pairs(tmp_path)
+
+
+def test_conventions_differ_in_what_precedes_a_sentence(tokenizer):
+    """A table of log-probabilities by the last token alone shows which tokens were predicted."""
+    torch.manual_seed(0)
+    model = Fixed(torch.randn(V, V))
+    log_p, ids = model.logits.detach().log_softmax(-1), tokenizer.encode("the cat")
+    blank = tokenizer.encode(" the cat")
+    chains = {
+        "newline": [*tokenizer.encode("\n"), *ids],
+        "2023": [EOS, *ids],
+        "2024": [BOS, *blank],
+        "2025": ids,
+    }
+    assert chains.keys() == CONVENTIONS.keys()
+    for convention, chain in chains.items():
+        (score,) = sentence_scores(model, tokenizer, ["the cat"], convention)
+        expected = sum(log_p[a, b] for a, b in itertools.pairwise(chain))
+        assert math.isclose(score, expected, rel_tol=1e-5), convention
+
+
+def test_a_single_token_without_context_is_no_evidence(tokenizer):
+    assert len(tokenizer.encode("a")) == 1
+    assert sentence_scores(uniform(), tokenizer, ["a"], "2025").tolist() == [0.0]
 
 
 def test_a_sentence_beyond_the_context_is_refused(tokenizer):

@@ -441,3 +441,66 @@ def test_sigterm_saves_and_exits_with_143(data_folder, tmp_path):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command continues" in printed
     assert (out / "checkpoint.pt").exists()
+
+
+# ---- checkpoints at word counts, and other beginnings than chance
+
+
+def test_weights_are_kept_when_so_many_words_have_been_seen(data_folder, tmp_path):
+    """At the first step that has seen them; interrupted and continued, the same files."""
+    shard = TokenShard(data_folder / "train.bin")
+    words_a_step = 4 * shard.words / ((len(shard.tokens) - 1) // 32)
+    marks = ["100", "400", "300"]
+    config = config_for(data_folder, tmp_path / "run", save_at_words=marks)
+    trained(config)
+    for name, mark in (("100", 100), ("300", 300), ("400", 400)):
+        checkpoint = models.read_checkpoint(tmp_path / "run" / f"chck_{name}.pt")
+        assert checkpoint["training"] is None
+        assert checkpoint["progress"]["step"] == math.ceil(mark / words_a_step)
+        assert mark <= checkpoint["progress"]["words"] < mark + words_a_step + 1
+    last = weights(tmp_path / "run" / "checkpoint.pt")
+    assert not same(weights(tmp_path / "run" / "chck_400.pt"), last)
+
+    other = config_for(data_folder, tmp_path / "cut", save_at_words=marks, stop_after=0)
+    while (progress := trained(other))["step"] < progress["steps"]:
+        pass
+    for name in ("100", "300", "400"):
+        pair = [weights(tmp_path / run / f"chck_{name}.pt") for run in ("run", "cut")]
+        assert same(*pair)
+
+
+def test_the_marks_of_the_2025_rules():
+    marks = train.word_marks(["babylm"], 43_000_000)
+    million = 1_000_000
+    expected = [*range(1, 11), 20, 30, 40]
+    assert marks == {f"chck_{m}M.pt": m * million for m in expected}
+    assert train.word_marks(["babylm", "1500k", "700"], 2_000_000) == {
+        "chck_700.pt": 700, "chck_1M.pt": million, "chck_1500k.pt": 1_500_000,
+        "chck_2M.pt": 2 * million,
+    }  # fmt: skip
+    for wrong in ("all", "", "0", "-1M", "1G", "M", "²"):
+        with pytest.raises(UserError, match="--save-at-words"):
+            train.word_marks([wrong], 10)
+
+
+def test_training_can_begin_with_the_weights_of_another_run(data_folder, tmp_path):
+    trained(config_for(data_folder, tmp_path / "first"))
+    first = tmp_path / "first" / "best.pt"
+    arguments = ["--model", "llama-tiny", "--init", str(first), "--data", str(data_folder)]
+    arguments += ["--out", str(tmp_path / "second"), "--steps", "1", "--learning-rate", "0"]
+    arguments += ["--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
+    assert run(lambda: train.main(arguments)) == 0
+    assert same(weights(first), weights(tmp_path / "second" / "best.pt"))
+    model, _ = models.load_checkpoint(tmp_path / "second" / "best.pt")
+    assert models.architecture(model) == "gpt2"
+
+
+def test_weights_of_another_tokenizer_are_no_beginning(data_folder, tmp_path, capsys):
+    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
+    models.save_checkpoint(
+        tmp_path / "a.pt", name="llama-tiny", model=models.build_model("llama-tiny", 300),
+        config={"sequence_length": 32}, tokenizer=other, progress={},
+    )  # fmt: skip
+    arguments = ["--init", str(tmp_path / "a.pt"), "--data", str(data_folder)]
+    assert run(lambda: train.main([*arguments, "--out", str(tmp_path / "run")])) == 1
+    assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "run").exists()

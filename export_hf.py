@@ -1,0 +1,458 @@
+"""Takes a checkpoint to Hugging Face's stock classes, and one of theirs back.
+
+    python export_hf.py runs/distilled-llama-58m/best.pt --out babyllama-58m
+    python export_hf.py --import babyllama-58m --out babyllama-58m.pt
+
+The folder loads with `AutoModelForCausalLM` and `AutoTokenizer`, under transformers 4.51 and 5.x
+alike, without trust_remote_code: config.json has the keys of both generations. The tokenizer is
+written as tokenizer.json, because LlamaTokenizer splits text otherwise than SentencePiece does
+where there is no dummy prefix. What is imported can be scored by evaluate.py, trained further
+(train.py --init), and can teach students whose data has the same tokenizer.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import BOS, EOS, PAD, UNK, Tokenizer
+from files import UserError, atomic_write, run, write_json, write_text
+from model import ARCHITECTURES, check_shape, count_parameters, load_checkpoint, save_checkpoint
+
+# Fields of our configs under Hugging Face's names.
+FIELDS = {
+    "llama": {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_hidden_layers": "num_hidden_layers",
+        "num_attention_heads": "num_attention_heads",
+        "max_position_embeddings": "max_position_embeddings",
+        "rms_norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "initializer_range": "initializer_range",
+        "tie_word_embeddings": "tie_word_embeddings",
+    },
+    "gpt2": {
+        "vocab_size": "vocab_size",
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "dropout": "resid_pdrop",
+        "layer_norm_epsilon": "layer_norm_epsilon",
+        "initializer_range": "initializer_range",
+    },
+}
+# What our forward passes compute; a config that says otherwise is of another model.
+FIXED = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+}
+CLASSES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+PREFIXES = {"llama": "model.", "gpt2": "transformer."}
+HEAD = "lm_head.weight"  # the one parameter outside the prefix
+EMBEDDING = {"llama": "embed_tokens.weight", "gpt2": "wte.weight"}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D keeps (in, out)
+BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # in old files, and constant
+CONTEXT_IF_UNSAID = {"llama": 2048, "gpt2": 1024}  # where a config.json leaves out the default
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+SPECIAL = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
+SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+# Text that a lossy tokenizer would change: runs of blanks, a tab, a ligature, a no-break space.
+PROBE = "a  b\n\n\tﬁ ½\u00a0e\u0301 "
+
+
+# ---- safetensors: a header of JSON, then the bytes (huggingface.co/docs/safetensors)
+
+
+def write_safetensors(path, tensors):
+    """Writes {name: float32 tensor} atomically."""
+    header, stop = {"__metadata__": {"format": "pt"}}, 0  # transformers 4.51 insists on "pt"
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + 4 * tensor.numel()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_write(path) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            file.write(tensor.float().contiguous().numpy())
+
+
+def read_safetensors(path):
+    """{name: float32 tensor}. Raises `UserError` unless every byte of the file is accounted for."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        start = 8 + header_bytes
+        if not 0 < header_bytes <= min(size - 8, MAX_HEADER_BYTES):
+            raise UserError(f"{path} is damaged: a header of {header_bytes} bytes is impossible")
+        try:
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            entries = [
+                (entry["data_offsets"], entry["dtype"], entry["shape"], name)
+                for name, entry in header.items()
+            ]
+            numbers = [n for offsets, _, shape, _ in entries for n in (*offsets, *shape)]
+            valid = all(type(n) is int and n >= 0 for n in numbers)
+            entries.sort(key=lambda entry: entry[0])
+            bounds = [0, *(stop for (_, stop), *_ in entries)]
+            valid = valid and bounds[:-1] == [begin for (begin, _), *_ in entries]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: its header cannot be read") from error
+    if not valid or start + bounds[-1] != size:
+        raise UserError(f"{path} is damaged: its header contradicts its {size} bytes")
+    tensors, payload = {}, np.memmap(path, np.uint8, mode="r")[start:]
+    for (begin, stop), dtype, shape, name in entries:
+        if dtype not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: {name} is {dtype}: only F32, F16 and BF16 are read")
+        kind = SAFETENSORS_DTYPES[dtype]
+        if math.prod(shape) * kind.itemsize != stop - begin:
+            raise UserError(f"{path} is damaged: {name} has not the bytes of its shape")
+        tensor = torch.empty(shape, dtype=kind)
+        tensor.view(-1).view(torch.uint8).numpy()[:] = payload[begin:stop]
+        tensors[name] = tensor.float()
+    return tensors
+
+
+# ---- export
+
+
+def hf_name(architecture, name):
+    """The name of a parameter in the reference's state dict."""
+    return name if name == HEAD else PREFIXES[architecture] + name
+
+
+def is_transposed(architecture, name):
+    """Whether the reference keeps this matrix as (in, out)."""
+    return architecture == "gpt2" and name.endswith(TRANSPOSED)
+
+
+def hf_config(model, architecture):
+    """config.json, with the keys of transformers 4 and 5 where they differ."""
+    shape = dataclasses.asdict(model.config)
+    config = {"architectures": [CLASSES[architecture]], "model_type": architecture}
+    config |= {theirs: shape[ours] for ours, theirs in FIELDS[architecture].items()}
+    config |= FIXED[architecture] | SPECIAL_IDS
+    if architecture == "llama":
+        head_size = shape["hidden_size"] // shape["num_attention_heads"]
+        config |= {"num_key_value_heads": shape["num_attention_heads"], "head_dim": head_size}
+        rope = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
+        config |= {"rope_scaling": None, "rope_parameters": rope}
+    else:
+        config |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), shape["dropout"])
+    return config | {"torch_dtype": "float32", "dtype": "float32", "use_cache": True}
+
+
+def hf_tokenizer(tokenizer):
+    """tokenizer.json: the same BPE for the `tokenizers` library.
+
+    Pieces are numbered in the order in which SentencePiece merges, so a merge's rank is the number
+    of its result; each way to split a piece into two others is a merge of that rank.
+    """
+    processor = tokenizer.processor
+    pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocabulary_size)]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    kinds = (processor.is_control, processor.is_unknown, processor.is_byte, processor.is_unused)
+    normal = {piece for i, piece in enumerate(pieces) if not any(kind(i) for kind in kinds)}
+    splits = [
+        (ids[piece], ids[piece[:i]], ids[piece[i:]])
+        for piece in normal
+        for i in range(1, len(piece))
+        if piece[:i] in normal and piece[i:] in normal
+    ]
+    added = [
+        {"id": i, "content": pieces[i], "special": True, "normalized": False,
+         "single_word": False, "lstrip": False, "rstrip": False}
+        for i in sorted(SPECIAL.values())
+    ]  # fmt: skip
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[UNK],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": ids,
+            "merges": [[pieces[left], pieces[right]] for _, left, right in sorted(splits)],
+        },
+    }
+
+
+def hf_tokenizer_config(tokenizer, context):
+    """tokenizer_config.json, and special_tokens_map.json, which only transformers 4 reads."""
+    special = {key: tokenizer.processor.id_to_piece(i) for key, i in SPECIAL.items()}
+    config = special | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # Without this 4.51 adds token_type_ids, which GPT-2 turns into embeddings.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": context,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+    }
+    return config, special
+
+
+def model_card(checkpoint, model, start_token):
+    """README.md: what the checkpoint itself knows of its origin."""
+    config, progress = checkpoint["config"], checkpoint["progress"]
+    facts = {
+        "model": f"{checkpoint['model']['name']}, {count_parameters(model):,} parameters",
+        "teachers": ", ".join(f"{t['name']} ({t['digest'][:12]})" for t in checkpoint["teachers"]),
+        "tokenizer": f"SentencePiece BPE, identity {checkpoint['tokenizer']['identity'][:12]}",
+        "data": config.get("train_shard") and f"training shard {config['train_shard'][:12]}",
+        "words seen": progress.get("words") and f"{progress['words']:,}",
+        "steps": progress.get("steps") and f"{progress['step']:,} of {progress['steps']:,}",
+        "last dev cross-entropy": progress.get("dev_cross_entropy")
+        and f"{progress['dev_cross_entropy']:.4f} nats per token",
+        "commit": checkpoint.get("commit"),
+    }
+    recipe = (
+        "learning_rate", "batch_size", "sequence_length", "epochs", "warmup_steps",
+        "weight_decay", "random_offset", "alpha", "temperature", "kl_reduction",
+        "teacher_weights", "seed",
+    )  # fmt: skip
+    facts |= {key.replace("_", " "): config.get(key) for key in recipe}
+    start = (
+        "`<s>` and `</s>` never occurred in training. "
+        + {
+            "as-trained": "Their embeddings are as initialised: prefer a newline as context.",
+            "newline": "In this export their input embeddings are copies of the newline's, the "
+            "context in which sentences begin in training (`--start-token newline`).",
+        }[start_token]
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {checkpoint['model']['name']}",
+        "",
+        "Trained by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).",
+        "",
+        "| fact | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, "")),
+        "",
+        start,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def export(path, out, start_token="as-trained"):
+    """Writes the checkpoint in `path` as the folder `out`; config.json, which loaders need, last.
+
+    Raises `UserError` if the folder holds other files, or the model's head is tied and
+    `start_token` asks for other input rows.
+    """
+    model, checkpoint = load_checkpoint(path)
+    architecture = checkpoint["model"]["architecture"]
+    tokenizer = Tokenizer(checkpoint["tokenizer"]["model"].numpy())
+    weights = checkpoint["weights"]
+    if start_token == "newline":
+        if HEAD not in weights:
+            raise UserError(
+                f"{path}: its head is its embedding, so that a row cannot be changed for the "
+                "input alone: leave out --start-token"
+            )
+        (newline,) = tokenizer.encode("\n")
+        rows = weights[EMBEDDING[architecture]]
+        rows[[BOS, EOS]] = rows[newline].clone()
+    tensors = {
+        hf_name(architecture, name): weight.T if is_transposed(architecture, name) else weight
+        for name, weight in weights.items()
+    }
+    context = model.config.max_position_embeddings
+    tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, context)
+    contents = {
+        "generation_config.json": SPECIAL_IDS,
+        "tokenizer.json": hf_tokenizer(tokenizer),
+        "tokenizer_config.json": tokenizer_config,
+        "special_tokens_map.json": special_tokens_map,
+        "config.json": hf_config(model, architecture),
+    }
+    ours = {*contents, "README.md", "tokenizer.model", "model.safetensors"}
+    if out.exists():
+        if not out.is_dir() or {p.name for p in out.iterdir()} - ours:
+            raise UserError(f"{out} holds something else: choose another --out")
+        (out / "config.json").unlink(missing_ok=True)
+    write_safetensors(out / "model.safetensors", tensors)
+    with atomic_write(out / "tokenizer.model") as file:
+        file.write(tokenizer.model_bytes)
+    write_text(out / "README.md", model_card(checkpoint, model, start_token))
+    for name, content in contents.items():
+        write_json(out / name, content)
+
+
+# ---- import
+
+
+def read_config(folder):
+    """Architecture and our config of a folder's config.json; `UserError` if it is another model."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a folder that save_pretrained wrote")
+    try:
+        theirs = json.loads(path.read_bytes())
+        kind = theirs["model_type"]
+        if kind not in ARCHITECTURES:
+            raise UserError(f"{path}: model_type {kind!r}: only llama and gpt2 are read")
+        check_rope(path, theirs)
+        theirs = {FIELDS[kind]["max_position_embeddings"]: CONTEXT_IF_UNSAID[kind]} | theirs
+        fixed = dict(FIXED[kind])
+        if kind == "llama":
+            heads = theirs["num_attention_heads"]
+            fixed |= {"num_key_value_heads": heads, "head_dim": theirs["hidden_size"] // heads}
+        else:
+            theirs["n_inner"] = theirs.get("n_inner") or 4 * theirs["n_embd"]
+            fixed |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), theirs.get("resid_pdrop", 0.1))
+        for key, value in fixed.items():
+            if theirs.get(key) not in (value, None):
+                raise UserError(f"{path}: {key} is {theirs[key]}: only {value} is implemented")
+        names = FIELDS[kind].items()
+        shape = {ours: theirs[name] for ours, name in names if theirs.get(name) is not None}
+        config = ARCHITECTURES[kind][1](**shape)
+        check_shape(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as e:
+        raise UserError(f"{path} does not describe a model: {type(e).__name__} {e}") from e
+    return kind, config
+
+
+def check_rope(path, theirs):
+    """Puts `rope_theta` at the top level; `UserError` for positions that are scaled."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{path}: rope scaling of type {kind!r} is not implemented")
+    if "rope_theta" in rope:
+        theirs["rope_theta"] = rope["rope_theta"]
+
+
+def read_weights(folder, architecture, model):
+    """Our state dict out of model.safetensors; `UserError` unless it is exactly this model's."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        sharded = (folder / "model.safetensors.index.json").exists()
+        remedy = "save it again with save_pretrained(..., max_shard_size='100GB')"
+        why = "the weights are in several files" if sharded else f"{path} does not exist"
+        raise UserError(f"{why}: {remedy}")
+    theirs = {
+        name.removeprefix(PREFIXES[architecture]): tensor
+        for name, tensor in read_safetensors(path).items()
+        if not name.endswith(BUFFERS)
+    }
+    weights = {}
+    for name, ours in model.state_dict().items():
+        if name not in theirs:
+            raise UserError(f"{path} lacks {hf_name(architecture, name)}")
+        tensor = theirs.pop(name)
+        if is_transposed(architecture, name) and tensor.dim() == 2:
+            tensor = tensor.T.contiguous()
+        if tensor.shape != ours.shape:
+            expected, found = tuple(ours.shape), tuple(tensor.shape)
+            raise UserError(f"{path}: {name} is {found} where config.json implies {expected}")
+        weights[name] = tensor
+    head = theirs.pop(HEAD, None)
+    if head is not None and not torch.equal(head, weights[EMBEDDING[architecture]]):
+        raise UserError(f"{path}: {HEAD} is a head of its own where config.json says it is tied")
+    if theirs:
+        raise UserError(f"{path} holds what this architecture has not: {min(theirs)}")
+    return weights
+
+
+def import_folder(folder, out):
+    """Writes a Hugging Face folder of a GPT-2 or LLaMA as a checkpoint of this project.
+
+    Raises `UserError` for anything that our code would compute otherwise: another architecture or
+    shape, scaled positions, a tokenizer that is not a lossless SentencePiece model.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: choose another --out")
+    architecture, config = read_config(folder)
+    if not (folder / "tokenizer.model").is_file():
+        raise UserError(f"{folder} has no tokenizer.model: only SentencePiece tokenizers are read")
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    lines = tokenizer.encode("a\n") + tokenizer.encode("b")
+    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE or tokenizer.encode("a\nb") != lines:
+        raise UserError(
+            f"{folder / 'tokenizer.model'} changes text or adds a prefix to it: only tokenizers "
+            "like those of tokenize_corpus.py are read"
+        )
+    if tokenizer.vocabulary_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: {tokenizer.vocabulary_size} pieces for {config.vocab_size} embeddings"
+        )
+    with torch.device("meta"):
+        model = ARCHITECTURES[architecture][0](config)
+    model.load_state_dict(read_weights(folder, architecture, model), assign=True)
+    save_checkpoint(
+        out,
+        name=folder.resolve().name,
+        model=model,
+        config={"sequence_length": min(128, config.max_position_embeddings)},
+        tokenizer=tokenizer,
+        progress={},
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="what to export")
+    parser.add_argument("--import", dest="folder", metavar="DIR", help="what to import instead")
+    parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
+    parser.add_argument(
+        "--start-token", choices=("as-trained", "newline"), default="as-trained",
+        help="input embedding of <s> and </s>, which training never saw (default: as-trained)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if (args.checkpoint is None) == (args.folder is None):
+        parser.error("give either a CHECKPOINT to export or --import DIR")
+    if args.folder is None:
+        export(Path(args.checkpoint), Path(args.out), args.start_token)
+    elif args.start_token != "as-trained":
+        parser.error("--start-token is for exports")
+    else:
+        import_folder(Path(args.folder), Path(args.out))
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,390 @@
+"""What is exported loads with stock classes and scores the same; what comes back is the same."""
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import distill
+import evaluate
+import export_hf
+import model as models
+from conftest import hf_twin, train_tokenizer, write_text
+from data import BOS, EOS
+from files import run
+
+V = 300
+NASTY = [
+    "the old dog", " leading", "trailing ", "two  blanks   three", "\ttab\tand\nline\r\nend",
+    "\n\n\n", " ", "", "naïve café e\u0301", "emoji 👩‍👩‍👧 🇫🇷", "\u2028 and \u2029 and \u0085",
+    "nul\x00byte", "\u00a0no-break\u200b", "ﬁ ½ ①", "مرحبا بالعالم", "日本語", "x" * 3000,
+    "dog" * 500, "<0x0A> and ▂", "\ufeffbom", "don't -- \"stop\"...", "1234567890",
+]  # fmt: skip
+
+
+@pytest.fixture(params=["gpt2-tiny", "llama-tiny"])
+def checkpoint(request, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    model = models.build_model(request.param, V)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    models.save_checkpoint(
+        tmp_path / "a.pt", name=request.param, model=model,
+        config={"sequence_length": 32, "learning_rate": 0.003}, tokenizer=tokenizer,
+        progress={"step": 7, "steps": 9, "words": 1234, "dev_cross_entropy": 4.5},
+        teachers=[{"name": "gpt2-tiny", "digest": "0123456789abcdef"}], commit="abc123",
+    )  # fmt: skip
+    return tmp_path / "a.pt"
+
+
+def export(checkpoint, *options):
+    out = checkpoint.parent / "exported"
+    assert run(lambda: export_hf.main([str(checkpoint), "--out", str(out), *options])) == 0
+    return out
+
+
+def import_back(folder, out):
+    return run(lambda: export_hf.main(["--import", str(folder), "--out", str(out)]))
+
+
+def test_stock_classes_load_the_folder_and_compute_the_same(checkpoint):
+    folder = export(checkpoint)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(theirs).__name__ in ("LlamaForCausalLM", "GPT2LMHeadModel")
+    ours, _ = models.load_checkpoint(checkpoint)
+    tokens = torch.randint(V, (2, 40))
+    with torch.no_grad():
+        a, b = ours(tokens), theirs.eval()(tokens).logits
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert theirs.config.hidden_size == ours.config.hidden_size
+    ids = (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.pad_token_id)
+    assert ids == (1, 2, 0)
+
+
+def test_the_exported_tokenizer_gives_our_ids(checkpoint, tokenizer):
+    theirs = transformers.AutoTokenizer.from_pretrained(export(checkpoint))
+    assert theirs.is_fast and len(theirs) == V
+    for text in [*NASTY, *write_text(3000, seed=7).split("\n")]:
+        encoded = theirs(text, return_offsets_mapping=True)
+        assert set(encoded) == {"input_ids", "attention_mask", "offset_mapping"}
+        assert encoded["input_ids"] == tokenizer.encode(text), text
+        assert theirs.decode(encoded["input_ids"]) == text
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<s>", "</s>", "<pad>")
+    assert theirs.padding_side == "right" and theirs.model_max_length == 256
+
+
+def test_a_tokenizer_with_long_merges_is_the_same_too(checkpoint):
+    """Of a larger vocabulary, with pieces that can be split in several ways."""
+    text = write_text(4000, seed=11) + "banana bandana cabana anagram aaaa aaaaaaa abab " * 50
+    tokenizer = train_tokenizer(text, 400)
+    theirs = tokenizers_of(tokenizer)
+    for line in [*text.split("\n"), "bananananabandananana", "aaaaaaaaaaaaaaa", *NASTY]:
+        assert theirs.encode(line).ids == tokenizer.encode(line), line
+
+
+def tokenizers_of(tokenizer):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(json.dumps(export_hf.hf_tokenizer(tokenizer)))
+
+
+def test_the_card_states_what_the_checkpoint_knows(checkpoint):
+    card = (export(checkpoint) / "README.md").read_text(encoding="utf-8")
+    for fact in ("1,234", "4.5000", "abc123", "0.003", "gpt2-tiny", "7 of 9", "as initialised"):
+        assert fact in card, fact
+
+
+def test_a_start_token_can_take_the_newlines_place(tmp_path, checkpoint, tokenizer, capsys):
+    ours, saved = models.load_checkpoint(checkpoint)
+    if saved["model"]["architecture"] == "gpt2":
+        arguments = [str(checkpoint), "--out", str(tmp_path / "no"), "--start-token", "newline"]
+        assert run(lambda: export_hf.main(arguments)) == 1
+        assert "--start-token" in capsys.readouterr().err and not (tmp_path / "no").exists()
+        return
+    folder = export(checkpoint, "--start-token", "newline")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    after_newline = torch.tensor([tokenizer.encode("\nthe cat")])
+    with torch.no_grad():
+        expected = ours(after_newline)
+        for special in (BOS, EOS):
+            tokens = after_newline.clone()
+            tokens[0, 0] = special
+            torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-5, atol=1e-4)
+    assert "copies of the newline's" in (folder / "README.md").read_text()
+
+
+def test_an_exported_checkpoint_comes_back_unchanged(checkpoint, tmp_path):
+    assert import_back(export(checkpoint), tmp_path / "back.pt") == 0
+    before, after = (models.read_checkpoint(p) for p in (checkpoint, tmp_path / "back.pt"))
+    assert before["model"]["shape"] == after["model"]["shape"]
+    assert before["tokenizer"]["identity"] == after["tokenizer"]["identity"]
+    assert before["weights"].keys() == after["weights"].keys()
+    for name, weight in before["weights"].items():
+        assert torch.equal(weight, after["weights"][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_that_transformers_wrote_is_read(checkpoint, tmp_path, tokenizer, dtype):
+    ours, _ = models.load_checkpoint(checkpoint)
+    twin = hf_twin(ours, weights=False).to(dtype)
+    twin.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    assert import_back(tmp_path / "theirs", tmp_path / "back.pt") == 0
+    back, _ = models.load_checkpoint(tmp_path / "back.pt")
+    twin = type(twin).from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    tokens = torch.randint(V, (2, 30))
+    with torch.no_grad():
+        a, b = back(tokens), twin(tokens).logits
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_what_was_imported_can_teach_and_be_trained_further(checkpoint, tmp_path, data_folder):
+    assert import_back(export(checkpoint), tmp_path / "back.pt") == 0
+    arguments = ["--teachers", str(tmp_path / "back.pt"), "--model", "llama-tiny-student"]
+    arguments += ["--init", str(tmp_path / "back.pt"), "--data", str(data_folder)]
+    arguments += ["--out", str(tmp_path / "run"), "--steps", "1", "--learning-rate", "0"]
+    arguments += ["--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
+    assert run(lambda: distill.main(arguments)) == 0
+    before = models.read_checkpoint(tmp_path / "back.pt")["weights"]
+    after = models.read_checkpoint(tmp_path / "run" / "checkpoint.pt")["weights"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    if "dropout" not in models.read_checkpoint(tmp_path / "back.pt")["model"]["shape"]:
+        assert abs(json.loads(log[1])["kl"]) < 1e-3  # it is its own teacher
+
+
+# ---- minimal pairs, through transformers alone
+
+
+def their_score(model, tokenizer, sentence, convention):
+    """log p of a sentence from logits, shift and sum, as the official pipelines do it."""
+    prefix = {"2023": [tokenizer.eos_token_id], "2024": [tokenizer.bos_token_id], "2025": []}
+    text = " " + sentence if convention == "2024" else sentence
+    context = prefix.get(convention, tokenizer("\n")["input_ids"])
+    ids = torch.tensor([context + tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        log_p = model(ids).logits[:, :-1].log_softmax(-1)
+    return log_p.gather(2, ids[:, 1:, None]).sum().item()
+
+
+@pytest.mark.parametrize("convention", evaluate.CONVENTIONS)
+def test_pairs_are_scored_as_the_official_pipelines_do(checkpoint, tmp_path, convention):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    words = write_text(400, seed=5).split()
+    pairs = [
+        {
+            "sentence_good": " ".join(words[i : i + 4]),
+            "sentence_bad": " ".join(words[i + 3 : i + 8]),
+            "linguistics_term": "binding" if i % 3 else "ellipsis",
+        }
+        for i in range(0, 200, 8)
+    ]
+    for name, part in (("first", pairs[:9]), ("second", pairs[9:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in part))
+    arguments = [str(checkpoint), "--pairs", str(folder), "--convention", convention, "--device"]
+    arguments += [
+        "cpu",
+        "--pair-scores",
+        str(tmp_path / "s.npz"),
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
+    assert run(lambda: evaluate.main(arguments)) == 0
+    saved = np.load(tmp_path / "s.npz")
+    assert saved["good"].shape == (1, len(pairs)) and [*saved["checkpoint"]] == [str(checkpoint)]
+
+    exported = export(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    sides = ("sentence_good", "sentence_bad")
+    theirs = np.array(
+        [[their_score(model, tokenizer, pair[k], convention) for k in sides] for pair in pairs]
+    )
+    ours = np.stack([saved["good"][0], saved["bad"][0]], axis=1)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    right = theirs[:, 0] > theirs[:, 1]
+    entry = json.loads((tmp_path / "s.json").read_text())["checkpoints"][0]["pairs"][str(folder)]
+    for name in ("first", "second"):
+        assert entry["per_file"][name] == right[saved["paradigm"] == name].mean()
+    for field in ("binding", "ellipsis"):
+        assert math.isclose(entry["per_field"][field], right[saved["field"] == field].mean())
+
+
+# ---- safetensors by hand
+
+
+def test_safetensors_are_those_of_the_package(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.randn(7), "none": torch.zeros(0, 4)}
+    export_hf.write_safetensors(tmp_path / "ours.safetensors", tensors)
+    theirs = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    assert theirs.keys() == tensors.keys()
+    assert all(torch.equal(theirs[name], tensors[name]) for name in tensors)
+    halves = {name: t.half() for name, t in tensors.items()}
+    safetensors.torch.save_file(halves, tmp_path / "theirs.safetensors", {"format": "pt"})
+    back = export_hf.read_safetensors(tmp_path / "theirs.safetensors")
+    assert all(torch.equal(back[name], halves[name].float()) for name in halves)
+
+
+# ---- what is refused
+
+
+def change_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for key, value in changes.items():
+            assert key in config or key in ("quantization",)
+            config[key] = value
+        path.write_text(json.dumps(config))
+
+    return change
+
+
+def change_tensors(change):
+    def rewrite(folder):
+        path = folder / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        change(tensors)
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+    return rewrite
+
+
+def change_bytes(change):
+    def rewrite(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return rewrite
+
+
+def with_header(header):
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return change_bytes(lambda _: struct.pack("<Q", len(encoded)) + encoded + bytes(64))
+
+
+def shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def another_tokenizer(folder):
+    """With the dummy prefix and the normalisation that SentencePiece has by default."""
+    import io
+
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(write_text(2000, 1).split("\n")), model_writer=written,
+        vocab_size=290, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+
+
+NORM = "model.norm.weight"
+SPAN = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+LLAMA_FAULTS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "does not describe"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "does not describe"),
+    "another architecture": (change_config(model_type="mistral"), "only llama and gpt2"),
+    "another width": (change_config(hidden_size=192, head_dim=48), "implies"),
+    "an absurd width": (change_config(hidden_size=1 << 40), "config.json"),
+    "a negative size": (change_config(num_hidden_layers=-1), "does not describe"),
+    "no layers to divide by": (change_config(num_attention_heads=0), "does not describe"),
+    "more layers": (change_config(num_hidden_layers=4), "lacks"),
+    "fewer layers": (change_config(num_hidden_layers=2), "has not"),
+    "a million positions": (change_config(max_position_embeddings=1 << 40), "does not describe"),
+    "grouped queries": (change_config(num_key_value_heads=2), "num_key_value_heads"),
+    "biases": (change_config(attention_bias=True), "attention_bias"),
+    "another activation": (change_config(hidden_act="gelu"), "hidden_act"),
+    "rope scaling": (
+        change_config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope scaling"),
+    "old rope scaling": (
+        change_config(rope_parameters=None, rope_scaling={"type": "linear"}), "rope"),
+    "a head where it is tied": (change_config(tie_word_embeddings=True), "tied"),
+    "no head where it is not tied": (
+        change_tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
+    "a tensor more": (change_tensors(lambda t: t.update(x=torch.zeros(1))), "has not"),
+    "integers": (
+        change_tensors(lambda t: t.update({NORM: torch.zeros(96, dtype=torch.int32)})), "I32"),
+    "sharded": (shard, "several files"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "does not exist"),
+    "cut short": (change_bytes(lambda b: b[:-5]), "damaged"),
+    "longer": (change_bytes(lambda b: b + b"x"), "damaged"),
+    "empty": (change_bytes(lambda b: b""), "damaged"),
+    "a header longer than the file": (
+        change_bytes(lambda b: struct.pack("<Q", 1 << 60) + b[8:]), "damaged"),
+    "a header of zeros": (with_header(bytes(64)), "damaged"),
+    "a header that is a list": (with_header([]), "damaged"),
+    "nested without end": (with_header(b"[" * 100_000), "damaged"),
+    "negative offsets": (with_header({"a": SPAN | {"data_offsets": [-16, 0]}}), "damaged"),
+    "overlapping tensors": (with_header({"a": SPAN, "b": SPAN}), "damaged"),
+    "an overflowing shape": (with_header({"a": SPAN | {"shape": [1 << 62, 4],
+                                                      "data_offsets": [0, 64]}}), "damaged"),
+    "no SentencePiece": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
+    "no tokenizer at all": (
+        lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "not a SentencePiece"),
+    "a lossy tokenizer": (another_tokenizer, "changes text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", LLAMA_FAULTS)
+@pytest.mark.parametrize("checkpoint", ["llama-tiny"], indirect=True)
+def test_a_folder_that_is_not_ours_to_read_is_one_line(checkpoint, tmp_path, fault, capsys):
+    folder = export(checkpoint)
+    capsys.readouterr()
+    break_it, expected = LLAMA_FAULTS[fault]
+    break_it(folder)
+    assert import_back(folder, tmp_path / "back.pt") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
+    assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize("checkpoint", ["gpt2-tiny"], indirect=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_function": "gelu"},
+        {"scale_attn_weights": False},
+        {"attn_pdrop": 0.5},
+        {"tie_word_embeddings": False},
+        {"n_inner": 100},
+    ],
+)
+def test_a_gpt2_that_computes_otherwise_is_refused(checkpoint, tmp_path, changes):
+    folder = export(checkpoint)
+    change_config(**changes)(folder)
+    assert import_back(folder, tmp_path / "back.pt") == 1
+
+
+def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
+    assert import_back(export(checkpoint), checkpoint) == 1
+    folder = export(checkpoint)  # an export may be repeated
+    (folder / "thesis.tex").write_text("years of work")
+    assert run(lambda: export_hf.main([str(checkpoint), "--out", str(folder)])) == 1
+    assert "choose another --out" in capsys.readouterr().err
+    assert (folder / "config.json").exists()
+
+
+def test_wrong_usage_is_exit_code_2(checkpoint):
+    for arguments in (
+        [],
+        [str(checkpoint), "--import", "x"],
+        ["--import", "x", "--start-token", "newline"],
+    ):
+        with pytest.raises(SystemExit) as raised:
+            export_hf.main([*arguments, "--out", "y"])
+        assert raised.value.code == 2
