@@ -258,7 +258,7 @@ class Batch:
         return [Batch(*part, self.num_sequences, self.num_targets) for part in parts]
 
     def to(self, device):
-        """The batch on `device`; a copy to CUDA does not wait for it."""
+        """The batch on `device`, but for the chunk ids; a copy to CUDA does not wait for it."""
 
         def move(tensor):
             if device.type == "cuda":
@@ -267,7 +267,6 @@ class Batch:
 
         return replace(
             self,
-            chunk_ids=move(self.chunk_ids),
             tokens=move(self.tokens),
             targets=move(self.targets),
         )

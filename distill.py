@@ -17,10 +17,14 @@ import torch
 from torch import nn
 
 import model as models
+from cache import TeacherCache, free_bytes
+from data import count_chunks
 from files import UserError, run
 from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype
 from train import (
+    GIB,
     TrainConfig,
+    choose_precision,
     exit_code,
     fit,
     initial_model,
@@ -43,12 +47,18 @@ class DistillConfig(TrainConfig):
     kl_reduction: str = option(
         "sequence", "what the KL is a mean over; see above", choices=REDUCTIONS
     )
+    cache_teachers: str = option(
+        "off",
+        "run the teachers once per chunk and keep their states: off, auto, gpu, host, or a FILE",
+    )
 
 
 class EnsembleObjective(nn.Module):
     """The ensemble objective of a student and its frozen teachers; `forward(batch)` is the loss."""
 
-    def __init__(self, model, teachers, config, teachers_identity=()):
+    compiled = False
+
+    def __init__(self, model, teachers, config, teachers_identity=(), cache=None):
         super().__init__()
         self.model = model
         self.teachers = nn.ModuleList(teachers).requires_grad_(False)
@@ -56,6 +66,7 @@ class EnsembleObjective(nn.Module):
         self.alpha, self.temperature = config.alpha, config.temperature
         self.kl_reduction = config.kl_reduction
         self.teachers_identity = list(teachers_identity)
+        self.cache = cache
         self.joined_head = None
 
     def train(self, mode=True):
@@ -67,25 +78,38 @@ class EnsembleObjective(nn.Module):
     def forward(self, batch):
         hidden = self.model.hidden_states(batch.tokens)
         with torch.no_grad():
-            teachers = [
-                (t.hidden_states(batch.tokens), t.head, w)
-                for t, w in zip(self.teachers, self.weights)
-            ]
+            states = self.teacher_states(batch)
+            heads = [t.head for t in self.teachers]
             dtype = matmul_dtype(hidden)
             if self.joined_head is None or self.joined_head.dtype != dtype:
-                self.joined_head = join_heads([t.head for t in self.teachers], self.weights, dtype)
+                self.joined_head = join_heads(heads, self.weights, dtype)
         per_token = self.kl_reduction == "token"
         return ensemble_kl(
             hidden,
             self.model.head,
-            teachers,
+            list(zip(states, heads, self.weights)),
             batch.targets,
             alpha=self.alpha,
             temperature=self.temperature,
             num_targets=batch.num_targets,
             kl_denominator=batch.num_sequences * (batch.tokens.shape[1] if per_token else 1),
             joined_head=self.joined_head,
+            compiled=self.compiled,
         )
+
+    def teacher_states(self, batch):
+        """The teachers' final hidden states, K × (B, T, C_k): from the cache where they are there.
+
+        A batch of which any chunk is missing is computed whole, always in the same shape, so that
+        what the cache holds does not depend on what else it held.
+        """
+        states = self.cache.read(batch.chunk_ids) if self.cache else None
+        if states is not None:
+            return [s.to(batch.tokens.device, non_blocking=True) for s in states]
+        states = [t.hidden_states(batch.tokens) for t in self.teachers]
+        if self.cache:
+            self.cache.write(batch.chunk_ids, states)
+        return states
 
 
 def load_teachers(config, data):
@@ -118,8 +142,51 @@ def check_weights(config):
         raise UserError("--teacher-weights: none below 0, and at least one above")
 
 
+def open_cache(config, data, teachers, identities):
+    """The cache that --cache-teachers asks for, or None. `UserError` where it does not fit."""
+    place, device = config.cache_teachers, models.choose_device(config.device)
+    if place == "off":
+        return None
+    if place == "gpu" and device.type != "cuda":
+        raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
+    bf16 = choose_precision(config.precision, device) == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    sizes = [t.config.hidden_size for t in teachers]
+    num_chunks = count_chunks(len(data.train.tokens), config.sequence_length)
+    needed = num_chunks * config.sequence_length * sum(sizes) * dtype.itemsize
+    candidates = [place]
+    if place == "auto":  # what is left over is for training
+        candidates = ["gpu", "host"] if device.type == "cuda" else ["host"]
+    for place in candidates:
+        free = free_bytes(place, device)
+        if free is None or needed < (0.7 if config.cache_teachers == "auto" else 1) * free:
+            break
+    else:
+        if config.cache_teachers != "auto":
+            raise UserError(f"--cache-teachers {place}: {needed} bytes needed, {free} free")
+        print(f"cache      none: {needed / GIB:.2f} GiB do not fit")
+        return None
+    room = "" if free is None else f", {free / GIB:.1f} GiB free"
+    print(f"cache      {needed / GIB:.2f} GiB of the teachers' hidden states in {place}{room}")
+    if config.dry_run:
+        return None
+    shape = (num_chunks, config.sequence_length, sizes)
+    if place in ("gpu", "host"):
+        return TeacherCache.in_memory(*shape, device if place == "gpu" else "cpu", dtype)
+    made_from = {"teachers": [t["digest"] for t in identities], "shard": data.train.identity}
+    return TeacherCache.in_file(place, *shape, dtype, made_from)
+
+
+def check_cache(config):
+    """What is wrong with --cache-teachers, or None."""
+    if config.random_offset and config.cache_teachers != "off":
+        return "--cache-teachers needs chunks that stay the same: leave out --random-offset"
+    return None
+
+
 def main(argv=None):
-    config = with_recipe(parse(DistillConfig, __doc__, argv), out_prefix="distilled-")
+    config = parse(DistillConfig, __doc__, argv, check_cache)
+    config = with_recipe(config, out_prefix="distilled-")
     check_weights(config)
     data = open_data(config)
     teachers, identities = load_teachers(config, data)
@@ -127,7 +194,8 @@ def main(argv=None):
     positions = config.sequence_length if config.kl_reduction == "sequence" else 1
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
     print(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
-    return exit_code(fit(EnsembleObjective(student, teachers, config, identities), config))
+    cache = open_cache(config, data, teachers, identities)
+    return exit_code(fit(EnsembleObjective(student, teachers, config, identities, cache), config))
 
 
 if __name__ == "__main__":

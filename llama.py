@@ -57,6 +57,12 @@ def rotate(x, cos, sin):
     return rotated.to(x.dtype)
 
 
+def joined_product(x, *projections):
+    """x times each projection's matrix, as one product: (B, T, C) → one (B, T, out) for each."""
+    weight = torch.cat([p.weight for p in projections])
+    return F.linear(x, weight).split([p.out_features for p in projections], dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -69,8 +75,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(x).view(B, T, self.num_heads, -1).transpose(1, 2) for p in projections)
+        q, k, v = joined_product(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, C)
+        q, k, v = (s.view(B, T, self.num_heads, -1).transpose(1, 2) for s in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
@@ -86,7 +92,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = joined_product(x, self.gate_proj, self.up_proj)  # (B, T, F)
+        return self.down_proj(F.silu(gate) * up)  # (B, T, C)
 
 
 class Block(nn.Module):

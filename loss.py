@@ -11,6 +11,7 @@ counts of the whole step, so that micro-batches and ranks add up exactly. All lo
 Dimensions: N tokens, C hidden, V vocabulary, K teachers.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 REDUCTIONS = ("sequence", "token")
+BLOCK_ROWS = 32  # of 16,000 logits in float32: two megabytes
 
 
 def cross_entropy(logits, targets, num_targets):
@@ -122,14 +124,15 @@ def ensemble_kl(
     kl_mask=None,
     joined_head=None,
     chunk_tokens=None,
+    compiled=False,
 ):
     """The distillation objective, fused: a dict of `loss`, `cross_entropy` and `kl`, each ().
 
     student_hidden (..., C), student_head (V, C), targets (...), and teachers
     [(hidden_k (..., C_k), head_k (V, C_k), weight_k), ...]. Heads are the float32 parameters; they
     are cast for the product inside. `joined_head` is `join_heads` of the teachers' heads, for
-    callers who keep it. At most `chunk_tokens` tokens have logits at a time. Only `loss` has a
-    gradient, with respect to the student alone, and only once.
+    callers who keep it. At most `chunk_tokens` tokens have logits at a time; `compiled` passes over
+    them once. Only `loss` has a gradient, with respect to the student alone, and only once.
     """
     hiddens, heads, weights = zip(*teachers)
     dtype = matmul_dtype(student_hidden)
@@ -139,14 +142,16 @@ def ensemble_kl(
     terms = Terms(alpha, temperature, len(teachers), num_targets, kl_denominator)
     mask = None if kl_mask is None else kl_mask.flatten()
     teacher = (joined_hidden, joined_head, mask)
-    loss, ce, kl = _fused(student_hidden, student_head, teacher, targets, terms, chunk_tokens)
+    loss, ce, kl = _fused(
+        student_hidden, student_head, teacher, targets, terms, chunk_tokens, compiled
+    )
     return {"loss": loss, "cross_entropy": ce, "kl": kl}
 
 
-def fused_cross_entropy(hidden, head, targets, num_targets, chunk_tokens=None):
+def fused_cross_entropy(hidden, head, targets, num_targets, chunk_tokens=None, compiled=False):
     """`cross_entropy` of hidden states (..., C) through a head (V, C), without keeping logits."""
     terms = Terms(1.0, 1.0, 0, num_targets, 1)
-    return _fused(hidden, head, None, targets, terms, chunk_tokens)[0]
+    return _fused(hidden, head, None, targets, terms, chunk_tokens, compiled)[0]
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class Terms:
     kl_denominator: float
 
 
-def _fused(hidden, head, teacher, targets, terms, chunk_tokens):
+def _fused(hidden, head, teacher, targets, terms, chunk_tokens, compiled):
     if chunk_tokens is None:
         # Few, large chunks keep a GPU busy; a CPU is as fast with smaller ones, in less memory.
         chunk_tokens = 4096 if hidden.is_cuda else 1024
@@ -169,13 +174,15 @@ def _fused(hidden, head, teacher, targets, terms, chunk_tokens):
     with torch.autocast(hidden.device.type, enabled=False):
         return _FusedLoss.apply(
             hidden.flatten(0, -2), head, teacher, targets.flatten(), terms, chunk_tokens, dtype,
-            wanted,
+            wanted, _row_function(hidden.is_cuda, compiled),
         )  # fmt: skip
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, teacher, targets, terms, chunk_tokens, dtype, wanted):
+    def forward(
+        ctx, hidden, head, teacher, targets, terms, chunk_tokens, dtype, wanted, row_function
+    ):
         want_hidden = wanted and ctx.needs_input_grad[0]
         want_head = wanted and ctx.needs_input_grad[1]
         head_cast = centred(head).to(dtype)  # (V, C)
@@ -191,11 +198,10 @@ class _FusedLoss(torch.autograd.Function):
                 teacher_logits = teacher[0][rows] @ teacher[1].T  # (N, V)
                 mask = None if teacher[2] is None else teacher[2][rows]
             want = want_hidden or want_head
-            chunk_ce, chunk_kl, dz = _rows(logits, teacher_logits, targets[rows], mask, terms, want)
-            del logits, teacher_logits
+            chunk_ce, chunk_kl, dz = row_function(
+                logits, teacher_logits, targets[rows], mask, terms, want
+            )
             ce, kl = ce + chunk_ce, kl + chunk_kl
-            if want_hidden or want_head:
-                dz = dz.to(dtype)
             if want_hidden:
                 d_hidden[rows] = dz @ head_cast
             if want_head:
@@ -210,7 +216,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, d_loss, _d_ce, _d_kl):
         # A device scalar times a tensor: the caller's scale costs no synchronisation.
         gradients = [None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors]
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, *[None] * 7)
 
 
 def _row_dtype(dtype):
@@ -225,7 +231,10 @@ def _product_in_float32(a, b):
 
 
 def _rows(logits, teacher_logits, targets, kl_mask, terms, want_gradient):
-    """One chunk's Σ CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None."""
+    """One chunk's Σ CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None.
+
+    Row arithmetic is in float32 whatever the logits are in; dz is rounded at the very end.
+    """
     z = logits.to(_row_dtype(logits.dtype))
     valid = targets != IGNORED
     index = targets.clamp(min=0)[:, None]
@@ -234,21 +243,46 @@ def _rows(logits, teacher_logits, targets, kl_mask, terms, want_gradient):
     ce = -(log_p.gather(1, index).squeeze(1) * valid).sum() / num_targets
     dz = None
     if want_gradient:
-        dz = log_p.exp_()
-        dz.scatter_add_(1, index, torch.full_like(index, -1, dtype=dz.dtype))
-        dz *= valid[:, None].to(dz.dtype) * (terms.alpha / num_targets)
+        onehot = torch.arange(z.shape[1], device=z.device) == index
+        weight = valid[:, None].to(z.dtype) * (terms.alpha / num_targets)
+        dz = (log_p.exp() - onehot.to(z.dtype)) * weight
     if teacher_logits is None:
-        return ce, torch.zeros_like(ce), dz
+        return ce, torch.zeros_like(ce), None if dz is None else dz.to(logits.dtype)
     T = terms.temperature
     log_student = F.log_softmax(z / T, dim=-1)
     log_teacher = F.log_softmax(teacher_logits.to(z.dtype) / (terms.num_teachers * T), dim=-1)
     p_teacher = log_teacher.exp()
-    per_row = (p_teacher * log_teacher.sub_(log_student)).sum(-1)
+    per_row = (p_teacher * (log_teacher - log_student)).sum(-1)
     weight = (1 - terms.alpha) * T / terms.kl_denominator
     if kl_mask is not None:
         per_row = per_row * kl_mask
         weight = weight * kl_mask[:, None].to(z.dtype)
     kl = per_row.sum() / terms.kl_denominator
     if want_gradient:
-        dz += weight * log_student.exp_().sub_(p_teacher)
+        dz = (dz + weight * (log_student.exp() - p_teacher)).to(logits.dtype)
     return ce, kl, dz
+
+
+def _rows_in_blocks(logits, teacher_logits, targets, kl_mask, terms, want_gradient):
+    """`_rows`, a few rows at a time: what a processor's cache holds, it passes over cheaply."""
+    ce = kl = 0
+    dz = torch.empty_like(logits) if want_gradient else None
+    for start in range(0, len(logits), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        parts = [None if x is None else x[rows] for x in (teacher_logits, targets, kl_mask)]
+        block_ce, block_kl, block_dz = _rows(logits[rows], *parts, terms, want_gradient)
+        ce, kl = ce + block_ce, kl + block_kl
+        if want_gradient:
+            dz[rows] = block_dz
+    return ce, kl, dz
+
+
+@functools.cache
+def _compiled_rows():
+    return torch.compile(_rows, dynamic=False)
+
+
+def _row_function(on_gpu, compiled):
+    if compiled:
+        return _compiled_rows()
+    return _rows if on_gpu else _rows_in_blocks

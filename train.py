@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import model as models
@@ -107,12 +108,15 @@ MAY_CHANGE = {
         "stop_after",
         "micro_batch_size",
     ),
-    *("device", "compile", "dry_run", "data", "teachers"),
+    *("device", "compile", "dry_run", "data", "teachers", "cache_teachers"),
 }
 
 
-def parse(config_class, description, argv=None):
-    """The config that the command line describes; wrong usage ends the program with exit code 2."""
+def parse(config_class, description, argv=None, check=lambda config: None):
+    """The config that the command line describes; wrong usage ends the program with exit code 2.
+
+    `check(config)` returns what is wrong with options that are right one by one, or None.
+    """
     listing = ", ".join(models.PRESETS)
     parser = argparse.ArgumentParser(
         description=description,
@@ -148,6 +152,8 @@ def parse(config_class, description, argv=None):
         problem = _out_of_range(getattr(config, field.name), **field.metadata)
         if problem:
             parser.error(f"--{field.name.replace('_', '-')} must be {problem}")
+    if problem := check(config):
+        parser.error(problem)
     return config
 
 
@@ -184,6 +190,7 @@ class CrossEntropyObjective(nn.Module):
     """-log p(next token), the mean over the step's targets: what a model trains on alone."""
 
     teachers_identity = ()
+    compiled = False
 
     def __init__(self, model):
         super().__init__()
@@ -191,7 +198,9 @@ class CrossEntropyObjective(nn.Module):
 
     def forward(self, batch):
         hidden = self.model.hidden_states(batch.tokens)
-        loss = fused_cross_entropy(hidden, self.model.head, batch.targets, batch.num_targets)
+        loss = fused_cross_entropy(
+            hidden, self.model.head, batch.targets, batch.num_targets, compiled=self.compiled
+        )
         return {"loss": loss, "cross_entropy": loss.detach()}
 
 
@@ -276,6 +285,14 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
     return total / (len(starts) * sequence_length)
 
 
+def compile_blocks(objective):
+    """Compiles the layers of the model and its teachers, which are alike, and the loss's rows."""
+    objective.compiled = True
+    for module in objective.modules():
+        for block in getattr(module, "blocks", ()):
+            block.compile()
+
+
 # ---- where and how to compute
 
 
@@ -293,7 +310,28 @@ def choose_precision(name, device):
 
 def autocast_for(device, precision):
     """The autocast context of that precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    kind = CPUAutocast if (device.type, precision) == ("cpu", "bf16") else torch.autocast
+    return kind(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class CPUAutocast(torch.autocast):
+    """Autocast in which attention is two bfloat16 products and a softmax between them.
+
+    The CPU's flash kernel takes three times as long for the short sequences here: it saves the
+    memory of scores that are small at 128 positions, and multiplies in float32.
+    """
+
+    def __enter__(self):
+        self.allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # it rules the CPU's too
+        self.kernel = sdpa_kernel(SDPBackend.MATH)
+        self.kernel.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.kernel.__exit__(*error)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(self.allowed)
+        return super().__exit__(*error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -579,9 +617,7 @@ def fit(objective, config):
         say(f"continuing after step {progress['step']} of {found}")
     compile_layers = device.type == "cuda" if config.compile is None else config.compile
     if compile_layers:
-        for module in objective.modules():
-            for block in getattr(module, "blocks", ()):
-                block.compile()  # the layers are alike: one compilation serves them all
+        compile_blocks(objective)
 
     recorder = Recorder(train_step, config, identity, data, progress, marks, found)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)

@@ -1,0 +1,226 @@
+"""Whole distillation steps (teachers, loss, backward, clip, AdamW), ours beside Hugging Face's.
+
+    python benchmarks/distill_step.py                      on the CPU or GPU that is there
+    python benchmarks/distill_step.py --teachers paper     the paper's teachers: wants a GPU
+
+huggingface           the original's formula on Hugging Face models as the original runs it: float32
+                      and eager on a CPU, fp16 autocast with loss scaling on CUDA
+huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
+ours                  distill.py --compile (the default on CUDA), teachers live
+ours_eager            distill.py --no-compile (the default on a CPU)
+ours_cached           distill.py --compile --cache-teachers, after the epoch that fills the cache
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from benchmarks.contest import contest, device_name, matmul_flops, median, serve  # noqa: E402
+from cache import TeacherCache  # noqa: E402
+from data import Batch  # noqa: E402
+from distill import DistillConfig, EnsembleObjective  # noqa: E402
+from gpt2 import GPT2, GPT2Config  # noqa: E402
+from llama import Llama  # noqa: E402
+from model import PRESETS, build_model, choose_device  # noqa: E402
+
+VARIANTS = ("huggingface", "huggingface_compiled", "ours_eager", "ours", "ours_cached")
+STUDENT = "llama-58m"
+TEACHERS = {
+    "small": (GPT2Config(16_000, 256, 1024, 8, 8), PRESETS["llama-16m"].config),
+    "paper": (PRESETS["gpt2-705m"].config, PRESETS["llama-360m"].config),
+    "tiny": (PRESETS["gpt2-tiny"].config, PRESETS["llama-tiny"].config),  # to try this program
+}
+BATCHES = 4  # different ones, taken in turn
+
+
+def build(config):
+
+    return (GPT2 if isinstance(config, GPT2Config) else Llama)(config)
+
+
+def batches(args, device):
+    """A few batches of random tokens, the same for every variant."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCHES, args.batch_size, args.sequence_length + 1)
+    ids = torch.randint(4, 16_000, shape, generator=generator)
+    return [
+        Batch.whole(
+            torch.arange(i * args.batch_size, (i + 1) * args.batch_size),
+            ids[i, :, :-1].contiguous(),
+            ids[i, :, 1:].contiguous(),
+        ).to(device)
+        for i in range(BATCHES)
+    ]
+
+
+def our_step(args, device, cached=False, compiled=True):
+    """distill.py's objective in train.py's step."""
+    torch.manual_seed(0)
+    teachers = [build(config) for config in TEACHERS[args.teachers]]
+    student = build_model(STUDENT if args.teachers != "tiny" else "llama-tiny-student")
+    config = DistillConfig(teachers=[])
+    cache = None
+    if cached:
+        sizes = [t.config.hidden_size for t in teachers]
+        chunks = BATCHES * args.batch_size
+        bf16 = train.choose_precision("auto", device) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        cache = TeacherCache.in_memory(chunks, args.sequence_length, sizes, device, dtype)
+    objective = EnsembleObjective(student, teachers, config, cache=cache).to(device).train()
+    optimizer = train.build_optimizer(student, 0.1)
+    precision = train.choose_precision("auto", device)
+    step = train.TrainStep(objective, optimizer, train.autocast_for(device, precision))
+    if compiled:
+        train.compile_blocks(objective)
+    return lambda batch: step(batch, 1e-4)
+
+
+def their_step(args, device, compiled):
+    """The original's objective on Hugging Face's models, and its optimizer's successor."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from conftest import hf_twin
+
+    torch.manual_seed(0)
+    teachers = [hf_twin(build(c)).to(device) for c in TEACHERS[args.teachers]]
+    student = build_model(STUDENT if args.teachers != "tiny" else "llama-tiny-student")
+    student = hf_twin(student).to(device).train()
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True if compiled else None)
+    scaler = torch.amp.GradScaler(enabled=cuda and not compiled)
+    half = torch.bfloat16 if compiled else torch.float16
+    autocast = torch.autocast(device.type, half, enabled=compiled or cuda)
+    if compiled:
+        student, *teachers = (torch.compile(model) for model in (student, *teachers))
+
+    def objective(ids):
+        outcome = student(ids, labels=ids)
+        with torch.no_grad():
+            teacher = torch.stack([t(ids).logits for t in teachers]).mean(dim=0)
+        kl = nn.KLDivLoss(reduction="batchmean")(
+            F.log_softmax(outcome.logits / 2, dim=-1), F.softmax(teacher / 2, dim=-1)
+        )
+        return 0.5 * outcome.loss + 0.5 * 4 * kl
+
+    def step(batch):
+        with autocast:
+            loss = objective(batch.tokens)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def work(args):
+    """One contestant."""
+    device = choose_device(args.device)
+    cached = args.worker == "ours_cached"
+    if args.worker.startswith("ours"):
+        step = our_step(args, device, cached, compiled=args.worker != "ours_eager")
+    else:
+        step = their_step(args, device, compiled=args.worker == "huggingface_compiled")
+    all_batches, count = batches(args, device), [0]
+
+    def round():
+        for _ in range(args.steps):
+            step(all_batches[count[0] % BATCHES])
+            count[0] += 1
+
+    def warm_up():
+        for batch in all_batches[: BATCHES if cached or device.type == "cuda" else 1]:
+            step(batch)
+
+    serve(round, warm_up, device)
+
+
+def flops_per_token(config, length, training):
+    """Matrix products and causal attention, forward, or with the backward pass."""
+    C, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    mlp = (2 if isinstance(config, GPT2Config) else 3) * C * inner
+    matrices = layers * (4 * C * C + mlp) + C * config.vocab_size
+    return (2 * matrices + 2 * C * length * layers) * (3 if training else 1)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--teachers", choices=TEACHERS, default="small")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--steps", type=int, help="steps a turn (default: 1, on CUDA 20)")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    args.steps = args.steps or (20 if device.type == "cuda" else 1)
+    if args.worker:
+        return work(args)
+    options = ["--device", str(device), "--teachers", args.teachers, "--steps", str(args.steps)]
+    options += ["--batch-size", str(args.batch_size)]
+    options += ["--sequence-length", str(args.sequence_length)]
+    commands = {
+        name: [sys.executable, __file__, "--worker", name, *options] for name in args.variants
+    }
+    results = contest(commands, args.rounds)
+
+    tokens = args.steps * args.batch_size * args.sequence_length
+    student = PRESETS[STUDENT if args.teachers != "tiny" else "llama-tiny-student"].config
+    flops = flops_per_token(student, args.sequence_length, True)
+    flops += sum(flops_per_token(c, args.sequence_length, False) for c in TEACHERS[args.teachers])
+    ceiling = matmul_flops(device, torch.bfloat16)
+    summary = {
+        "device": device_name(device), "torch": torch.__version__, "commit": train.commit(),
+        "teachers": args.teachers, "matmul_bf16_flops": ceiling,
+    }  # fmt: skip
+    print(f"{summary['device']}, torch {torch.__version__}, commit {summary['commit']}")
+    print(
+        f"student {STUDENT}, teachers {args.teachers}, {args.batch_size} x {args.sequence_length}"
+    )
+    heading = f"{'variant':22} {'tokens/s':>10} {'spread':>14} {'peak GiB':>9}"
+    print(f"{heading} {'ratio':>6} {'of peak':>8}")
+    for name, result in results.items():
+        if "error" in result:
+            summary[name] = {"error": result["error"]}
+            print(f"{name:22} {result['error']}")
+            continue
+        rate = tokens / median(result)
+        spread = [tokens / max(result["seconds"]), tokens / min(result["seconds"])]
+        summary[name] = {"tokens_per_second": rate, "peak_gb": result["peak_gb"], "spread": spread}
+        base = summary.get("huggingface", {}).get("tokens_per_second")
+        ratio = f"{rate / base:.2f}" if base else "-"
+        # Cached teachers' products are saved, so that what remains is not counted against them.
+        share = "-" if name == "ours_cached" else f"{rate * flops / ceiling:.0%}"
+        low_high = f"{spread[0]:,.0f}-{spread[1]:,.0f}"
+        print(
+            f"{name:22} {rate:10,.0f} {low_high:>14} {result['peak_gb']:9.2f} {ratio:>6} {share:>8}"
+        )
+    for key, (ours, theirs) in {
+        "ratio": ("ours", "huggingface"),
+        "ratio_compiled": ("ours", "huggingface_compiled"),
+        "ratio_cached": ("ours_cached", "huggingface"),
+    }.items():
+        rates = [summary.get(name, {}).get("tokens_per_second") for name in (ours, theirs)]
+        summary[key] = rates[0] / rates[1] if all(rates) else None
+    if args.json:
+        print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
