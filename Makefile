@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup demo test
+.PHONY: setup demo test bench
 
 setup: .venv/.installed
 
@@ -17,3 +17,6 @@ demo: setup
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m pytest
+
+bench: setup
+	$(PY) benchmarks/suite.py cpu

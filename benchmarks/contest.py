@@ -11,8 +11,13 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
+
+import train
+from data import Batch
+from gpt2 import GPT2Config
 
 MARK = "@contest "  # what a contestant says to the referee, among whatever else it prints
 
@@ -20,9 +25,11 @@ MARK = "@contest "  # what a contestant says to the referee, among whatever else
 def serve(round, prepare=lambda: None, device="cpu"):
     """A contestant: says that it is ready, then runs and times `round()` for every line it reads.
 
-    Ends when its input ends, with its peak memory in GiB: allocated on a GPU, resident elsewhere.
+    Ends when its input ends, with its peak memory in GiB, allocated on a GPU, resident elsewhere:
+    all of it, and what `prepare` (the warm-up) and the rounds added to what stood before.
     """
     cuda = torch.device(device).type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else resident()
     prepare()
     print(MARK + json.dumps("ready"), flush=True)
     for _ in sys.stdin:
@@ -33,9 +40,16 @@ def serve(round, prepare=lambda: None, device="cpu"):
         if cuda:
             torch.cuda.synchronize()
         print(MARK + json.dumps(time.perf_counter() - started), flush=True)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if cuda else resident
-    print(MARK + json.dumps(peak / (1 << 30)), flush=True)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    peak = torch.cuda.max_memory_allocated() if cuda else usage.ru_maxrss * 1024
+    gib = {"peak_gb": peak / (1 << 30), "own_gb": (peak - before) / (1 << 30)}
+    print(MARK + json.dumps(gib), flush=True)
+
+
+def resident():
+    """Resident bytes of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 class Contestant:
@@ -73,7 +87,7 @@ class Contestant:
 
 
 def contest(commands, rounds):
-    """{name: {"seconds": [per round], "peak_gb"}} or {"error"} of `commands` {name: argv}."""
+    """{name: {"seconds": [per round], "peak_gb", "own_gb"} or {"error"}} of {name: argv}."""
     ready, results = {}, {}
     for name, command in commands.items():
         contestant = Contestant(command)
@@ -89,7 +103,7 @@ def contest(commands, rounds):
             else:
                 results[name]["seconds"].append(seconds)
     for name, contestant in ready.items():
-        results[name]["peak_gb"] = contestant.leave()
+        results[name] |= contestant.leave()
     return results
 
 
@@ -113,9 +127,62 @@ def matmul_flops(device, dtype, size=2048):
     return 2 * size**3 / min(seconds)
 
 
-def device_name(device):
-    """What the figures are of: the GPU, or the processor with its number of threads."""
+def describe(device):
+    """What the figures are of: the chip, torch's version, the project's commit."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
-    bf16 = ", native bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-    return f"{torch.get_num_threads()} CPU threads{bf16}"
+        name = torch.cuda.get_device_name()
+    else:
+        bf16 = ", native bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+        name = f"{torch.get_num_threads()} CPU threads{bf16}"
+    described = {"device": name, "torch": torch.__version__, "commit": train.commit()}
+    print(f"{name}, torch {described['torch']}, commit {described['commit']}")
+    return described
+
+
+def random_batches(count, batch_size, length, vocabulary_size, device):
+    """Batches of random tokens, the same for every contestant."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, batch_size, length + 1)
+    ids = torch.randint(4, vocabulary_size, shape, generator=generator)
+    return [
+        Batch.whole(
+            torch.arange(i * batch_size, (i + 1) * batch_size),
+            ids[i, :, :-1].contiguous(),
+            ids[i, :, 1:].contiguous(),
+        ).to(device)
+        for i in range(count)
+    ]
+
+
+def flops_per_token(config, length, training):
+    """Matrix products and causal attention, forward, or with the backward pass."""
+    C, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    mlp = (2 if isinstance(config, GPT2Config) else 3) * C * inner
+    matrices = layers * (4 * C * C + mlp) + C * config.vocab_size
+    return (2 * matrices + 2 * C * length * layers) * (3 if training else 1)
+
+
+def show_rates(results, tokens, flops, ceiling, base="huggingface"):
+    """Prints a table of tokens/s; {name: {"tokens_per_second", "spread", "peak_gb"}}.
+
+    `tokens` of a round; `flops` {name: per token}, of which the share of `ceiling` is shown.
+    """
+    rates = {}
+    heading = f"{'variant':22} {'tokens/s':>10} {'spread':>16} {'peak GiB':>9}"
+    print(f"{heading} {'ratio':>6} {'of peak':>8}")
+    for name, result in results.items():
+        if "error" in result:
+            rates[name] = {"error": result["error"]}
+            print(f"{name:22} {result['error']}")
+            continue
+        rate = tokens / median(result)
+        spread = [tokens / max(result["seconds"]), tokens / min(result["seconds"])]
+        ratio = rate / rates[base]["tokens_per_second"] if base in rates else 1.0
+        rates[name] = {"tokens_per_second": rate, "peak_gb": result["peak_gb"], "spread": spread}
+        rates[name]["utilisation"] = rate * flops[name] / ceiling
+        low_high = f"{spread[0]:,.0f}-{spread[1]:,.0f}"
+        print(
+            f"{name:22} {rate:10,.0f} {low_high:>16} {result['peak_gb']:9.2f} {ratio:6.2f} "
+            f"{rates[name]['utilisation']:8.0%}"
+        )
+    return rates

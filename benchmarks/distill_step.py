@@ -24,9 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from benchmarks.contest import contest, device_name, matmul_flops, median, serve  # noqa: E402
+from benchmarks.contest import (  # noqa: E402
+    contest,
+    describe,
+    flops_per_token,
+    matmul_flops,
+    random_batches,
+    serve,
+    show_rates,
+)
 from cache import TeacherCache  # noqa: E402
-from data import Batch  # noqa: E402
 from distill import DistillConfig, EnsembleObjective  # noqa: E402
 from gpt2 import GPT2, GPT2Config  # noqa: E402
 from llama import Llama  # noqa: E402
@@ -42,31 +49,20 @@ TEACHERS = {
 BATCHES = 4  # different ones, taken in turn
 
 
+def student_name(args):
+    return "llama-tiny-student" if args.teachers == "tiny" else STUDENT
+
+
 def build(config):
 
     return (GPT2 if isinstance(config, GPT2Config) else Llama)(config)
-
-
-def batches(args, device):
-    """A few batches of random tokens, the same for every variant."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (BATCHES, args.batch_size, args.sequence_length + 1)
-    ids = torch.randint(4, 16_000, shape, generator=generator)
-    return [
-        Batch.whole(
-            torch.arange(i * args.batch_size, (i + 1) * args.batch_size),
-            ids[i, :, :-1].contiguous(),
-            ids[i, :, 1:].contiguous(),
-        ).to(device)
-        for i in range(BATCHES)
-    ]
 
 
 def our_step(args, device, cached=False, compiled=True):
     """distill.py's objective in train.py's step."""
     torch.manual_seed(0)
     teachers = [build(config) for config in TEACHERS[args.teachers]]
-    student = build_model(STUDENT if args.teachers != "tiny" else "llama-tiny-student")
+    student = build_model(student_name(args))
     config = DistillConfig(teachers=[])
     cache = None
     if cached:
@@ -91,7 +87,7 @@ def their_step(args, device, compiled):
 
     torch.manual_seed(0)
     teachers = [hf_twin(build(c)).to(device) for c in TEACHERS[args.teachers]]
-    student = build_model(STUDENT if args.teachers != "tiny" else "llama-tiny-student")
+    student = build_model(student_name(args))
     student = hf_twin(student).to(device).train()
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True if compiled else None)
@@ -131,7 +127,8 @@ def work(args):
         step = our_step(args, device, cached, compiled=args.worker != "ours_eager")
     else:
         step = their_step(args, device, compiled=args.worker == "huggingface_compiled")
-    all_batches, count = batches(args, device), [0]
+    shape = (BATCHES, args.batch_size, args.sequence_length, 16_000)
+    all_batches, count = random_batches(*shape, device), [0]
 
     def round():
         for _ in range(args.steps):
@@ -143,14 +140,6 @@ def work(args):
             step(batch)
 
     serve(round, warm_up, device)
-
-
-def flops_per_token(config, length, training):
-    """Matrix products and causal attention, forward, or with the backward pass."""
-    C, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    mlp = (2 if isinstance(config, GPT2Config) else 3) * C * inner
-    matrices = layers * (4 * C * C + mlp) + C * config.vocab_size
-    return (2 * matrices + 2 * C * length * layers) * (3 if training else 1)
 
 
 def main():
@@ -177,39 +166,20 @@ def main():
     commands = {
         name: [sys.executable, __file__, "--worker", name, *options] for name in args.variants
     }
+    summary = describe(device)
     results = contest(commands, args.rounds)
 
-    tokens = args.steps * args.batch_size * args.sequence_length
-    student = PRESETS[STUDENT if args.teachers != "tiny" else "llama-tiny-student"].config
-    flops = flops_per_token(student, args.sequence_length, True)
-    flops += sum(flops_per_token(c, args.sequence_length, False) for c in TEACHERS[args.teachers])
+    name, length = student_name(args), args.sequence_length
+    learning = flops_per_token(PRESETS[name].config, length, True)
+    teaching = sum(flops_per_token(c, length, False) for c in TEACHERS[args.teachers])
+    # Of cached teachers nothing remains but their heads' product.
+    heads = sum(2 * c.hidden_size * c.vocab_size for c in TEACHERS[args.teachers])
+    flops = dict.fromkeys(VARIANTS, learning + teaching) | {"ours_cached": learning + heads}
     ceiling = matmul_flops(device, torch.bfloat16)
-    summary = {
-        "device": device_name(device), "torch": torch.__version__, "commit": train.commit(),
-        "teachers": args.teachers, "matmul_bf16_flops": ceiling,
-    }  # fmt: skip
-    print(f"{summary['device']}, torch {torch.__version__}, commit {summary['commit']}")
-    print(
-        f"student {STUDENT}, teachers {args.teachers}, {args.batch_size} x {args.sequence_length}"
-    )
-    heading = f"{'variant':22} {'tokens/s':>10} {'spread':>14} {'peak GiB':>9}"
-    print(f"{heading} {'ratio':>6} {'of peak':>8}")
-    for name, result in results.items():
-        if "error" in result:
-            summary[name] = {"error": result["error"]}
-            print(f"{name:22} {result['error']}")
-            continue
-        rate = tokens / median(result)
-        spread = [tokens / max(result["seconds"]), tokens / min(result["seconds"])]
-        summary[name] = {"tokens_per_second": rate, "peak_gb": result["peak_gb"], "spread": spread}
-        base = summary.get("huggingface", {}).get("tokens_per_second")
-        ratio = f"{rate / base:.2f}" if base else "-"
-        # Cached teachers' products are saved, so that what remains is not counted against them.
-        share = "-" if name == "ours_cached" else f"{rate * flops / ceiling:.0%}"
-        low_high = f"{spread[0]:,.0f}-{spread[1]:,.0f}"
-        print(
-            f"{name:22} {rate:10,.0f} {low_high:>14} {result['peak_gb']:9.2f} {ratio:>6} {share:>8}"
-        )
+    print(f"student {name}, teachers {args.teachers}, {args.batch_size} x {length} tokens")
+    tokens = args.steps * args.batch_size * length
+    summary |= {"teachers": args.teachers, "matmul_bf16_flops": ceiling}
+    summary |= show_rates(results, tokens, flops, ceiling)
     for key, (ours, theirs) in {
         "ratio": ("ours", "huggingface"),
         "ratio_compiled": ("ours", "huggingface_compiled"),
