@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup demo test bench
+.PHONY: setup demo test test-faults bench
 
 setup: .venv/.installed
 
@@ -17,6 +17,9 @@ demo: setup
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m pytest
+
+test-faults: setup
+	$(PY) -m pytest -m faults
 
 bench: setup
 	$(PY) benchmarks/suite.py cpu

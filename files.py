@@ -1,9 +1,12 @@
 """Atomic writes, digests, and the one error whose message a user sees."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -72,7 +75,30 @@ def atomic_write(path):
             os.close(folder)
     except OSError as error:
         reason = error.strerror or error
+        if error.errno == errno.ENOSPC:
+            reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
         raise UserError(f"cannot write {path}: {reason}; what stood there is untouched") from error
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes `folder` and holds it alone; `UserError` if another process does.
+
+    The lock is on the folder itself and dies with the process, so that there is nothing to clean.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is in use by another run: wait, or choose another") from error
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import model as models
 from data import BatchStream, Tokenizer, TokenShard, dev_subset
-from files import UserError, run, say, write_text
+from files import UserError, locked, run, say, write_text
 from loss import fused_cross_entropy
 
 CLIP_NORM = 1.0  # Hugging Face's default, active in every run of the original
@@ -240,7 +240,7 @@ class TrainStep:
     """`train_step(batch, learning_rate)`: forward, backward, clip, AdamW, all on the device.
 
     Returns the objective's terms and the gradient's norm before clipping, as tensors on the device.
-    A gradient that is not finite changes nothing; `nonfinite_in_a_row` counts such steps.
+    A gradient that is not finite changes nothing; such steps are counted, in a row and in all.
     """
 
     def __init__(self, objective, optimizer, autocast, micro_batch_size=None):
@@ -248,6 +248,7 @@ class TrainStep:
         self.micro_batch_size = micro_batch_size
         self.parameters = list(objective.model.parameters())
         self.nonfinite_in_a_row = torch.zeros((), device=self.parameters[0].device)
+        self.nonfinite_steps = torch.zeros((), device=self.parameters[0].device)
 
     def __call__(self, batch, learning_rate):
         sums = {}
@@ -260,13 +261,14 @@ class TrainStep:
         norm = nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         nonfinite = (~torch.isfinite(norm)).float()
         self.nonfinite_in_a_row = (self.nonfinite_in_a_row + 1) * nonfinite
+        self.nonfinite_steps = self.nonfinite_steps + nonfinite
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # Fused AdamW reads this on the device and leaves weights, moments and count as they are.
         self.optimizer.found_inf = nonfinite
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**sums, "gradient_norm": norm}
+        return {**sums, "gradient_norm": norm, "nonfinite_steps": self.nonfinite_steps}
 
 
 @torch.no_grad()
@@ -410,10 +412,11 @@ def word_marks(names, total_words):
 
 def training_state(step):
     """What resuming needs besides weights: moments by parameter name, and random states."""
-    names = {p: n for n, p in step.objective.model.named_parameters()}
+    named, state = step.objective.model.named_parameters(), step.optimizer.state
     cuda = step.parameters[0].is_cuda
     return {
-        "optimizer": {names[p]: dict(state) for p, state in step.optimizer.state.items()},
+        "optimizer": {name: dict(state[p]) for name, p in named if p in state},
+        "nonfinite": [step.nonfinite_in_a_row.item(), step.nonfinite_steps.item()],
         "random": {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(step.parameters[0].device) if cuda else None,
@@ -431,6 +434,9 @@ def restore(step, checkpoint):
         step.optimizer.state[parameter] = {
             key: value.to(parameter.device) for key, value in moments.items()
         }
+    in_a_row, in_all = state.get("nonfinite", (0, 0))  # of checkpoints before it was counted
+    step.nonfinite_in_a_row.fill_(in_a_row)
+    step.nonfinite_steps.fill_(in_all)
     torch.set_rng_state(state["random"]["cpu"])
     if step.parameters[0].is_cuda and state["random"]["cuda"] is not None:
         torch.cuda.set_rng_state(state["random"]["cuda"], step.parameters[0].device)
@@ -619,34 +625,37 @@ def fit(objective, config):
     if compile_layers:
         compile_blocks(objective)
 
-    recorder = Recorder(train_step, config, identity, data, progress, marks, found)
-    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
-    signals, started = StopSignal(), time.monotonic()
-    try:
-        for i in range(progress["step"], steps):
-            rate = learning_rate(i, steps, config.learning_rate, config.warmup_steps)
-            terms = train_step(stream(i).to(device), rate)
-            step = progress["step"] = i + 1
-            epochs_before, epochs = (n * config.batch_size / stream.num_chunks for n in (i, step))
-            recorder.count_words(epochs)
-            bar.update()
-            last = step == steps
-            if step % config.log_every == 0 or last:
-                recorder.log_step(terms, rate, epochs, bar)
-            epoch_ends = int(epochs) > int(epochs_before)
-            if epoch_ends or last or (config.eval_every and step % config.eval_every == 0):
-                recorder.evaluate(dev_starts)
-            minutes = (time.monotonic() - started) / 60
-            late = config.stop_after is not None and minutes > config.stop_after
-            if last or step % config.save_every == 0 or signals.number or late:
-                recorder.save()
-            if (signals.number or late) and not last:
-                say(f"stopped after step {step} of {steps}: the same command continues")
-                return progress | {"stopped_by": signals.number}
-    finally:
-        bar.close()
-        signals.restore()
-    return progress
+    with locked(config.out):
+        recorder = Recorder(train_step, config, identity, data, progress, marks, found)
+        bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
+        signals, started = StopSignal(), time.monotonic()
+        try:
+            for i in range(progress["step"], steps):
+                rate = learning_rate(i, steps, config.learning_rate, config.warmup_steps)
+                terms = train_step(stream(i).to(device), rate)
+                step = progress["step"] = i + 1
+                epochs_before, epochs = (
+                    n * config.batch_size / stream.num_chunks for n in (i, step)
+                )
+                recorder.count_words(epochs)
+                bar.update()
+                last = step == steps
+                if step % config.log_every == 0 or last:
+                    recorder.log_step(terms, rate, epochs, bar)
+                epoch_ends = int(epochs) > int(epochs_before)
+                if epoch_ends or last or (config.eval_every and step % config.eval_every == 0):
+                    recorder.evaluate(dev_starts)
+                minutes = (time.monotonic() - started) / 60
+                late = config.stop_after is not None and minutes > config.stop_after
+                if last or step % config.save_every == 0 or signals.number or late:
+                    recorder.save()
+                if (signals.number or late) and not last:
+                    say(f"stopped after step {step} of {steps}: the same command continues")
+                    return progress | {"stopped_by": signals.number}
+        finally:
+            bar.close()
+            signals.restore()
+        return progress
 
 
 def run_identity(objective, config, data):
@@ -667,6 +676,8 @@ class Recorder:
         self.data, self.progress, self.marks = data, progress, marks
         self.model, self.out = train_step.objective.model, Path(config.out)
         self.current = self.out / "checkpoint.pt"
+        for debris in self.out.glob("*.tmp"):  # of a write during which the process was killed
+            debris.unlink()
         self.current_is_whole = found == self.current
         self.commit = commit()
         first = {
@@ -710,10 +721,15 @@ class Recorder:
             )
         if self.train_step.nonfinite_in_a_row.item() >= NONFINITE_LIMIT:
             raise UserError(
-                f"no finite gradient in the last {NONFINITE_LIMIT} steps; the weights are those "
-                f"before them, and so are the checkpoints in {self.out}: "
+                f"no finite gradient in the last {NONFINITE_LIMIT} steps; "
+                f"{self.last_good()} holds the weights as they were: "
                 "lower --learning-rate or use --precision fp32"
             )
+
+    def last_good(self):
+        """The newest state on disk."""
+        present = [self.out / name for name in STATES if (self.out / name).exists()]
+        return present[0] if present else "nothing saved yet"
 
     def evaluate(self, starts):
         """Dev cross-entropy, logged; best.pt where it is the lowest so far."""

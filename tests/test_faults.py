@@ -1,0 +1,541 @@
+"""Breaking things on purpose: kills, full disks, damaged bytes, hostile files, two runs at once.
+
+The quick ones run in `make test`; those marked `faults` in `make test-faults`, which also writes
+benchmarks/results/faults.md.
+"""
+
+import datetime
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import distill
+import evaluate
+import export_hf
+import model as models
+import tokenize_corpus
+import train
+from conftest import train_tokenizer, write_text
+from data import Tokenizer, TokenShard
+from files import UserError, locked, run
+
+ROOT = Path(__file__).parent.parent
+FIGURES = {}  # what the long tests counted
+
+OPTIONS = ["--model", "gpt2-tiny", "--steps", "30", "--batch-size", "4", "--sequence-length", "32"]
+OPTIONS += ["--eval-sequences", "8", "--save-every", "7", "--eval-every", "10", "--log-every", "5"]
+OPTIONS += ["--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report():
+    """Writes the figures where all the long tests have run."""
+    yield
+    names = ("random kills", "kills at a stage", "flips", "fuzzed", "llama-58m")
+    if not set(names) <= FIGURES.keys():
+        return
+    where = f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
+    lines = ["# Faults", "", f"`make test-faults`, commit {train.commit()}, {where}."]
+    lines += ["", "| what was done | outcome |", "|---|---|"]
+    lines += [f"| {' | '.join(FIGURES[name])} |" for name in names]
+    (ROOT / "benchmarks" / "results" / "faults.md").write_text("\n".join(lines) + "\n")
+
+
+def command(data_folder, out):
+    return [*OPTIONS, "--data", str(data_folder), "--out", str(out)]
+
+
+def comparable(out):
+    """What a run wrote, but for times: weights, moments, best weights, log."""
+    full, best = (models.read_checkpoint(out / n) for n in ("checkpoint.pt", "best.pt"))
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    entries = [e for e in entries if "step" in e]
+    for entry in entries:
+        entry.pop("tokens_per_second", None)
+    kept = ("weights", "training", "progress", "config")
+    options = {key: value for key, value in full["config"].items() if key not in train.MAY_CHANGE}
+    parts = [models.content_digest(full[key]) for key in kept[:3]]
+    return options, parts, models.content_digest(best["weights"]), entries
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_folder, tmp_path_factory):
+    """A run that nothing disturbed; in a process of its own, as the disturbed ones are."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(data_folder, out)
+    return out
+
+
+def start(data_folder, out, kill_at=None):
+    """A run in a process of its own, which kills itself at the n-th call of a function of `os`."""
+    program = "import sys, train; sys.exit(train.run(lambda: train.main(sys.argv[1:])))"
+    if kill_at is not None:
+        name, call = kill_at
+        program = (
+            "import os, signal\n"
+            f"original, left = os.{name}, [{call}]\n"
+            "def counted(*arguments):\n"
+            "    left[0] -= 1\n"
+            "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return original(*arguments)\n"
+            f"os.{name} = counted\n"
+        ) + program
+    arguments = [sys.executable, "-c", program, *command(data_folder, out)]
+    return subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(data_folder, out):
+    """The same command, left alone, to its end."""
+    process = start(data_folder, out)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
+def assert_undisturbed(out, whole_run):
+    assert comparable(out) == comparable(whole_run)
+    names = {"checkpoint.pt", "previous.pt", "best.pt", "log.jsonl"}
+    assert {path.name for path in out.iterdir()} == names  # no debris
+
+
+# ---- kills
+
+
+def kill_at_stages(data_folder, tmp_path, whole_run, stages):
+    killed = 0
+    for name, call in stages:
+        out = tmp_path / f"{name}-{call}"
+        process = start(data_folder, out, (name, call))
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        finish(data_folder, out)
+        assert_undisturbed(out, whole_run)
+    return killed
+
+
+def test_a_kill_within_a_save_loses_nothing(data_folder, tmp_path, whole_run):
+    stages = [("fsync", 5), ("replace", 3)]
+    assert kill_at_stages(data_folder, tmp_path, whole_run, stages) == len(stages)
+
+
+@pytest.mark.faults
+def test_a_kill_at_every_stage_of_a_save_loses_nothing(data_folder, tmp_path, whole_run):
+    """fsync: of the file, not renamed yet, and of the folder; replace: before each rename."""
+    stages = [("fsync", n) for n in range(1, 19)] + [("replace", n) for n in range(1, 14)]
+    killed = kill_at_stages(data_folder, tmp_path, whole_run, stages)
+    assert killed > 25
+    FIGURES["kills at a stage"] = (
+        f"SIGKILL before the n-th fsync or rename of a run, {killed} times",
+        "every run continued and ended with the same weights, moments, best.pt and log; no debris",
+    )
+
+
+@pytest.mark.faults
+def test_twenty_kills_at_random_lose_nothing(data_folder, tmp_path, whole_run):
+    """One run after another is killed, started again and killed again, until it has ended."""
+    generator, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        out, runs = tmp_path / str(runs), runs + 1
+        while True:
+            process, patience = start(data_folder, out), generator.uniform(0.0, 1.2)
+            while process.poll() is None and not (out / "log.jsonl").exists():
+                time.sleep(0.01)  # importing torch is not what is tested
+            try:
+                process.communicate(timeout=patience)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+                if kills % 7:
+                    continue
+                finish(data_folder, out)
+            break
+        assert_undisturbed(out, whole_run)
+    FIGURES["random kills"] = (
+        f"SIGKILL at a random moment, {kills} times over {runs} runs",
+        "every run continued and ended with the same weights, moments, best.pt and log; no debris",
+    )
+
+
+def test_a_second_interrupt_leaves_at_once(data_folder, tmp_path, monkeypatch):
+    step, calls = train.TrainStep.__call__, []
+
+    def twice(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(train.TrainStep, "__call__", twice)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(lambda: train.main(command(data_folder, tmp_path / "r"))) == 130
+    assert len(calls) == 3 and signal.getsignal(signal.SIGINT) is before
+
+
+# ---- two runs, one folder
+
+
+def test_a_folder_in_use_is_refused_until_its_process_has_died(tmp_path):
+    program = (
+        "import sys, time; from files import locked\n"
+        "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "r")], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="in use"), locked(tmp_path / "r"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with locked(tmp_path / "r"):
+        pass
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data_folder, tmp_path, capsys):
+    out = tmp_path / "r"
+    with locked(out):
+        assert run(lambda: train.main(command(data_folder, out))) == 1
+    assert "in use by another run" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+    assert run(lambda: train.main(command(data_folder, out))) == 0
+
+
+def test_without_a_terminal_no_carriage_return_is_written(data_folder, tmp_path, capfd):
+    assert run(lambda: train.main(command(data_folder, tmp_path / "r"))) == 0
+    printed = capfd.readouterr()
+    assert "\r" not in printed.out + printed.err and "step 30/30" in printed.out
+
+
+# ---- disk
+
+
+class FullDisk:
+    """A file on a disk that has room for so many bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= memoryview(data).nbytes
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_loses_nothing_and_says_so(data_folder, tmp_path, monkeypatch, capsys):
+    """Full when the second state is saved: the first one stays, and the run can go on later."""
+    import builtins
+
+    out, saves, original = tmp_path / "r", [], open
+
+    def opened(path, *arguments, **options):
+        file = original(path, *arguments, **options)
+        if str(path).endswith("checkpoint.new.tmp"):
+            saves.append(path)
+            return FullDisk(file, 10**9 if len(saves) == 1 else 100_000)
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", opened)
+        patch.setattr(FullDisk, "__enter__", lambda self: self, raising=False)
+        patch.setattr(FullDisk, "__exit__", lambda self, *_: self.file.close(), raising=False)
+        assert run(lambda: train.main(command(data_folder, out))) == 1
+    error = capsys.readouterr().err
+    assert "untouched" in error and " free" in error and error.count("\n") == 1
+    assert models.read_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 7
+    assert not list(out.glob("*.tmp"))
+    assert run(lambda: train.main(command(data_folder, out))) == 0
+
+
+def test_too_little_room_is_known_before_training(data_folder, tmp_path, monkeypatch, capsys):
+    import collections
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    assert run(lambda: train.main(command(data_folder, tmp_path / "r"))) == 1
+    assert "bytes needed, 1000 free" in capsys.readouterr().err
+
+
+# ---- damage
+
+
+def flip_bits(path, count, seed=0):
+    """Flips one random bit `count` times, each in a fresh copy: how many were refused."""
+    whole, generator, refused = path.read_bytes(), random.Random(seed), 0
+    expected = models.content_digest(models.read_checkpoint(path))
+    changed = path.with_name("changed.pt")
+    for _ in range(count):
+        position, bit = generator.randrange(len(whole)), generator.randrange(8)
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << bit
+        changed.write_bytes(damaged)
+        try:
+            loaded = models.read_checkpoint(changed)
+        except UserError:
+            refused += 1
+        else:  # padding, or a name in the archive that nobody reads
+            assert models.content_digest(loaded) == expected, (position, bit)
+    return refused
+
+
+def test_flipped_bits_are_refused_or_harmless(whole_run, tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes((whole_run / "checkpoint.pt").read_bytes())
+    assert flip_bits(path, 40) > 30
+
+
+@pytest.mark.faults
+def test_a_thousand_flipped_bits_are_refused_or_harmless(whole_run, tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes((whole_run / "checkpoint.pt").read_bytes())
+    refused = flip_bits(path, 1000, seed=1)
+    assert refused > 900
+    FIGURES["flips"] = (
+        "one bit of a checkpoint flipped, 1000 times",
+        f"{refused} refused, {1000 - refused} harmless: the same tensors and values",
+    )
+
+
+# ---- hostile files
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def hostile(tmp_path):
+    torch.save({"format": models.FORMAT, "version": 1, "weights": Payload(tmp_path / "executed")},
+               tmp_path / "evil.pt")  # fmt: skip
+    return str(tmp_path / "evil.pt")
+
+
+def test_no_way_in_executes_a_pickle(data_folder, tmp_path, capsys):
+    evil, data = hostile(tmp_path), ["--data", str(data_folder)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(Path(evil).read_bytes())
+    ways = [
+        lambda: distill.main(["--teachers", evil, *data, "--out", str(tmp_path / "a")]),
+        lambda: train.main(["--resume", evil, *data, "--out", str(tmp_path / "b"), *OPTIONS]),
+        lambda: train.main([*data, "--out", str(tmp_path / "run"), *OPTIONS]),
+        lambda: train.main(["--init", evil, *data, "--out", str(tmp_path / "c"), *OPTIONS]),
+        lambda: evaluate.main([evil, *data]),
+        lambda: export_hf.main([evil, "--out", str(tmp_path / "d")]),
+    ]
+    for way in ways:
+        assert run(way) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "executed").exists()
+
+
+def test_values_that_would_fill_the_memory_are_refused(tmp_path):
+    """A tensor that repeats one element without end, and lists that hold each other twice."""
+    huge = {"format": models.FORMAT, "version": 1, "weights": torch.zeros(1).expand(1 << 45)}
+    nested = [0]
+    for _ in range(60):
+        nested = [nested, nested]
+    for content in (huge, {"format": models.FORMAT, "version": 1, "weights": nested}):
+        torch.save(content, tmp_path / "a.pt")
+        started = time.monotonic()
+        with pytest.raises(UserError):
+            models.read_checkpoint(tmp_path / "a.pt")
+        assert time.monotonic() - started < 20
+
+
+def test_shapes_that_would_fill_the_memory_are_refused(whole_run, tmp_path):
+    checkpoint = models.read_checkpoint(whole_run / "best.pt")
+    for key, value in (("num_hidden_layers", 10**9), ("max_position_embeddings", 10**12),
+                       ("hidden_size", -96), ("num_attention_heads", 0)):  # fmt: skip
+        changed = {k: v for k, v in checkpoint.items() if k != "digest"}
+        shape = checkpoint["model"]["shape"] | {key: value}
+        changed["model"] = checkpoint["model"] | {"shape": shape}
+        changed["digest"] = models.content_digest(changed)
+        torch.save(changed, tmp_path / "a.pt")
+        with pytest.raises(UserError, match="do not fit"):
+            models.load_checkpoint(tmp_path / "a.pt")
+
+
+# ---- fuzzing: bytes of any kind end in the project's own error, or in what was written
+
+
+def only_our_error(function):
+    """True if `function` refused its input; anything but a `UserError` is a failure."""
+    try:
+        function()
+    except UserError:
+        return True
+    return False
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=12,
+)
+
+
+def edits(length):
+    """A cut, then bytes that replace others: damage of any kind."""
+    replaced = st.tuples(st.integers(0, length - 1), st.binary(min_size=1, max_size=9))
+    return st.tuples(st.integers(0, length), st.lists(replaced, max_size=4))
+
+
+def edited(whole, edit):
+    stop, replaced = edit
+    content = bytearray(whole[:stop])
+    for position, new in replaced:
+        content[position : position + len(new)] = new
+    return bytes(content)
+
+
+def fuzz(path, reader, examples, strategy, make):
+    """Runs `reader` on what `make(example)` says the file holds; how many were refused."""
+    count = [0, 0]
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(strategy)
+    def one(example):
+        path.write_bytes(make(example))
+        count[0] += 1
+        count[1] += only_our_error(lambda: reader(path))
+
+    one()
+    return count
+
+
+def fuzz_everything(data_folder, whole_run, folder, examples):
+    shard, checkpoint = (data_folder / "train.bin").read_bytes(), folder / "small.pt"
+    torch.save({"format": models.FORMAT, "version": 1, "weights": {"a": torch.ones(9)}}, checkpoint)
+    small = checkpoint.read_bytes()
+    torch_edits = edits(len(small))
+
+    def safetensors(header):
+        encoded = json.dumps(header).encode()
+        return struct.pack("<Q", len(encoded)) + encoded + bytes(48)
+
+    entry = st.fixed_dictionaries({
+        "dtype": st.sampled_from(["F32", "F16", "I64", ""]) | JSON,
+        "shape": st.lists(st.integers(-1, 1 << 62), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(-8, 64) | st.integers(), max_size=3) | JSON,
+    })  # fmt: skip
+    pairs = folder / "pairs"
+    pairs.mkdir()
+    counts = [
+        fuzz(folder / "a.bin", TokenShard, examples, edits(9000), lambda e: edited(shard, e)),
+        fuzz(folder / "b.bin", TokenShard, examples, st.binary(max_size=300), bytes),
+        fuzz(folder / "c.pt", models.read_checkpoint, examples, torch_edits,
+             lambda e: edited(small, e)),
+        fuzz(folder / "d.safetensors", export_hf.read_safetensors, examples,
+             st.dictionaries(st.text(max_size=3), entry, max_size=3) | JSON, safetensors),
+        fuzz(folder / "e.safetensors", export_hf.read_safetensors, examples,
+             st.binary(max_size=200), bytes),
+        fuzz(pairs / "f.jsonl", lambda path: evaluate.read_pairs(path.parent), examples,
+             st.lists(JSON, max_size=3), lambda lines: "\n".join(map(json.dumps, lines)).encode()),
+        fuzz(pairs / "f.jsonl", lambda path: evaluate.read_pairs(path.parent), examples,
+             st.binary(max_size=100), bytes),
+        fuzz(folder / "g.model", Tokenizer.load, examples, st.binary(max_size=200), bytes),
+    ]  # fmt: skip
+    return sum(total for total, _ in counts), sum(refused for _, refused in counts)
+
+
+def test_no_bytes_crash_a_reader(data_folder, whole_run, tmp_path):
+    total, refused = fuzz_everything(data_folder, whole_run, tmp_path, 40)
+    assert total >= 8 * 20 and refused > total / 2
+
+
+@pytest.mark.faults
+def test_thousands_of_inputs_crash_no_reader(data_folder, whole_run, tmp_path):
+    total, refused = fuzz_everything(data_folder, whole_run, tmp_path, 2000)
+    FIGURES["fuzzed"] = (
+        f"{total} inputs made up for the readers of shards, checkpoints, safetensors, pairs and "
+        "tokenizers",
+        f"{refused} refused with the project's own error, the others read; no crash, no hang",
+    )
+
+
+# ---- text
+
+
+TEXTS = {
+    "a line of 200 kB": "word " * 40_000,
+    "CRLF": "a\r\nb\r\n",
+    "BOM": "\ufeffbom",
+    "NUL": "nul\x00",
+    "right to left": "\u202e\u05e9\u05dc\u05d5\u05dd\u202c",
+    "no final newline": "the end",
+    "empty lines": "\n" * 1_000_000 + "the end",
+    "one word": "one",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_text_of_any_kind_is_kept(tmp_path, text):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a file\nwith a newline.txt").write_bytes(text.encode())
+    (tokenizer_file := tmp_path / "t.model").write_bytes(
+        train_tokenizer(write_text(2000, seed=1)).model_bytes
+    )
+    arguments = ["--dev", str(folder), "--tokenizer", str(tokenizer_file), "--no-clean"]
+    assert run(lambda: tokenize_corpus.main([*arguments, "--out", str(tmp_path / "data")])) == 0
+    shard = TokenShard(tmp_path / "data" / "dev.bin")
+    assert Tokenizer.load(tokenizer_file).decode(shard.tokens.tolist()) == text
+    assert shard.files[0].name == "a file\nwith a newline"
+
+
+# ---- figures
+
+
+@pytest.mark.faults
+def test_saving_and_verifying_a_full_state_takes_seconds(tmp_path, tokenizer):
+    model = models.build_model("llama-58m")
+    moments = {
+        name: {"exp_avg": torch.randn_like(p), "exp_avg_sq": torch.rand_like(p)}
+        for name, p in model.named_parameters()
+    }
+    path, seconds = tmp_path / "a.pt", {}
+
+    def timed(name, function):
+        started = time.perf_counter()
+        result = function()
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    timed("save", lambda: models.save_checkpoint(
+        path, name="llama-58m", model=model, config={}, tokenizer=tokenizer, progress={},
+        training={"optimizer": moments},
+    ))  # fmt: skip
+    loaded = timed("load", lambda: torch.load(path, weights_only=True))
+    timed("verify", lambda: models.content_digest(loaded))
+    FIGURES["llama-58m"] = (
+        f"a full state of llama-58m, {path.stat().st_size / 1e6:.0f} MB",
+        f"{seconds['save']:.2f} s to digest, write and fsync, {seconds['load']:.2f} s to read, "
+        f"{seconds['verify']:.2f} s to verify",
+    )
+    assert seconds["verify"] < 2
