@@ -261,7 +261,7 @@ class Batch:
         """The batch on `device`, but for the chunk ids; a copy to CUDA does not wait for it."""
 
         def move(tensor):
-            if device.type == "cuda":
+            if device.type == "cuda" and not tensor.is_cuda:
                 return tensor.pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 
@@ -297,13 +297,17 @@ def epoch_order(seed, epoch, num_chunks, sequence_length, random_offset):
 class BatchStream:
     """`stream(step)` is the step's batch: consecutive positions of the epochs' permutations.
 
-    Every chunk is seen once an epoch, no batch is ragged, and a batch may span two epochs. Raises
-    `UserError` if the shard is shorter than one batch.
+    Every chunk is seen once an epoch, no batch is ragged, and a batch may span two epochs. On a GPU
+    the whole shard is kept there, four bytes a token, and a batch is gathered without a copy of
+    tokens. Raises `UserError` if the shard is shorter than one batch.
     """
 
-    def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False):
+    def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False, device="cpu"):
         self.shard, self.batch_size, self.seed = shard, batch_size, seed
         self.sequence_length, self.random_offset = sequence_length, random_offset
+        self.resident = None
+        if torch.device(device).type == "cuda":
+            self.keep_on(device)
         self.num_chunks = count_chunks(len(shard.tokens), sequence_length, random_offset)
         if self.num_chunks < batch_size:
             raise UserError(
@@ -321,8 +325,21 @@ class BatchStream:
             here = positions[positions // self.num_chunks == epoch] % self.num_chunks
             chunk_ids.append(order[0][here])
             starts.append(order[1][here])
-        tokens, targets = self.shard.chunks(torch.cat(starts).numpy(), self.sequence_length)
-        return Batch.whole(torch.cat(chunk_ids), tokens, targets)
+        chunk_ids, starts = torch.cat(chunk_ids), torch.cat(starts)
+        if self.resident is None:
+            tokens, targets = self.shard.chunks(starts.numpy(), self.sequence_length)
+        else:
+            device = self.resident.device
+            positions = torch.arange(self.sequence_length + 1, device=device)
+            positions = positions + starts.to(device, non_blocking=True)[:, None]  # (B, T + 1)
+            chunk = self.resident[positions].long()
+            tokens, targets = chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
+        # Every target counts: to count them on the device would wait for it.
+        return Batch(chunk_ids, tokens, targets, len(tokens), targets.numel())
+
+    def keep_on(self, device):
+        """Keeps the shard's tokens on `device`, and gathers batches there."""
+        self.resident = torch.from_numpy(self.shard.tokens.astype(np.int32)).to(device)
 
 
 def dev_subset(shard, sequence_length, num_sequences):

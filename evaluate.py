@@ -317,6 +317,8 @@ def main(argv=None):
     # Minimal pairs need no shard: without --data they are scored alone where there is none.
     with_text = args.data is not None or not args.pairs or (data / "dev.bin").exists()
     shard = TokenShard(data / "dev.bin") if with_text else None
+    if shard is None:
+        print(f"no {data / 'dev.bin'}: minimal pairs only; --data DIR scores text", file=sys.stderr)
     pairs = {folder: read_pairs(folder) for folder in args.pairs}
     device = choose_device(args.device)
     paths = list(dict.fromkeys(args.checkpoints + args.ensemble))

@@ -406,7 +406,10 @@ def import_folder(folder, out):
         raise UserError(f"{out} exists: choose another --out")
     architecture, config = read_config(folder)
     if not (folder / "tokenizer.model").is_file():
-        raise UserError(f"{folder} has no tokenizer.model: only SentencePiece tokenizers are read")
+        raise UserError(
+            f"{folder} has no tokenizer.model: only SentencePiece tokenizers are read; "
+            "save_pretrained leaves the file out, so copy it from where the folder was made from"
+        )
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     lines = tokenizer.encode("a\n") + tokenizer.encode("b")
     if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE or tokenizer.encode("a\nb") != lines:

@@ -508,6 +508,12 @@ def main(argv=None):
     if args.words < LEAST_WORDS:
         raise UserError(f"--words {args.words}: at least {LEAST_WORDS}")
     out = Path(args.out)
+    ours = {f"{name}.{split}" for name in REGISTERS for split in ("train", "dev")}
+    ours |= {f"{name}.jsonl" for name in PARADIGMS} | {"train", "dev", "pairs"}
+    others = [p for f in (out, *map(out.joinpath, ("train", "dev", "pairs"))) for p in f.glob("*")]
+    others = [path for path in others if path.name not in ours]
+    if others:
+        raise UserError(f"{others[0]} is there already: choose an empty --out")
     write_split(out / "train", "train", args.words, args.seed)
     write_split(out / "dev", "dev", max(args.words // 10, 2000), args.seed)
     write_pairs(out / "pairs", args.seed)

@@ -202,6 +202,11 @@ def save_checkpoint(
 def read_checkpoint(path):
     """The checkpoint's dict, verified. Raises `UserError` if it is missing, damaged or foreign."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder: give a checkpoint such as {path / 'best.pt'}, or make one of a "
+            "Hugging Face folder with export_hf.py --import"
+        )
     if not path.is_file():
         raise UserError(f"{path} does not exist: train.py and distill.py write checkpoints")
     try:
@@ -209,8 +214,7 @@ def read_checkpoint(path):
     except Exception as error:  # an unpickler given foreign bytes may raise anything at all
         size = path.stat().st_size
         raise UserError(
-            f"{path} ({size} bytes) is damaged or no checkpoint: train again, "
-            "or use previous.pt beside it"
+            f"{path} ({size} bytes) is damaged or no checkpoint: use another of the same run"
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
@@ -224,7 +228,7 @@ def read_checkpoint(path):
     except (ValueError, RuntimeError, NotImplementedError):  # tensors such as we never save
         whole = False
     if not whole:
-        raise UserError(f"{path} is damaged (its digest differs): use previous.pt beside it")
+        raise UserError(f"{path} is damaged (its digest differs): use another of the same run")
     checkpoint["digest"] = digest
     return checkpoint
 

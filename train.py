@@ -53,7 +53,9 @@ class TrainConfig:
         None, "start from this checkpoint's weights and shape; --model then names the recipe alone"
     )
     data: str = option("data/babylm", "folder of train.bin, dev.bin and tokenizer.model")
-    out: str | None = option(None, "folder of the run; default: runs/ and the preset's name")
+    out: str | None = option(
+        None, "folder of the run; default: runs/ and the preset's name (of a student, distilled-)"
+    )
     epochs: float | None = option(
         None, "passes over the data; default: the preset's", either=True, above=0
     )
@@ -367,7 +369,8 @@ def load_compatible(path, config, data):
     if theirs != data.tokenizer.identity:
         raise UserError(
             f"{path} was trained with another tokenizer ({theirs[:12]}) than {config.data} "
-            f"({data.tokenizer.identity[:12]}): encode the data with that of the checkpoint"
+            f"({data.tokenizer.identity[:12]}): encode the data with that of the checkpoint, "
+            "which export_hf.py writes as tokenizer.model (tokenize_corpus.py --tokenizer)"
         )
     if model.config.vocab_size != data.tokenizer.vocabulary_size:
         raise UserError(
@@ -461,10 +464,20 @@ def find_checkpoint(config, identity):
             checkpoint = models.read_checkpoint(path)
         except UserError as error:
             if path == present[-1]:
-                raise
-            print(f"warning: {error}; falling back to an older state", file=sys.stderr)
+                raise UserError(
+                    f"{out} holds no state that can be read ({path.name} is damaged too): delete "
+                    "it, or choose another --out"
+                ) from error
+            print(f"warning: {path} is damaged; falling back to an older state", file=sys.stderr)
             continue
         check_continues(checkpoint, identity, path)
+        progress, best = checkpoint["progress"], out / "best.pt"
+        if progress["step"] < progress["steps"] and progress["best_step"]:
+            try:
+                models.read_checkpoint(best)
+            except UserError as error:
+                print(f"warning: {error}; the next evaluation writes it anew", file=sys.stderr)
+                progress.update(best_dev_cross_entropy=math.inf, best_step=0)
         return checkpoint, path
     if config.resume not in ("auto", "never"):
         checkpoint = models.read_checkpoint(config.resume)
@@ -488,11 +501,12 @@ def check_continues(checkpoint, identity, path, state=True):
         raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
     saved = checkpoint["config"]
     keys = sorted((saved.keys() | identity.keys()) - MAY_CHANGE)
-    differing = [
-        f"{key} ({saved.get(key)} there, {identity.get(key)} now)"
-        for key in keys
-        if saved.get(key) != identity.get(key)
-    ]
+    differing = []
+    for key in keys:
+        there, now = saved.get(key), identity.get(key)
+        if there != now:
+            short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader
+            differing.append(f"{key} ({there} there, {now} now)" if short else key)
     if differing:
         raise UserError(
             f"{path} is of another run: {', '.join(differing)}; give the same options, or another "
@@ -598,8 +612,9 @@ def fit(objective, config):
         longest = objective.model.config.max_position_embeddings
         raise UserError(f"--sequence-length {config.sequence_length}: {config.model} has {longest}")
     stream = BatchStream(
-        data.train, config.batch_size, config.sequence_length, config.seed, config.random_offset
-    )
+        data.train, config.batch_size, config.sequence_length, config.seed, config.random_offset,
+        device,
+    )  # fmt: skip
     dev_starts = dev_subset(data.dev, config.sequence_length, config.eval_sequences)
     steps = config.steps or max(1, round(stream.num_chunks * config.epochs / config.batch_size))
     words = steps * config.batch_size / stream.num_chunks * data.train.words
@@ -655,6 +670,8 @@ def fit(objective, config):
         finally:
             bar.close()
             signals.restore()
+        best = f"dev cross-entropy {progress['best_dev_cross_entropy']:.4f}"
+        say(f"finished: {Path(config.out) / 'best.pt'} is of step {progress['best_step']}, {best}")
         return progress
 
 

@@ -163,6 +163,15 @@ def test_a_batch_is_a_function_of_seed_and_step(train_shard):
     assert not torch.equal(other(2).tokens, again(2).tokens)
 
 
+@pytest.mark.parametrize("random_offset", [False, True])
+def test_a_shard_that_is_kept_on_the_device_gives_the_same_batches(train_shard, random_offset):
+    mapped, kept = (BatchStream(train_shard, 8, 32, 0, random_offset) for _ in range(2))
+    kept.keep_on("cpu")
+    for step in (0, 1, 65, 66, 200):  # some span two epochs
+        for a, b in zip(vars(mapped(step)).values(), vars(kept(step)).values()):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
 def test_the_last_chunk_is_used_as_far_as_it_goes():
     assert [count_chunks(n, 10) for n in (0, 10, 11, 20, 21)] == [0, 0, 1, 1, 2]
     assert [count_chunks(n, 10, True) for n in (0, 10, 19, 20, 30)] == [0, 0, 0, 1, 2]

@@ -171,3 +171,11 @@ def test_too_few_words_are_refused(tmp_path, capsys):
     out = tmp_path / "toy"
     assert run(lambda: make_toy_corpus.main(["--out", str(out), "--words", "10"])) == 1
     assert "--words" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_folder_with_other_text_is_left_alone(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "diary.txt").write_text("mine")
+    assert run(lambda: make_toy_corpus.main(["--out", str(tmp_path), "--words", "5000"])) == 1
+    assert "diary.txt is there already" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("*")] == ["train", "diary.txt"]

@@ -201,6 +201,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
 def test_foreign_files_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="does not exist"):
         models.load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(UserError, match=r"is a folder: give a checkpoint such as"):
+        models.load_checkpoint(tmp_path)
     torch.save({"weights": {}}, tmp_path / "b.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         models.load_checkpoint(tmp_path / "b.pt")

@@ -252,6 +252,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
     models.read_checkpoint(tmp_path / "r/previous.pt")  # not what was damaged
 
 
+def test_a_run_whose_states_are_all_damaged_says_what_to_do(data_folder, tmp_path):
+    trained(config_for(data_folder, tmp_path / "r"))
+    for name in ("checkpoint.pt", "previous.pt"):
+        (tmp_path / "r" / name).write_bytes(b"")
+    with pytest.raises(UserError, match="delete it, or choose another --out"):
+        trained(config_for(data_folder, tmp_path / "r"))
+
+
+def test_a_damaged_best_checkpoint_is_written_anew(data_folder, tmp_path, monkeypatch, capsys):
+    config = config_for(data_folder, tmp_path / "r", eval_every=3)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        trained(config)
+    (tmp_path / "r/best.pt").write_bytes(b"half")
+    trained(config)
+    assert "best.pt" in capsys.readouterr().err
+    assert models.read_checkpoint(tmp_path / "r/best.pt")["progress"]["step"] > 5
+
+
 def test_a_finished_run_says_so_and_writes_nothing(whole_run, data_folder, capsys):
     out, _ = whole_run
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
