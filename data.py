@@ -52,6 +52,8 @@ class Tokenizer:
             self.vocabulary_size = self.processor.vocab_size()
         except (RuntimeError, OSError) as error:
             raise UserError(f"{name} is not a SentencePiece model") from error
+        if not self.vocabulary_size:
+            raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
         self.model_bytes = bytes(model_bytes)
         kinds = ("is_control", "is_unknown", "is_byte", "is_unused")
         digest = hashlib.sha256()

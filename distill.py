@@ -190,12 +190,13 @@ def main(argv=None):
     check_weights(config)
     data = open_data(config)
     teachers, identities = load_teachers(config, data)
-    student = initial_model(config, data)
+    student, origin = initial_model(config, data)
     positions = config.sequence_length if config.kl_reduction == "sequence" else 1
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
     print(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
     cache = open_cache(config, data, teachers, identities)
-    return exit_code(fit(EnsembleObjective(student, teachers, config, identities, cache), config))
+    objective = EnsembleObjective(student, teachers, config, identities, cache)
+    return exit_code(fit(objective, config, origin))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import Tokenizer, TokenShard
+from data import BOS, EOS, Tokenizer, TokenShard
 from files import UserError, atomic_write, run, write_json
 from model import choose_device, count_parameters, load_checkpoint
 
@@ -113,16 +113,16 @@ def _text_scores(losses, words, num_bytes):
 
 @dataclass(frozen=True)
 class Convention:
-    """What precedes a sentence: a token or nothing, and then perhaps a blank, which is scored."""
+    """What precedes a sentence: text, a token's id or nothing; perhaps a blank, which is scored."""
 
-    prefix: str | None
+    prefix: str | int | None
     blank: str = ""
 
 
 CONVENTIONS = {
-    "newline": Convention("<0x0A>"),
-    "2023": Convention("</s>"),
-    "2024": Convention("<s>", blank=" "),
+    "newline": Convention("\n"),
+    "2023": Convention(EOS),
+    "2024": Convention(BOS, blank=" "),
     "2025": Convention(None),
 }
 
@@ -174,7 +174,10 @@ def sentence_scores(model, tokenizer, sentences, convention="newline"):
     Sentences of one length share a batch, so that nothing is padded.
     """
     how = CONVENTIONS[convention]
-    prefix = [] if how.prefix is None else [tokenizer.processor.piece_to_id(how.prefix)]
+    if isinstance(how.prefix, str):
+        prefix = tokenizer.encode(how.prefix)
+    else:
+        prefix = [] if how.prefix is None else [how.prefix]
     by_length = defaultdict(list)
     ids = [prefix + s for s in tokenizer.encode([how.blank + s for s in sentences])]
     for i, sentence in enumerate(ids):
@@ -227,12 +230,12 @@ def accuracies(pairs, scores):
     }
 
 
-def write_pair_scores(path, checkpoints, pairs, scores):
+def write_pair_scores(path, described, pairs, scores):
     """Writes every score as an .npz, from which anyone can compute any accuracy again.
 
-    `checkpoint` (M,), `folder`, `paradigm` (the file's stem) and `field` (P,), and log p in nats,
-    `good` and `bad` (M, P). `scores` has one list for each of the M checkpoints, with (pairs, 2)
-    scores for each folder.
+    `convention` and `checkpoint` (M,), both from `described`; `folder`, `paradigm` (the file's
+    stem) and `field` (P,); log p in nats, `good` and `bad` (M, P). `scores` has one list for each
+    of the M checkpoints, with (pairs, 2) scores for each folder.
     """
     places = [
         (folder, name, pair.field)
@@ -244,7 +247,7 @@ def write_pair_scores(path, checkpoints, pairs, scores):
     joined = torch.stack([torch.cat(of_folders) for of_folders in scores]).numpy()  # (M, P, 2)
     with atomic_write(path) as file:
         np.savez_compressed(
-            file, checkpoint=np.array(checkpoints), folder=folders, paradigm=files, field=fields,
+            file, **described, folder=folders, paradigm=files, field=fields,
             good=joined[..., 0], bad=joined[..., 1],
         )  # fmt: skip
 
@@ -363,7 +366,8 @@ def main(argv=None):
     if args.json:
         write_json(args.json, {"convention": args.convention, "checkpoints": results})
     if args.pair_scores:
-        write_pair_scores(args.pair_scores, [r["path"] for r in results], pairs, scores)
+        described = {"checkpoint": [r["path"] for r in results], "convention": args.convention}
+        write_pair_scores(args.pair_scores, described, pairs, scores)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,11 @@ def read_safetensors(path):
                 (entry["data_offsets"], entry["dtype"], entry["shape"], name)
                 for name, entry in header.items()
             ]
+            valid = all(
+                type(shape) is list and type(dtype) is str for _, dtype, shape, _ in entries
+            )
             numbers = [n for offsets, _, shape, _ in entries for n in (*offsets, *shape)]
-            valid = all(type(n) is int and n >= 0 for n in numbers)
+            valid = valid and all(type(n) is int and 0 <= n <= size for n in numbers)
             entries.sort(key=lambda entry: entry[0])
             bounds = [0, *(stop for (_, stop), *_ in entries)]
             valid = valid and bounds[:-1] == [begin for (begin, _), *_ in entries]
@@ -122,13 +125,16 @@ def read_safetensors(path):
     tensors, payload = {}, np.memmap(path, np.uint8, mode="r")[start:]
     for (begin, stop), dtype, shape, name in entries:
         if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name} is {dtype}: only F32, F16 and BF16 are read")
+            raise UserError(f"{path}: {name!r} is {dtype!r}: only F32, F16 and BF16 are read")
         kind = SAFETENSORS_DTYPES[dtype]
         if math.prod(shape) * kind.itemsize != stop - begin:
-            raise UserError(f"{path} is damaged: {name} has not the bytes of its shape")
-        tensor = torch.empty(shape, dtype=kind)
-        tensor.view(-1).view(torch.uint8).numpy()[:] = payload[begin:stop]
-        tensors[name] = tensor.float()
+            raise UserError(f"{path} is damaged: {name!r} has not the bytes of its shape")
+        tensor = torch.empty((stop - begin) // kind.itemsize, dtype=kind)
+        tensor.view(torch.uint8).numpy()[:] = payload[begin:stop]
+        try:
+            tensors[name] = tensor.view(shape).float()
+        except RuntimeError as error:  # no elements in dimensions beyond all bounds
+            raise UserError(f"{path} is damaged: {name!r} has an impossible shape") from error
     return tensors
 
 
@@ -143,6 +149,43 @@ def hf_name(architecture, name):
 def is_transposed(architecture, name):
     """Whether the reference keeps this matrix as (in, out)."""
     return architecture == "gpt2" and name.endswith(TRANSPOSED)
+
+
+def hf_weights(architecture, weights):
+    """A state dict of ours as the reference's: other names, Conv1D's matrices transposed."""
+    return {
+        hf_name(architecture, name): w.T if is_transposed(architecture, name) else w
+        for name, w in weights.items()
+    }
+
+
+def check_tokenizer(tokenizer, path):
+    """Raises `UserError` for a tokenizer that tokenizer.json could not say, or that loses text.
+
+    Of a BPE model the scores are 0, -1, -2, ... in the order of merging; a unigram's, or those of
+    user-defined pieces, are others.
+    """
+    processor, size = tokenizer.processor, tokenizer.vocabulary_size
+    special = [processor.is_control(i) for i in (PAD, BOS, EOS)] + [processor.is_unknown(UNK)]
+    scores = [processor.get_score(i) for i in range(size) if is_normal(processor, i)]
+    lines = tokenizer.encode("a\n") + tokenizer.encode("b")
+    if (
+        not all(special)
+        or scores != [-float(i) for i in range(len(scores))]
+        or tokenizer.decode(tokenizer.encode(PROBE)) != PROBE
+        or tokenizer.encode("a\nb") != lines
+        or tokenizer.encode("\n") != [processor.piece_to_id("<0x0A>")]
+    ):
+        raise UserError(
+            f"{path}: a tokenizer of another kind than tokenize_corpus.py's (BPE with byte "
+            "fallback that changes no text and adds no prefix; ids 0 to 3 for pad, bos, eos, unk)"
+        )
+
+
+def is_normal(processor, i):
+    """Whether a piece is text: no control piece, byte, unknown or unused one."""
+    kinds = (processor.is_control, processor.is_unknown, processor.is_byte, processor.is_unused)
+    return not any(kind(i) for kind in kinds)
 
 
 def hf_config(model, architecture):
@@ -170,8 +213,7 @@ def hf_tokenizer(tokenizer):
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocabulary_size)]
     ids = {piece: i for i, piece in enumerate(pieces)}
-    kinds = (processor.is_control, processor.is_unknown, processor.is_byte, processor.is_unused)
-    normal = {piece for i, piece in enumerate(pieces) if not any(kind(i) for kind in kinds)}
+    normal = {piece for i, piece in enumerate(pieces) if is_normal(processor, i)}
     splits = [
         (ids[piece], ids[piece[:i]], ids[piece[i:]])
         for piece in normal
@@ -244,7 +286,7 @@ def model_card(checkpoint, model, start_token):
     recipe = (
         "learning_rate", "batch_size", "sequence_length", "epochs", "warmup_steps",
         "weight_decay", "random_offset", "alpha", "temperature", "kl_reduction",
-        "teacher_weights", "seed",
+        "teacher_weights", "init", "seed",
     )  # fmt: skip
     facts |= {key.replace("_", " "): config.get(key) for key in recipe}
     start = (
@@ -263,14 +305,13 @@ def model_card(checkpoint, model, start_token):
         "",
         f"# {checkpoint['model']['name']}",
         "",
-        "Trained by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).",
+        "Written by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).",
         "",
         "| fact | value |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, "")),
         "",
-        start,
-        "",
+        *([start, ""] if "train_shard" in config or start_token == "newline" else []),
     ]
     return "\n".join(lines)
 
@@ -278,12 +319,13 @@ def model_card(checkpoint, model, start_token):
 def export(path, out, start_token="as-trained"):
     """Writes the checkpoint in `path` as the folder `out`; config.json, which loaders need, last.
 
-    Raises `UserError` if the folder holds other files, or the model's head is tied and
-    `start_token` asks for other input rows.
+    Raises `UserError` if the folder is not empty, or the model's head is tied and `start_token`
+    asks for other input rows.
     """
     model, checkpoint = load_checkpoint(path)
     architecture = checkpoint["model"]["architecture"]
     tokenizer = Tokenizer(checkpoint["tokenizer"]["model"].numpy())
+    check_tokenizer(tokenizer, path)
     weights = checkpoint["weights"]
     if start_token == "newline":
         if HEAD not in weights:
@@ -294,10 +336,6 @@ def export(path, out, start_token="as-trained"):
         (newline,) = tokenizer.encode("\n")
         rows = weights[EMBEDDING[architecture]]
         rows[[BOS, EOS]] = rows[newline].clone()
-    tensors = {
-        hf_name(architecture, name): weight.T if is_transposed(architecture, name) else weight
-        for name, weight in weights.items()
-    }
     context = model.config.max_position_embeddings
     tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, context)
     contents = {
@@ -307,12 +345,9 @@ def export(path, out, start_token="as-trained"):
         "special_tokens_map.json": special_tokens_map,
         "config.json": hf_config(model, architecture),
     }
-    ours = {*contents, "README.md", "tokenizer.model", "model.safetensors"}
-    if out.exists():
-        if not out.is_dir() or {p.name for p in out.iterdir()} - ours:
-            raise UserError(f"{out} holds something else: choose another --out")
-        (out / "config.json").unlink(missing_ok=True)
-    write_safetensors(out / "model.safetensors", tensors)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: choose another --out, or delete it")
+    write_safetensors(out / "model.safetensors", hf_weights(architecture, weights))
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.model_bytes)
     write_text(out / "README.md", model_card(checkpoint, model, start_token))
@@ -344,7 +379,7 @@ def read_config(folder):
             fixed |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), theirs.get("resid_pdrop", 0.1))
         for key, value in fixed.items():
             if theirs.get(key) not in (value, None):
-                raise UserError(f"{path}: {key} is {theirs[key]}: only {value} is implemented")
+                raise UserError(f"{path}: {key} is {theirs[key]!r}: only {value!r} is implemented")
         names = FIELDS[kind].items()
         shape = {ours: theirs[name] for ours, name in names if theirs.get(name) is not None}
         config = ARCHITECTURES[kind][1](**shape)
@@ -356,12 +391,13 @@ def read_config(folder):
 
 def check_rope(path, theirs):
     """Puts `rope_theta` at the top level; `UserError` for positions that are scaled."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{path}: rope scaling of type {kind!r} is not implemented")
-    if "rope_theta" in rope:
-        theirs["rope_theta"] = rope["rope_theta"]
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = theirs.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{path}: rope scaling of type {kind!r} is not implemented")
+        if "rope_theta" in rope:
+            theirs["rope_theta"] = rope["rope_theta"]
 
 
 def read_weights(folder, architecture, model):
@@ -372,11 +408,13 @@ def read_weights(folder, architecture, model):
         remedy = "save it again with save_pretrained(..., max_shard_size='100GB')"
         why = "the weights are in several files" if sharded else f"{path} does not exist"
         raise UserError(f"{why}: {remedy}")
-    theirs = {
-        name.removeprefix(PREFIXES[architecture]): tensor
-        for name, tensor in read_safetensors(path).items()
-        if not name.endswith(BUFFERS)
-    }
+    theirs = {}
+    for name, tensor in read_safetensors(path).items():
+        bare = name.removeprefix(PREFIXES[architecture])
+        if bare in theirs:
+            raise UserError(f"{path} holds {bare!r} twice, with and without a prefix")
+        if not name.endswith(BUFFERS):
+            theirs[bare] = tensor
     weights = {}
     for name, ours in model.state_dict().items():
         if name not in theirs:
@@ -392,7 +430,7 @@ def read_weights(folder, architecture, model):
     if head is not None and not torch.equal(head, weights[EMBEDDING[architecture]]):
         raise UserError(f"{path}: {HEAD} is a head of its own where config.json says it is tied")
     if theirs:
-        raise UserError(f"{path} holds what this architecture has not: {min(theirs)}")
+        raise UserError(f"{path} holds what this architecture has not: {min(theirs)!r}")
     return weights
 
 
@@ -411,12 +449,7 @@ def import_folder(folder, out):
             "save_pretrained leaves the file out, so copy it from where the folder was made from"
         )
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    lines = tokenizer.encode("a\n") + tokenizer.encode("b")
-    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE or tokenizer.encode("a\nb") != lines:
-        raise UserError(
-            f"{folder / 'tokenizer.model'} changes text or adds a prefix to it: only tokenizers "
-            "like those of tokenize_corpus.py are read"
-        )
+    check_tokenizer(tokenizer, folder / "tokenizer.model")
     if tokenizer.vocabulary_size > config.vocab_size:
         raise UserError(
             f"{folder}: {tokenizer.vocabulary_size} pieces for {config.vocab_size} embeddings"

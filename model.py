@@ -241,12 +241,17 @@ def check_shape(config):
             valid = type(value) is int and 0 < value < 1 << 20
         elif field.type is float:
             valid = type(value) in (int, float) and 0 <= value < math.inf
+            valid = valid and not (field.name == "dropout" and value >= 1)
         else:
             valid = type(value) is bool
         if not valid:
             raise ValueError(f"{field.name} cannot be {value!r}")
     if config.num_hidden_layers > 1000 or config.hidden_size % config.num_attention_heads:
         raise ValueError("there are too many layers, or heads that do not divide hidden_size")
+    if isinstance(config, LlamaConfig):
+        head_size = config.hidden_size // config.num_attention_heads
+        if head_size % 2 or config.rope_theta <= 0:
+            raise ValueError("rotary positions need heads of an even size, and a theta above 0")
 
 
 def load_checkpoint(path):

@@ -110,7 +110,7 @@ MAY_CHANGE = {
         "stop_after",
         "micro_batch_size",
     ),
-    *("device", "compile", "dry_run", "data", "teachers", "cache_teachers"),
+    *("device", "compile", "dry_run", "data", "init", "teachers", "cache_teachers"),
 }
 
 
@@ -381,11 +381,16 @@ def load_compatible(path, config, data):
 
 
 def initial_model(config, data):
-    """The model to train: freshly initialised from the seed, or as --init has it."""
+    """The model to train and where it is from: drawn from the seed, or as --init has it.
+
+    Its origin is {"name", "digest"}: what checkpoints call it, and what a run is compared by.
+    """
     torch.manual_seed(config.seed)
     if config.init is not None:
-        return load_compatible(config.init, config, data)[0]
-    return models.build_model(config.model, data.train.vocabulary_size)
+        model, checkpoint = load_compatible(config.init, config, data)
+        return model, {"name": checkpoint["model"]["name"], "digest": checkpoint["digest"]}
+    model = models.build_model(config.model, data.train.vocabulary_size)
+    return model, {"name": config.model, "digest": None}
 
 
 def word_marks(names, total_words):
@@ -396,7 +401,7 @@ def word_marks(names, total_words):
         if name == "babylm":
             marks += [*range(million, 10 * million, million)]
             marks += range(10 * million, total_words + 1, 10 * million)
-        elif number.isascii() and number.isdigit() and int(number):
+        elif number.isascii() and number.isdigit() and len(number) < 16 and int(number):
             marks.append(int(number) * {"": 1, "k": 1000, "M": million}[unit])
         else:
             raise UserError(f"--save-at-words {name}: give babylm, or numbers such as 500k or 1M")
@@ -577,7 +582,8 @@ def print_arithmetic(objective, config, stream, steps, marks, device, precision)
     disk = (3 * 12 + 4 * (1 + len(marks))) * parameters + (64 << 20)
     out = Path(config.out)
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
-    there = sum((out / name).stat().st_size for name in STATES if (out / name).exists())
+    written = [out / name for name in (*STATES, "best.pt", *marks)]
+    there = sum(path.stat().st_size for path in written if path.exists())
     free = shutil.disk_usage(folder).free
     epochs = steps * config.batch_size / stream.num_chunks
     say(f"model      {config.model}: {parameters:,} parameters; {device}, {precision}")
@@ -597,7 +603,7 @@ def print_arithmetic(objective, config, stream, steps, marks, device, precision)
 # ---- the loop
 
 
-def fit(objective, config):
+def fit(objective, config, origin=None):
     """Trains `objective.model`, and returns its progress: step, steps, dev cross-entropies, ...
 
     `objective(batch)` returns a dict of tensors: `loss`, and whatever else is to be logged. The
@@ -623,7 +629,8 @@ def fit(objective, config):
     if config.dry_run:
         return {"step": 0, "steps": steps}
 
-    identity = run_identity(objective, config, data)
+    origin = origin or {"name": config.model, "digest": None}
+    identity = run_identity(objective, config, data) | {"init_digest": origin["digest"]}
     checkpoint, found = find_checkpoint(config, identity)
     objective.to(device).train()
     optimizer = build_optimizer(objective.model, config.weight_decay)
@@ -641,7 +648,7 @@ def fit(objective, config):
         compile_blocks(objective)
 
     with locked(config.out):
-        recorder = Recorder(train_step, config, identity, data, progress, marks, found)
+        recorder = Recorder(train_step, config, identity, origin, data, progress, marks, found)
         bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
         signals, started = StopSignal(), time.monotonic()
         try:
@@ -688,8 +695,9 @@ def run_identity(objective, config, data):
 class Recorder:
     """All that a run writes: log lines, dev evaluations, checkpoints; and the clock of training."""
 
-    def __init__(self, train_step, config, identity, data, progress, marks, found):
+    def __init__(self, train_step, config, identity, origin, data, progress, marks, found):
         self.train_step, self.config, self.identity = train_step, config, identity
+        self.name = origin["name"]
         self.data, self.progress, self.marks = data, progress, marks
         self.model, self.out = train_step.objective.model, Path(config.out)
         self.current = self.out / "checkpoint.pt"
@@ -757,12 +765,12 @@ class Recorder:
         progress = self.progress
         progress["dev_cross_entropy"] = value
         self.log.write({"step": progress["step"], "dev_cross_entropy": value})
+        self.clock += time.perf_counter() - paused
         with tqdm.external_write_mode():
             say(f"step {progress['step']}: dev cross-entropy {value:.4f} nats per token")
         if value < progress["best_dev_cross_entropy"]:
             progress["best_dev_cross_entropy"], progress["best_step"] = value, progress["step"]
             self._write("best.pt")
-        self.clock += time.perf_counter() - paused
 
     def count_words(self, epochs):
         """Words seen; the weights go into a file of their own where a mark has been passed."""
@@ -774,18 +782,17 @@ class Recorder:
 
     def save(self):
         """checkpoint.pt; the one before it, unless it was found damaged, becomes previous.pt."""
-        paused = time.perf_counter()
         self._write("checkpoint.new", training_state(self.train_step))
         if self.current_is_whole:
             os.replace(self.current, self.out / "previous.pt")
         os.replace(self.out / "checkpoint.new", self.current)
         self.current_is_whole = True
-        self.clock += time.perf_counter() - paused
 
     def _write(self, name, training=None):
+        paused = time.perf_counter()
         models.save_checkpoint(
             self.out / name,
-            name=self.config.model,
+            name=self.name,
             model=self.model,
             config=self.identity,
             tokenizer=self.data.tokenizer,
@@ -794,6 +801,7 @@ class Recorder:
             commit=self.commit,
             training=training,
         )
+        self.clock += time.perf_counter() - paused
 
 
 def exit_code(progress):
@@ -804,7 +812,8 @@ def exit_code(progress):
 def main(argv=None):
     config = with_recipe(parse(TrainConfig, __doc__, argv))
     data = open_data(config)
-    return exit_code(fit(CrossEntropyObjective(initial_model(config, data)), config))
+    model, origin = initial_model(config, data)
+    return exit_code(fit(CrossEntropyObjective(model), config, origin))
 
 
 if __name__ == "__main__":

@@ -54,10 +54,7 @@ def hf_twin(model, weights=True):
     config = transformers.AutoConfig.for_model(**described)
     twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if weights:
-        tensors = {
-            export_hf.hf_name(kind, name): w.T if export_hf.is_transposed(kind, name) else w
-            for name, w in model.state_dict().items()
-        }
+        tensors = export_hf.hf_weights(kind, model.state_dict())
         missing, unexpected = twin.load_state_dict(tensors, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         assert not missing or twin.lm_head.weight is twin.get_input_embeddings().weight

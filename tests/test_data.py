@@ -172,6 +172,19 @@ def test_a_shard_that_is_kept_on_the_device_gives_the_same_batches(train_shard, 
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
+@pytest.mark.gpu
+def test_a_batch_that_is_gathered_on_a_gpu_is_the_same(train_shard):
+    mapped, kept = (
+        BatchStream(train_shard, 8, 32, 0),
+        BatchStream(train_shard, 8, 32, 0, device="cuda"),
+    )
+    for step in (0, 65, 200):
+        batch = kept(step)
+        assert batch.tokens.is_cuda and batch.to(torch.device("cuda")).tokens is batch.tokens
+        assert torch.equal(mapped(step).tokens, batch.tokens.cpu())
+        assert torch.equal(mapped(step).targets, batch.targets.cpu())
+
+
 def test_the_last_chunk_is_used_as_far_as_it_goes():
     assert [count_chunks(n, 10) for n in (0, 10, 11, 20, 21)] == [0, 0, 1, 1, 2]
     assert [count_chunks(n, 10, True) for n in (0, 10, 19, 20, 30)] == [0, 0, 0, 1, 2]

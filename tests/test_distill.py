@@ -70,6 +70,37 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(train_shard):
     assert terms["kl"] < 1e-5
 
 
+def gradients(objective, batch, device):
+    objective.model.zero_grad()
+    with autocast_for(torch.device(device), "bf16"):
+        loss = objective(batch)["loss"]
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in objective.model.parameters()])
+
+
+def compiled_and_eager(train_shard, device):
+    torch.manual_seed(0)
+    student = models.build_model("llama-tiny", 300)
+    objective = EnsembleObjective(student, ensemble(), config()).to(device).train()
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0).to(torch.device(device))
+    eager = gradients(objective, batch, device)
+    train.compile_blocks(objective)
+    compiled = gradients(objective, batch, device)
+    assert abs(compiled[0] - eager[0]) < 1e-3 * eager[0]
+    assert (compiled[1] - eager[1]).norm() < 0.02 * eager[1].norm()
+
+
+@pytest.mark.faults
+def test_compiled_gradients_are_the_eager_ones(train_shard):
+    """Among the long tests, because a compiler runs for half a minute."""
+    compiled_and_eager(train_shard, "cpu")
+
+
+@pytest.mark.gpu
+def test_compiled_gradients_are_the_eager_ones_on_a_gpu(train_shard):
+    compiled_and_eager(train_shard, "cuda")
+
+
 # ---- the program
 
 

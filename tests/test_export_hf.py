@@ -1,5 +1,6 @@
 """What is exported loads with stock classes and scores the same; what comes back is the same."""
 
+import io
 import json
 import math
 import struct
@@ -7,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 import safetensors.torch
+import sentencepiece
 import torch
 import transformers
 
@@ -36,7 +38,8 @@ def checkpoint(request, tmp_path, tokenizer):
             parameter += 0.05 * torch.randn_like(parameter)
     models.save_checkpoint(
         tmp_path / "a.pt", name=request.param, model=model,
-        config={"sequence_length": 32, "learning_rate": 0.003}, tokenizer=tokenizer,
+        config={"sequence_length": 32, "learning_rate": 0.003, "train_shard": "ab" * 32},
+        tokenizer=tokenizer,
         progress={"step": 7, "steps": 9, "words": 1234, "dev_cross_entropy": 4.5},
         teachers=[{"name": "gpt2-tiny", "digest": "0123456789abcdef"}], commit="abc123",
     )  # fmt: skip
@@ -101,6 +104,13 @@ def test_the_card_states_what_the_checkpoint_knows(checkpoint):
     card = (export(checkpoint) / "README.md").read_text(encoding="utf-8")
     for fact in ("1,234", "4.5000", "abc123", "0.003", "gpt2-tiny", "7 of 9", "as initialised"):
         assert fact in card, fact
+
+
+def test_the_card_of_what_was_imported_claims_no_training(checkpoint, tmp_path):
+    assert import_back(export(checkpoint), tmp_path / "back.pt") == 0
+    arguments = [str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]
+    assert run(lambda: export_hf.main(arguments)) == 0
+    assert "never occurred" not in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_a_start_token_can_take_the_newlines_place(tmp_path, checkpoint, tokenizer, capsys):
@@ -216,6 +226,11 @@ def test_pairs_are_scored_as_the_official_pipelines_do(checkpoint, tmp_path, con
     entry = json.loads((tmp_path / "s.json").read_text())["checkpoints"][0]["pairs"][str(folder)]
     for name in ("first", "second"):
         assert entry["per_file"][name] == right[saved["paradigm"] == name].mean()
+    per_file = [right[saved["paradigm"] == name].mean() for name in ("first", "second")]
+    per_field = [right[saved["field"] == field].mean() for field in ("binding", "ellipsis")]
+    assert math.isclose(entry["accuracy_over_files"], sum(per_file) / 2)
+    assert math.isclose(entry["accuracy_over_fields"], sum(per_field) / 2)
+    assert saved["convention"] == convention
     for field in ("binding", "ellipsis"):
         assert math.isclose(entry["per_field"][field], right[saved["field"] == field].mean())
 
@@ -243,7 +258,7 @@ def change_config(**changes):
         path = folder / "config.json"
         config = json.loads(path.read_text())
         for key, value in changes.items():
-            assert key in config or key in ("quantization",)
+            assert key in config
             config[key] = value
         path.write_text(json.dumps(config))
 
@@ -278,18 +293,25 @@ def shard(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
-def another_tokenizer(folder):
-    """With the dummy prefix and the normalisation that SentencePiece has by default."""
-    import io
+LOSSLESS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+LOSSLESS |= {"add_dummy_prefix": False, "character_coverage": 1.0}
 
-    import sentencepiece
 
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(write_text(2000, 1).split("\n")), model_writer=written,
-        vocab_size=290, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(written.getvalue())
+def another_tokenizer(**options):
+    """A SentencePiece model such as others train."""
+    defaults = {"vocab_size": 290, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    if "pad_id" not in options:
+        defaults |= {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+
+    def replace(folder):
+        written = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(write_text(2000, 1).split("\n")), model_writer=written,
+            hard_vocab_limit=False, **defaults | options,
+        )  # fmt: skip
+        (folder / "tokenizer.model").write_bytes(written.getvalue())
+
+    return replace
 
 
 NORM = "model.norm.weight"
@@ -311,8 +333,15 @@ LLAMA_FAULTS = {
     "another activation": (change_config(hidden_act="gelu"), "hidden_act"),
     "rope scaling": (
         change_config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope scaling"),
+    "old rope scaling beside new": (
+        change_config(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope scaling"),
     "old rope scaling": (
         change_config(rope_parameters=None, rope_scaling={"type": "linear"}), "rope"),
+    "two lines in a value": (change_config(hidden_act="x\nTraceback"), "hidden_act"),
+    "heads of an odd size": (
+        change_config(num_attention_heads=32, num_key_value_heads=32, head_dim=3), "even"),
+    "no positions to turn": (
+        change_config(rope_theta=0.0, rope_parameters={"rope_type": "default"}), "theta"),
     "a head where it is tied": (change_config(tie_word_embeddings=True), "tied"),
     "no head where it is not tied": (
         change_tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
@@ -333,10 +362,25 @@ LLAMA_FAULTS = {
     "overlapping tensors": (with_header({"a": SPAN, "b": SPAN}), "damaged"),
     "an overflowing shape": (with_header({"a": SPAN | {"shape": [1 << 62, 4],
                                                       "data_offsets": [0, 64]}}), "damaged"),
+    "a shape that is text": (with_header({"a": SPAN | {"shape": ""}}), "damaged"),
+    "a shape that is a dict": (with_header({"a": SPAN | {"shape": {}}}), "damaged"),
+    "a type that is a list": (with_header({"a": SPAN | {"dtype": []}}), "damaged"),
+    "nothing, and without end": (with_header({"a": SPAN | {"shape": [0, 1 << 70]}}), "damaged"),
+    "a name of two lines": (
+        change_tensors(lambda t: t.update({"a\nb": torch.zeros(1)})), "has not"),
+    "a tensor twice": (
+        change_tensors(lambda t: t.update({"norm.weight": torch.zeros(96)})), "twice"),
     "no SentencePiece": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
     "no tokenizer at all": (
         lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "not a SentencePiece"),
-    "a lossy tokenizer": (another_tokenizer, "changes text"),
+    "an empty tokenizer": (
+        lambda f: (f / "tokenizer.model").write_bytes(b""), "not a SentencePiece"),
+    "a lossy tokenizer": (another_tokenizer(), "another kind"),
+    "a unigram": (another_tokenizer(**LOSSLESS, model_type="unigram"), "another kind"),
+    "LLaMA's own ids": (
+        another_tokenizer(**LOSSLESS, pad_id=-1, bos_id=1, eos_id=2, unk_id=0), "another kind"),
+    "pieces of one's own": (
+        another_tokenizer(**LOSSLESS, user_defined_symbols=["dog", "\n"]), "another kind"),
 }  # fmt: skip
 
 
@@ -353,30 +397,36 @@ def test_a_folder_that_is_not_ours_to_read_is_one_line(checkpoint, tmp_path, fau
     assert not (tmp_path / "back.pt").exists()
 
 
+GPT2_FAULTS = {
+    "activation_function": {"activation_function": "gelu"},
+    "scale_attn_weights": {"scale_attn_weights": False},
+    "attn_pdrop": {"attn_pdrop": 0.5},
+    "tie_word_embeddings": {"tie_word_embeddings": False},
+    "implies": {"n_inner": 100},
+    "dropout": {"resid_pdrop": 5.0, "embd_pdrop": 5.0, "attn_pdrop": 5.0},
+}
+
+
 @pytest.mark.parametrize("checkpoint", ["gpt2-tiny"], indirect=True)
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"activation_function": "gelu"},
-        {"scale_attn_weights": False},
-        {"attn_pdrop": 0.5},
-        {"tie_word_embeddings": False},
-        {"n_inner": 100},
-    ],
-)
-def test_a_gpt2_that_computes_otherwise_is_refused(checkpoint, tmp_path, changes):
+@pytest.mark.parametrize("expected", GPT2_FAULTS)
+def test_a_gpt2_that_computes_otherwise_is_refused(checkpoint, tmp_path, expected, capsys):
     folder = export(checkpoint)
-    change_config(**changes)(folder)
+    capsys.readouterr()
+    change_config(**GPT2_FAULTS[expected])(folder)
     assert import_back(folder, tmp_path / "back.pt") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
+    assert not (tmp_path / "back.pt").exists()
 
 
 def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
-    assert import_back(export(checkpoint), checkpoint) == 1
-    folder = export(checkpoint)  # an export may be repeated
-    (folder / "thesis.tex").write_text("years of work")
+    before = checkpoint.read_bytes()
+    folder = export(checkpoint)
+    assert import_back(folder, checkpoint) == 1 and checkpoint.read_bytes() == before
+    (folder / "README.md").write_text("years of work")
     assert run(lambda: export_hf.main([str(checkpoint), "--out", str(folder)])) == 1
     assert "choose another --out" in capsys.readouterr().err
-    assert (folder / "config.json").exists()
+    assert (folder / "README.md").read_text() == "years of work"
 
 
 def test_wrong_usage_is_exit_code_2(checkpoint):

@@ -497,12 +497,12 @@ def test_the_marks_of_the_2025_rules():
         "chck_700.pt": 700, "chck_1M.pt": million, "chck_1500k.pt": 1_500_000,
         "chck_2M.pt": 2 * million,
     }  # fmt: skip
-    for wrong in ("all", "", "0", "-1M", "1G", "M", "²"):
+    for wrong in ("all", "", "0", "-1M", "1G", "M", "²", "9" * 5000):
         with pytest.raises(UserError, match="--save-at-words"):
             train.word_marks([wrong], 10)
 
 
-def test_training_can_begin_with_the_weights_of_another_run(data_folder, tmp_path):
+def test_training_can_begin_with_the_weights_of_another_run(data_folder, tmp_path, capsys):
     trained(config_for(data_folder, tmp_path / "first"))
     first = tmp_path / "first" / "best.pt"
     arguments = ["--model", "llama-tiny", "--init", str(first), "--data", str(data_folder)]
@@ -512,6 +512,14 @@ def test_training_can_begin_with_the_weights_of_another_run(data_folder, tmp_pat
     assert same(weights(first), weights(tmp_path / "second" / "best.pt"))
     model, _ = models.load_checkpoint(tmp_path / "second" / "best.pt")
     assert models.architecture(model) == "gpt2"
+    assert models.read_checkpoint(tmp_path / "second" / "best.pt")["model"]["name"] == "gpt2-tiny"
+    # The same beginning from elsewhere is the same run; another one is not.
+    first.rename(tmp_path / "moved.pt")
+    arguments[3] = str(tmp_path / "moved.pt")
+    assert run(lambda: train.main(arguments)) == 0
+    arguments[3] = str(tmp_path / "first" / "previous.pt")
+    assert run(lambda: train.main(arguments)) == 1
+    assert "init_digest" in capsys.readouterr().err
 
 
 def test_weights_of_another_tokenizer_are_no_beginning(data_folder, tmp_path, capsys):
