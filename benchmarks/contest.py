@@ -112,11 +112,11 @@ def median(result):
     return statistics.median(result["seconds"])
 
 
-def matmul_flops(device, dtype, size=2048):
+def matmul_flops(device, dtype, size=4096):
     """Floating-point operations per second of one square product: the ceiling of the figures."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(6):
+    for _ in range(10):
         if a.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()

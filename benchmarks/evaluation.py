@@ -7,6 +7,7 @@ what it costs. Sentences are drawn evenly from all files; every way must give th
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -66,7 +67,7 @@ def main():
     if args.pairs:
         files, tokenizer = read_pairs(args.pairs), Tokenizer.load(args.tokenizer)
     else:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             make_toy_corpus.main(["--out", folder, "--words", "20000"])
             files = read_pairs(Path(folder) / "pairs")
             texts = list(read_folder(Path(folder) / "train").values())

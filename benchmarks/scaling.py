@@ -7,6 +7,7 @@ the exponent p of seconds ~ size^p fitted to them: 1 is linear.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -110,7 +111,8 @@ def main():
             "teachers": (1, 2, 4, 8),
         }.items()
     }
-    with tempfile.TemporaryDirectory() as folder:
+    # What the programs say is no part of the table.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         measured = [corpus_seconds(Path(folder), words, device) for words in args.words]
     rows |= {name: (args.words, [m[name] for m in measured]) for name in measured[0]}
     print(f"{'what':20} {'sizes':>32} {'seconds':>40} {'exponent':>9}")

@@ -76,7 +76,6 @@ def run_phase(kind, name, out):
     result["date"] = str(datetime.date.today())
     if "--json" in arguments and not failed:
         result |= json.loads(lines.pop())
-    lines = [line for line in lines if not line.startswith(("written:", "wrote", "training the"))]
     result["printed"] = [line.rstrip() for line in lines]
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{kind}-{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -109,7 +109,6 @@ def main():
     batch_size = args.batch_size or (128 if cuda else 16)
     steps = args.steps or (10 if cuda else 1)
     summary = describe(device)
-    ceiling = matmul_flops(device, torch.bfloat16)
     for name in models:
         options = ["--device", str(device), "--models", name]
         options += ["--batch-size", str(batch_size), "--steps", str(steps)]
@@ -118,6 +117,7 @@ def main():
             args.rounds,
         )
         print(f"{name}, {batch_size} x 128 tokens")
+        ceiling = matmul_flops(device, torch.bfloat16)
         flops = dict.fromkeys(VARIANTS, flops_per_token(PRESETS[name].config, 128, True))
         summary[name] = show_rates(results, steps * batch_size * 128, flops, ceiling)
     if args.json:
