@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import train
 from data import Batch
@@ -137,6 +138,30 @@ def describe(device):
     described = {"device": name, "torch": torch.__version__, "commit": train.commit()}
     print(f"{name}, torch {described['torch']}, commit {described['commit']}")
     return described
+
+
+def hugging_face_step(model, loss, compiled):
+    """A training step of transformers' model on `loss(ids)`, as the original's Trainer takes it.
+
+    fp16 with loss scaling on CUDA, float32 elsewhere; bf16 and fused AdamW where `compiled`.
+    """
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if compiled else None)
+    scaler = torch.amp.GradScaler(enabled=cuda and not compiled)
+    half = torch.bfloat16 if compiled else torch.float16
+
+    def step(batch):
+        with torch.autocast(device.type, half, enabled=compiled or cuda):
+            value = loss(batch.tokens)
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
 
 
 def random_batches(count, batch_size, length, vocabulary_size, device):

@@ -28,6 +28,7 @@ from benchmarks.contest import (  # noqa: E402
     contest,
     describe,
     flops_per_token,
+    hugging_face_step,
     matmul_flops,
     random_batches,
     serve,
@@ -88,14 +89,10 @@ def their_step(args, device, compiled):
     torch.manual_seed(0)
     teachers = [hf_twin(build(c)).to(device) for c in TEACHERS[args.teachers]]
     student = build_model(student_name(args))
-    student = hf_twin(student).to(device).train()
-    cuda = device.type == "cuda"
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True if compiled else None)
-    scaler = torch.amp.GradScaler(enabled=cuda and not compiled)
-    half = torch.bfloat16 if compiled else torch.float16
-    autocast = torch.autocast(device.type, half, enabled=compiled or cuda)
+    model = hf_twin(student).to(device).train()
+    student = torch.compile(model) if compiled else model
     if compiled:
-        student, *teachers = (torch.compile(model) for model in (student, *teachers))
+        teachers = [torch.compile(teacher) for teacher in teachers]
 
     def objective(ids):
         outcome = student(ids, labels=ids)
@@ -106,17 +103,7 @@ def their_step(args, device, compiled):
         )
         return 0.5 * outcome.loss + 0.5 * 4 * kl
 
-    def step(batch):
-        with autocast:
-            loss = objective(batch.tokens)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return step
+    return hugging_face_step(model, objective, compiled)
 
 
 def work(args):

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,6 +24,7 @@ from benchmarks.contest import (  # noqa: E402
     contest,
     describe,
     flops_per_token,
+    hugging_face_step,
     matmul_flops,
     random_batches,
     serve,
@@ -51,23 +51,8 @@ def their_step(name, device, compiled):
     from conftest import hf_twin
 
     model = hf_twin(build_model(name)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if compiled else None)
-    cuda = device.type == "cuda"
-    scaler = torch.amp.GradScaler(enabled=cuda and not compiled)
-    half = torch.bfloat16 if compiled else torch.float16
     run = torch.compile(model) if compiled else model
-
-    def step(batch):
-        with torch.autocast(device.type, half, enabled=compiled or cuda):
-            loss = run(batch.tokens, labels=batch.tokens).loss
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return step
+    return hugging_face_step(model, lambda ids: run(ids, labels=ids).loss, compiled)
 
 
 def work(args):

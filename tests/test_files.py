@@ -14,7 +14,15 @@ def test_what_is_written_arrives_whole(tmp_path):
     assert os.listdir(tmp_path / "new") == ["x"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("other")])
+FAULTS = [
+    OSError(28, "No space left"),
+    OSError(30, "Read-only"),
+    OSError(13, "denied"),
+    ValueError("x"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS)
 def test_a_failure_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "x"
     path.write_bytes(b"before")
