@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data import BOS, EOS, Tokenizer, TokenShard
 from files import UserError, atomic_write, run, write_json
+from loss import BLOCK_ROWS
 from model import choose_device, count_parameters, load_checkpoint
 
 BATCH_TOKENS = 8192
@@ -60,8 +61,11 @@ def context_length(model):
 def token_losses(model, tokens, targets):
     """-log p(target) in nats: (B, T), (B, T) → (B, T) float32 on the CPU."""
     device = next(model.parameters()).device
-    logits = model(tokens.to(device)).float().transpose(1, 2)  # (B, V, T)
-    return F.cross_entropy(logits, targets.to(device), reduction="none").cpu()
+    logits = model(tokens.to(device)).flatten(0, 1)  # (N, V)
+    size = len(logits) if logits.is_cuda else BLOCK_ROWS  # what a processor's cache holds
+    blocks = zip(logits.split(size), targets.to(device).flatten().split(size))
+    losses = [F.cross_entropy(z.float(), t, reduction="none") for z, t in blocks]
+    return torch.cat(losses).view(targets.shape).cpu()
 
 
 # ---- dev text
