@@ -47,21 +47,24 @@ class Tokenizer:
     """
 
     def __init__(self, model_bytes, name="tokenizer.model"):
+        self.model_bytes = bytes(model_bytes)
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=bytes(model_bytes))
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocabulary_size = self.processor.vocab_size()
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{name} is not a SentencePiece model") from error
+            self.identity = self._identity()
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: pieces in no UTF-8
+            raise UserError(f"{name} is not a SentencePiece model, or is damaged") from error
         if not self.vocabulary_size:
             raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
-        self.model_bytes = bytes(model_bytes)
+
+    def _identity(self):
         kinds = ("is_control", "is_unknown", "is_byte", "is_unused")
         digest = hashlib.sha256()
         for i in range(self.vocabulary_size):
             kind = [int(getattr(self.processor, k)(i)) for k in kinds]
             piece = [self.processor.id_to_piece(i), kind, repr(self.processor.get_score(i))]
             digest.update(json.dumps(piece).encode())
-        self.identity = digest.hexdigest()
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, path):
@@ -239,6 +242,7 @@ class TokenShard:
 class Batch:
     """B chunks, or a part of them: `chunk_ids` (B,), `tokens` (B, T), `targets` (B, T).
 
+    `teacher_states`, K × (B, T, C_k), are there once an objective with teachers has prepared it.
     `num_sequences` and `num_targets` count the whole step, not this part of it: losses divide by
     them, so that micro-batches, however uneven, add up to the one batch.
     """
@@ -248,6 +252,7 @@ class Batch:
     targets: torch.Tensor
     num_sequences: int
     num_targets: int
+    teacher_states: tuple = ()
 
     @classmethod
     def whole(cls, chunk_ids, tokens, targets):
@@ -258,6 +263,15 @@ class Batch:
         """Parts of at most `size` sequences."""
         parts = zip(self.chunk_ids.split(size), self.tokens.split(size), self.targets.split(size))
         return [Batch(*part, self.num_sequences, self.num_targets) for part in parts]
+
+    def tensors(self):
+        """All that a step reads of it on the device."""
+        return (self.tokens, self.targets, *self.teacher_states)
+
+    def clone(self):
+        """The same in memory of its own."""
+        tokens, targets, *states = (tensor.clone() for tensor in self.tensors())
+        return replace(self, tokens=tokens, targets=targets, teacher_states=tuple(states))
 
     def to(self, device):
         """The batch on `device`, but for the chunk ids; a copy to CUDA does not wait for it."""

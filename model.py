@@ -218,10 +218,9 @@ def read_checkpoint(path):
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
-    if checkpoint.get("version") != VERSION:
-        raise UserError(
-            f"{path} has format version {checkpoint.get('version')}, this program reads {VERSION}"
-        )
+    version = checkpoint.get("version")
+    if type(version) is not int or version != VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {VERSION}")
     digest = checkpoint.pop("digest", None)
     try:
         whole = content_digest(checkpoint) == digest
@@ -229,8 +228,33 @@ def read_checkpoint(path):
         whole = False
     if not whole:
         raise UserError(f"{path} is damaged (its digest differs): use another of the same run")
+    if not _is_well_formed(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of this project: something in it is missing")
     checkpoint["digest"] = digest
     return checkpoint
+
+
+def _is_well_formed(checkpoint):
+    """Whether it has what the programs read of it: a digest, anyone can compute."""
+    sections = ("model", "weights", "config", "tokenizer", "progress")
+    if not all(type(checkpoint.get(key)) is dict for key in sections):
+        return False
+    try:
+        config, tokenizer = checkpoint["config"], checkpoint["tokenizer"]
+        length, pieces = config["sequence_length"], tokenizer["model"]
+        texts = [checkpoint["model"]["name"], tokenizer["identity"], config.get("train_shard", "")]
+        texts += [t[key] for t in checkpoint["teachers"] for key in ("name", "digest")]
+        return (
+            all(isinstance(text, str) for text in (*texts, *checkpoint["weights"]))
+            and all(w.dtype == torch.float32 for w in checkpoint["weights"].values())
+            and (pieces.dtype, pieces.dim()) == (torch.uint8, 1)
+            and type(length) is int
+            and 0 < length < 1 << 20
+            and all(type(value) in (int, float) for value in checkpoint["progress"].values())
+            and isinstance(checkpoint["training"], (dict, type(None)))
+        )
+    except (LookupError, TypeError, AttributeError):
+        return False
 
 
 def check_shape(config):

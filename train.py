@@ -432,22 +432,33 @@ def training_state(step):
     }
 
 
-def restore(step, checkpoint):
-    """Puts a full checkpoint's weights, moments and random states in place."""
-    model = step.objective.model
-    model.load_state_dict(checkpoint["weights"])
-    state = checkpoint["training"]
-    for name, parameter in model.named_parameters():
-        moments = state["optimizer"].get(name, {})
-        step.optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in moments.items()
-        }
-    in_a_row, in_all = state.get("nonfinite", (0, 0))  # of checkpoints before it was counted
-    step.nonfinite_in_a_row.fill_(in_a_row)
-    step.nonfinite_steps.fill_(in_all)
-    torch.set_rng_state(state["random"]["cpu"])
-    if step.parameters[0].is_cuda and state["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(state["random"]["cuda"], step.parameters[0].device)
+def restore(step, checkpoint, path):
+    """Puts a full checkpoint's weights, moments and random states in place.
+
+    Raises `UserError` if they are not of this model: a fused optimizer trusts the sizes it is told.
+    """
+    model, state = step.objective.model, checkpoint["training"]
+    try:
+        model.load_state_dict(checkpoint["weights"])
+        for name, parameter in model.named_parameters():
+            moments = state["optimizer"].get(name, {})
+            for key, value in moments.items():
+                shape = {"step": ()}.get(key, parameter.shape)
+                if (value.shape, value.dtype) != (shape, parameter.dtype):
+                    raise ValueError(f"{key} of {name} has another shape")
+            if moments.keys() not in ({"step", "exp_avg", "exp_avg_sq"}, set()):
+                raise ValueError(f"{name} has other moments")
+            step.optimizer.state[parameter] = {
+                key: value.to(parameter.device) for key, value in moments.items()
+            }
+        in_a_row, in_all = state.get("nonfinite", (0, 0))  # of checkpoints before it was counted
+        step.nonfinite_in_a_row.fill_(in_a_row)
+        step.nonfinite_steps.fill_(in_all)
+        torch.set_rng_state(state["random"]["cpu"])
+        if step.parameters[0].is_cuda and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], step.parameters[0].device)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} holds no state of this run's model: use another") from error
 
 
 STATES = ("checkpoint.pt", "checkpoint.new", "previous.pt")  # the newest first
@@ -502,7 +513,10 @@ def find_checkpoint(config, identity):
 
 def check_continues(checkpoint, identity, path, state=True):
     """Raises `UserError`, listing what differs, unless the checkpoint is of this very run."""
-    if state and checkpoint["training"] is None:
+    progress = checkpoint["progress"]
+    counts = [progress.get(key) for key in ("step", "steps", "best_step")]
+    whole = "best_dev_cross_entropy" in progress and all(type(n) is int and n >= 0 for n in counts)
+    if state and not (checkpoint["training"] and whole):
         raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
     saved = checkpoint["config"]
     keys = sorted((saved.keys() | identity.keys()) - MAY_CHANGE)
@@ -637,7 +651,7 @@ def fit(objective, config, origin=None):
     train_step = TrainStep(objective, optimizer, autocast, config.micro_batch_size)
     progress = {"step": 0, "steps": steps, "best_dev_cross_entropy": math.inf, "best_step": 0}
     if checkpoint:
-        restore(train_step, checkpoint)
+        restore(train_step, checkpoint, found)
         progress = checkpoint["progress"]
         if progress["step"] >= steps:
             say(f"{config.out} is finished at {steps} steps; a new run needs another --out")

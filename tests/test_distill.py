@@ -163,8 +163,8 @@ def test_a_teacher_of_another_shape_is_refused(
 ):
     teacher = models.build_model("gpt2-tiny", vocabulary_size, max_position_embeddings=positions)
     models.save_checkpoint(
-        tmp_path / "t.pt", name="gpt2-tiny", model=teacher, config={}, tokenizer=tokenizer,
-        progress={},
+        tmp_path / "t.pt", name="gpt2-tiny", model=teacher, config={"sequence_length": 16},
+        tokenizer=tokenizer, progress={},
     )  # fmt: skip
     arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
     assert message in refused(capsys, tmp_path / "s", *arguments)

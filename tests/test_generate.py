@@ -47,7 +47,12 @@ def test_the_program_prints_the_prompt_and_more(model, tokenizer, tmp_path, caps
     path = tmp_path / "a.pt"
     name = "gpt2-tiny" if hasattr(model, "wte") else "llama-tiny"
     models.save_checkpoint(
-        path, name=name, model=model, config={}, tokenizer=tokenizer, progress={}
+        path,
+        name=name,
+        model=model,
+        config={"sequence_length": 16},
+        tokenizer=tokenizer,
+        progress={},
     )
     arguments = [str(path), "--prompt", "the cat", "--tokens", "8", "--device", "cpu"]
     assert run(lambda: program.main(arguments)) == 0
