@@ -75,19 +75,25 @@ class EnsembleObjective(nn.Module):
         self.teachers.eval()
         return self
 
+    @torch.no_grad()
+    def prepare(self, batch):
+        """The batch with the teachers' final hidden states, which is all that is read of them."""
+        return dataclasses.replace(batch, teacher_states=tuple(self.teacher_states(batch)))
+
     def forward(self, batch):
+        if not batch.teacher_states:
+            batch = self.prepare(batch)
         hidden = self.model.hidden_states(batch.tokens)
-        with torch.no_grad():
-            states = self.teacher_states(batch)
-            heads = [t.head for t in self.teachers]
-            dtype = matmul_dtype(hidden)
-            if self.joined_head is None or self.joined_head.dtype != dtype:
+        heads = [t.head for t in self.teachers]
+        dtype = matmul_dtype(hidden)
+        if self.joined_head is None or self.joined_head.dtype != dtype:
+            with torch.no_grad():
                 self.joined_head = join_heads(heads, self.weights, dtype)
         per_token = self.kl_reduction == "token"
         return ensemble_kl(
             hidden,
             self.model.head,
-            list(zip(states, heads, self.weights)),
+            list(zip(batch.teacher_states, heads, self.weights)),
             batch.targets,
             alpha=self.alpha,
             temperature=self.temperature,

@@ -33,6 +33,7 @@ from files import UserError, locked, run, say, write_text
 from loss import fused_cross_entropy
 
 CLIP_NORM = 1.0  # Hugging Face's default, active in every run of the original
+GRAPH_WARM_UP = 3  # steps before a CUDA graph is captured: what is made once is then made
 NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
 EVAL_BATCH_SIZE = 32  # sequences
 GIB = 1 << 30
@@ -96,6 +97,7 @@ class TrainConfig:
         "auto", "of matrix products; auto: bf16 where native", choices=("auto", "fp32", "bf16")
     )
     compile: bool | None = option(None, "torch.compile the layers; default: on CUDA only")
+    cuda_graph: bool = option(False, "replay the student's step as one CUDA graph")
     dry_run: bool = option(False, "print the arithmetic of the run and stop")
 
 
@@ -110,7 +112,7 @@ MAY_CHANGE = {
         "stop_after",
         "micro_batch_size",
     ),
-    *("device", "compile", "dry_run", "data", "init", "teachers", "cache_teachers"),
+    *("device", "compile", "cuda_graph", "dry_run", "data", "init", "teachers", "cache_teachers"),
 }
 
 
@@ -198,6 +200,10 @@ class CrossEntropyObjective(nn.Module):
         super().__init__()
         self.model = model
 
+    def prepare(self, batch):
+        """What `forward` reads of the batch: nothing more than is there."""
+        return batch
+
     def forward(self, batch):
         hidden = self.model.hidden_states(batch.tokens)
         loss = fused_cross_entropy(
@@ -253,8 +259,20 @@ class TrainStep:
         self.nonfinite_steps = torch.zeros((), device=self.parameters[0].device)
 
     def __call__(self, batch, learning_rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        return self.update(self.prepare(batch))
+
+    def prepare(self, batch):
+        """The micro-batches of a step, each with what its teachers say."""
+        parts = batch.split(self.micro_batch_size or len(batch.tokens))
+        with self.autocast:
+            return [self.objective.prepare(part) for part in parts]
+
+    def update(self, parts):
+        """The step itself, once its input is there: the same work on the same memory each time."""
         sums = {}
-        for part in batch.split(self.micro_batch_size or len(batch.tokens)):
+        for part in parts:
             with self.autocast:
                 terms = self.objective(part)
             terms["loss"].backward()
@@ -262,15 +280,61 @@ class TrainStep:
                 sums[key] = sums.get(key, 0) + value.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         nonfinite = (~torch.isfinite(norm)).float()
-        self.nonfinite_in_a_row = (self.nonfinite_in_a_row + 1) * nonfinite
-        self.nonfinite_steps = self.nonfinite_steps + nonfinite
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.nonfinite_in_a_row.add_(1).mul_(nonfinite)
+        self.nonfinite_steps.add_(nonfinite)
         # Fused AdamW reads this on the device and leaves weights, moments and count as they are.
         self.optimizer.found_inf = nonfinite
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**sums, "gradient_norm": norm, "nonfinite_steps": self.nonfinite_steps}
+
+
+class GraphedTrainStep(TrainStep):
+    """`TrainStep` whose update becomes one CUDA graph, captured once and then replayed.
+
+    A student's step on few tokens is some hundreds of short kernels: launched one by one, they take
+    longer to launch than to run. The teachers stay outside: theirs are long, or they are cached.
+    A graph reads where it was captured to read, so the batch and the rate are copied to one place;
+    what is no tensor is as it was captured, so all batches must be of one shape.
+    """
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.rate = torch.zeros((), device=self.parameters[0].device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.warm_up, self.stream = GRAPH_WARM_UP, None
+        self.parts = self.graph = self.terms = None
+
+    def __call__(self, batch, learning_rate):
+        self.load(batch, learning_rate)
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        if self.warm_up:
+            self.warm_up -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                terms = self.update(self.parts)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return terms
+        if self.graph is None:
+            for group in self.optimizer.param_groups:
+                group["capturable"] = True
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.terms = self.update(self.parts)
+        self.graph.replay()
+        return self.terms
+
+    def load(self, batch, learning_rate):
+        """Puts a step's input where `update` reads it."""
+        parts = self.prepare(batch)
+        if self.parts is None:
+            self.parts = [part.clone() for part in parts]
+        for mine, new in zip(self.parts, parts):
+            for place, value in zip(mine.tensors(), new.tensors()):
+                place.copy_(value, non_blocking=True)
+        self.rate.fill_(learning_rate)
 
 
 @torch.no_grad()
@@ -628,6 +692,8 @@ def fit(objective, config, origin=None):
     device = models.choose_device(config.device)
     precision = choose_precision(config.precision, device)
     autocast = autocast_for(device, precision)
+    if config.cuda_graph and device.type != "cuda":
+        raise UserError(f"--cuda-graph needs a GPU of CUDA; training is on {device}: leave it out")
     if config.sequence_length > objective.model.config.max_position_embeddings:
         longest = objective.model.config.max_position_embeddings
         raise UserError(f"--sequence-length {config.sequence_length}: {config.model} has {longest}")
@@ -648,7 +714,8 @@ def fit(objective, config, origin=None):
     checkpoint, found = find_checkpoint(config, identity)
     objective.to(device).train()
     optimizer = build_optimizer(objective.model, config.weight_decay)
-    train_step = TrainStep(objective, optimizer, autocast, config.micro_batch_size)
+    kind = GraphedTrainStep if config.cuda_graph else TrainStep
+    train_step = kind(objective, optimizer, autocast, config.micro_batch_size)
     progress = {"step": 0, "steps": steps, "best_dev_cross_entropy": math.inf, "best_step": 0}
     if checkpoint:
         restore(train_step, checkpoint, found)

@@ -1,8 +1,9 @@
 """Several ways to do one thing, side by side on one machine: how the benchmarks here are timed.
 
-Each contestant is a process of its own, so that its peak memory is its own. All are built and
-warmed up first; then they take turns, one round each, while the others sleep: what disturbs the
-machine disturbs all of them. Ratios are of medians.
+Each contestant is a process of its own, so that its peak memory is its own. On a CPU all are built
+and warmed up first; then they take turns, one round each, while the others sleep: what disturbs the
+machine disturbs all of them. A GPU is not shared, but its memory would be: there they come one
+after the other. Ratios are of medians.
 """
 
 import json
@@ -87,8 +88,15 @@ class Contestant:
         return peak
 
 
-def contest(commands, rounds):
+def contest(commands, rounds, device):
     """{name: {"seconds": [per round], "peak_gb", "own_gb"} or {"error"}} of {name: argv}."""
+    if torch.device(device).type != "cpu":
+        return {name: take_turns({name: argv}, rounds)[name] for name, argv in commands.items()}
+    return take_turns(commands, rounds)
+
+
+def take_turns(commands, rounds):
+    """`contest`, all together."""
     ready, results = {}, {}
     for name, command in commands.items():
         contestant = Contestant(command)

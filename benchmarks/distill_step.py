@@ -9,6 +9,7 @@ huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
 ours                  distill.py --compile (the default on CUDA), teachers live
 ours_eager            distill.py --no-compile (the default on a CPU)
 ours_cached           distill.py --compile --cache-teachers, after the epoch that fills the cache
+ours_graph, ours_cached_graph    the two with --cuda-graph, on CUDA alone
 """
 
 import argparse
@@ -41,6 +42,7 @@ from llama import Llama  # noqa: E402
 from model import PRESETS, build_model, choose_device  # noqa: E402
 
 VARIANTS = ("huggingface", "huggingface_compiled", "ours_eager", "ours", "ours_cached")
+GRAPHED = ("ours_graph", "ours_cached_graph")
 STUDENT = "llama-58m"
 TEACHERS = {
     "small": (GPT2Config(16_000, 256, 1024, 8, 8), PRESETS["llama-16m"].config),
@@ -59,8 +61,9 @@ def build(config):
     return (GPT2 if isinstance(config, GPT2Config) else Llama)(config)
 
 
-def our_step(args, device, cached=False, compiled=True):
+def our_step(args, device):
     """distill.py's objective in train.py's step."""
+    cached = "cached" in args.worker
     torch.manual_seed(0)
     teachers = [build(config) for config in TEACHERS[args.teachers]]
     student = build_model(student_name(args))
@@ -75,8 +78,9 @@ def our_step(args, device, cached=False, compiled=True):
     objective = EnsembleObjective(student, teachers, config, cache=cache).to(device).train()
     optimizer = train.build_optimizer(student, 0.1)
     precision = train.choose_precision("auto", device)
-    step = train.TrainStep(objective, optimizer, train.autocast_for(device, precision))
-    if compiled:
+    kind = train.GraphedTrainStep if args.worker in GRAPHED else train.TrainStep
+    step = kind(objective, optimizer, train.autocast_for(device, precision))
+    if args.worker != "ours_eager":
         train.compile_blocks(objective)
     return lambda batch: step(batch, 1e-4)
 
@@ -109,9 +113,8 @@ def their_step(args, device, compiled):
 def work(args):
     """One contestant."""
     device = choose_device(args.device)
-    cached = args.worker == "ours_cached"
     if args.worker.startswith("ours"):
-        step = our_step(args, device, cached, compiled=args.worker != "ours_eager")
+        step = our_step(args, device)
     else:
         step = their_step(args, device, compiled=args.worker == "huggingface_compiled")
     shape = (BATCHES, args.batch_size, args.sequence_length, 16_000)
@@ -123,7 +126,8 @@ def work(args):
             count[0] += 1
 
     def warm_up():
-        for batch in all_batches[: BATCHES if cached or device.type == "cuda" else 1]:
+        fills = "cached" in args.worker or device.type == "cuda"  # a cache; or a graph, with four
+        for batch in all_batches[: BATCHES if fills else 1]:
             step(batch)
 
     serve(round, warm_up, device)
@@ -135,33 +139,33 @@ def main():
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--teachers", choices=TEACHERS, default="small")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS + GRAPHED)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: 1, on CUDA 20)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=VARIANTS + GRAPHED, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = choose_device(args.device)
-    args.steps = args.steps or (20 if device.type == "cuda" else 1)
+    cuda = device.type == "cuda"
+    args.steps = args.steps or (20 if cuda else 1)
     if args.worker:
         return work(args)
     options = ["--device", str(device), "--teachers", args.teachers, "--steps", str(args.steps)]
     options += ["--batch-size", str(args.batch_size)]
     options += ["--sequence-length", str(args.sequence_length)]
-    commands = {
-        name: [sys.executable, __file__, "--worker", name, *options] for name in args.variants
-    }
+    variants = args.variants or (VARIANTS + GRAPHED if cuda else VARIANTS)
+    commands = {name: [sys.executable, __file__, "--worker", name, *options] for name in variants}
     summary = describe(device)
-    results = contest(commands, args.rounds)
+    results = contest(commands, args.rounds, device)
 
     name, length = student_name(args), args.sequence_length
     learning = flops_per_token(PRESETS[name].config, length, True)
     teaching = sum(flops_per_token(c, length, False) for c in TEACHERS[args.teachers])
     # Of cached teachers nothing remains but their heads' product.
     heads = sum(2 * c.hidden_size * c.vocab_size for c in TEACHERS[args.teachers])
-    flops = dict.fromkeys(VARIANTS, learning + teaching) | {"ours_cached": learning + heads}
+    flops = {name: learning + (heads if "cached" in name else teaching) for name in variants}
     ceiling = matmul_flops(device, torch.bfloat16)
     print(f"student {name}, teachers {args.teachers}, {args.batch_size} x {length} tokens")
     tokens = args.steps * args.batch_size * length

@@ -119,7 +119,7 @@ def main():
     for tokens in sizes:
         base = [sys.executable, __file__, "--device", str(device), "--tokens", str(tokens)]
         base += ["--repeats", str(repeats)]
-        results = contest({v: [*base, "--worker", v] for v in variants}, args.rounds)
+        results = contest({v: [*base, "--worker", v] for v in variants}, args.rounds, device)
         summary["tokens"][tokens] = {}
         for name, result in results.items():
             if "error" in result:

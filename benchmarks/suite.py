@@ -33,7 +33,10 @@ PHASES = {
     },
     "gpu": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
-        "steps": "benchmarks/distill_step.py --device cuda --teachers paper --json",
+        "steps": "benchmarks/distill_step.py --device cuda --teachers paper --variants huggingface "
+        "huggingface_compiled ours ours_cached --json",
+        "steps-graph": "benchmarks/distill_step.py --device cuda --teachers paper --variants ours "
+        "ours_graph ours_cached ours_cached_graph --json",
         "steps-small": "benchmarks/distill_step.py --device cuda --json",
         "training-gpt2": "benchmarks/train_step.py --device cuda --models gpt2-705m --json",
         "training-llama": "benchmarks/train_step.py --device cuda --models llama-360m --json",

@@ -6,6 +6,7 @@ huggingface           the model of transformers, float32 and eager on a CPU, fp1
                       loss scaling on CUDA: what the original ran
 huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
 ours_eager, ours      train.py --no-compile and --compile
+ours_graph            train.py --compile --cuda-graph, on CUDA alone
 """
 
 import argparse
@@ -33,16 +34,18 @@ from benchmarks.contest import (  # noqa: E402
 from model import PRESETS, build_model, choose_device  # noqa: E402
 
 VARIANTS = ("huggingface", "huggingface_compiled", "ours_eager", "ours")
+GRAPHED = ("ours_graph",)
 
 
-def our_step(name, device, compiled):
+def our_step(name, device, variant):
     torch.manual_seed(0)
     model = build_model(name)
     objective = train.CrossEntropyObjective(model).to(device).train()
     precision = train.choose_precision("auto", device)
     optimizer = train.build_optimizer(model, 0.1)
-    step = train.TrainStep(objective, optimizer, train.autocast_for(device, precision))
-    if compiled:
+    kind = train.GraphedTrainStep if variant in GRAPHED else train.TrainStep
+    step = kind(objective, optimizer, train.autocast_for(device, precision))
+    if variant != "ours_eager":
         train.compile_blocks(objective)
     return lambda batch: step(batch, 1e-4)
 
@@ -59,7 +62,7 @@ def work(args):
     device = choose_device(args.device)
     name = args.models[0]
     if args.worker.startswith("ours"):
-        step = our_step(name, device, compiled=args.worker == "ours")
+        step = our_step(name, device, args.worker)
     else:
         step = their_step(name, device, compiled=args.worker == "huggingface_compiled")
     shape = (2, args.batch_size, 128, 16_000)
@@ -69,7 +72,11 @@ def work(args):
         for i in range(args.steps):
             step(batches[i % 2])
 
-    serve(round, lambda: step(batches[0]), device)
+    def warm_up():
+        for _ in range(train.GRAPH_WARM_UP + 1 if device.type == "cuda" else 1):
+            step(batches[0])
+
+    serve(round, warm_up, device)
 
 
 def main():
@@ -78,12 +85,12 @@ def main():
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--models", nargs="+", choices=PRESETS)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS + GRAPHED)
     parser.add_argument("--batch-size", type=int, help="sequences of 128 tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps a turn (default: 1, on CUDA 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=VARIANTS + GRAPHED, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = choose_device(args.device)
     if args.worker:
@@ -93,17 +100,19 @@ def main():
                              ("llama-16m", "llama-58m", "gpt2-97m"))  # fmt: skip
     batch_size = args.batch_size or (128 if cuda else 16)
     steps = args.steps or (10 if cuda else 1)
+    variants = args.variants or (VARIANTS + GRAPHED if cuda else VARIANTS)
     summary = describe(device)
     for name in models:
         options = ["--device", str(device), "--models", name]
         options += ["--batch-size", str(batch_size), "--steps", str(steps)]
         results = contest(
-            {v: [sys.executable, __file__, "--worker", v, *options] for v in args.variants},
+            {v: [sys.executable, __file__, "--worker", v, *options] for v in variants},
             args.rounds,
+            device,
         )
         print(f"{name}, {batch_size} x 128 tokens")
         ceiling = matmul_flops(device, torch.bfloat16)
-        flops = dict.fromkeys(VARIANTS, flops_per_token(PRESETS[name].config, 128, True))
+        flops = dict.fromkeys(variants, flops_per_token(PRESETS[name].config, 128, True))
         summary[name] = show_rates(results, steps * batch_size * 128, flops, ceiling)
     if args.json:
         print(json.dumps(summary))

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model as models
 import train
 from conftest import interrupt_after, train_tokenizer, write_split, write_text
 from data import Batch, BatchStream, TokenShard
-from distill import DistillConfig
+from distill import DistillConfig, EnsembleObjective
 from files import UserError, run
 from train import (
     CrossEntropyObjective,
+    GraphedTrainStep,
     TrainConfig,
     TrainStep,
     autocast_for,
@@ -140,6 +143,134 @@ def test_one_batch_can_be_learned_by_heart(train_shard):
         step, batch = step_of(model), BatchStream(train_shard, 2, 32, seed=0)(0)
         losses = [step(batch, 3e-3)["loss"].item() for _ in range(60)]
         assert losses[0] > 4 and losses[-1] < 0.1
+
+
+# ---- the step as a CUDA graph
+
+
+def objectives():
+    """Names of both kinds of objective, with dropout in the student."""
+    return pytest.mark.parametrize("kind", ["alone", "distilled"])
+
+
+def full_step(step_class, kind, device, precision):
+    """A step of three and three and two of eight sequences, with all that a run has."""
+    torch.manual_seed(0)
+    model = models.build_model("gpt2-tiny", 300)
+    teachers = [models.build_model(name, 300) for name in ("gpt2-tiny", "llama-tiny")]
+    objective = CrossEntropyObjective(model)
+    if kind == "distilled":
+        objective = EnsembleObjective(model, teachers, DistillConfig(teachers=[]))
+    objective = objective.to(device).train()
+    autocast = autocast_for(torch.device(device), precision)
+    return step_class(objective, build_optimizer(model, 0.1), autocast, 3)
+
+
+class Recording(TorchDispatchMode):
+    """The operations run in it: their names, numbers, and where what they read is.
+
+    Memory from outside is known by its address, what was made inside by its number.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.made, self.kept = [], {}, []
+
+    def place(self, leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return str(leaf)
+        storage = leaf.untyped_storage()
+        return self.made.get(storage._cdata, storage.data_ptr())
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        read = tree_leaves((args, kwargs or {}))
+        self.operations.append((str(operation), [self.place(leaf) for leaf in read]))
+        result = operation(*args, **(kwargs or {}))
+        here = {t.untyped_storage()._cdata for t in read if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.kept.append(tensor)  # so that no address is used twice
+                storage = tensor.untyped_storage()._cdata
+                if storage not in here:
+                    self.made.setdefault(storage, f"made {len(self.made)}")
+        return result
+
+
+def recorded(step, batches):
+    """The operations of each `update`, with another batch and another rate each time."""
+    operations = []
+    for i, batch in enumerate(batches):
+        step.load(batch, 1e-3 * i)
+        with Recording() as recording:
+            step.update(step.parts)
+        operations.append(recording.operations)
+    return operations
+
+
+@objectives()
+def test_every_update_does_the_same_to_the_same_memory(train_shard, kind):
+    """What a CUDA graph replays, once captured, is what the next update would do; and never waits.
+
+    Shown for each operation, without a GPU. The first update also makes what is made once.
+    """
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    step = full_step(GraphedTrainStep, kind, "cpu", "bf16")
+    _, second, third, fourth = recorded(step, [stream(i) for i in range(4)])
+    assert second == third == fourth and len(second) > 500
+    names = {name.split(".")[1] for name, _ in second}
+    assert names.isdisjoint({"_local_scalar_dense", "nonzero", "masked_select", "_unique2"})
+
+    # The check can fail: a rate that is a number, and counts that move to new memory.
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.5
+    step.nonfinite_steps = step.nonfinite_steps.clone()
+    [changed] = recorded(step, [stream(4)])
+    differing = [(a, b) for a, b in zip(changed, fourth, strict=True) if a != b]
+    assert 0 < len(differing) < 10
+
+
+@objectives()
+def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    plain = full_step(TrainStep, kind, "cpu", "fp32")
+    terms = [plain(stream(i), 1e-3 * i) for i in range(3)]
+    loading = full_step(GraphedTrainStep, kind, "cpu", "fp32")
+    for i in range(3):
+        loading.load(stream(i), 1e-3 * i)
+        loaded = loading.update(loading.parts)
+        torch.testing.assert_close(loaded["loss"], terms[i]["loss"], rtol=1e-6, atol=0)
+    for a, b in zip(plain.parameters, loading.parameters):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+@objectives()
+def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind):
+    stream = BatchStream(train_shard, 8, 32, seed=0, device="cuda")
+    ends = []
+    for step_class in (TrainStep, GraphedTrainStep):
+        step = full_step(step_class, kind, "cuda", "bf16")
+        start = torch.cat([p.detach().flatten() for p in step.parameters])
+        losses = [step(stream(i), 1e-3)["loss"].item() for i in range(10)]
+        end = torch.cat([p.detach().flatten() for p in step.parameters])
+        ends.append((losses, end - start, step.nonfinite_steps.item()))
+    (eager, moved, _), (graphed, moved_by_graph, nonfinite) = ends
+    assert step.graph is not None and nonfinite == 0
+    assert torch.allclose(torch.tensor(eager), torch.tensor(graphed), rtol=1e-3)
+    assert (moved - moved_by_graph).norm() < 0.02 * moved.norm()
+
+
+@pytest.mark.gpu
+def test_a_run_with_a_graph_ends_where_one_without_does_on_a_gpu(data_folder, tmp_path):
+    """Compiled layers, evaluations between the replays, a stop and a resume."""
+    options = {"device": "cuda", "precision": "bf16", "compile": True}
+    plain = trained(config_for(data_folder, tmp_path / "plain", **options))
+    with_graph = config_for(data_folder, tmp_path / "graph", **options, cuda_graph=True)
+    stopped = trained(dataclasses.replace(with_graph, stop_after=0.0))
+    graphed = trained(with_graph)
+    assert stopped["step"] == 1 and graphed["step"] == plain["step"] == 12
+    difference = graphed["dev_cross_entropy"] - plain["dev_cross_entropy"]
+    assert abs(difference) < 0.01 * plain["dev_cross_entropy"]
 
 
 # ---- runs
@@ -423,6 +554,7 @@ def test_wrong_usage_exits_with_2(arguments):
         (["--model", "llama-7b"], "llama-58m"),
         (["--data", "nowhere"], "tokenize_corpus.py"),
         (["--device", "cuda:7"], "--device"),
+        (["--device", "cpu", "--cuda-graph"], "--cuda-graph"),
         (["--device", "meta"], "--device"),
         (["--sequence-length", "512"], "--sequence-length"),
         (["--batch-size", "100000"], "--batch-size"),
