@@ -71,6 +71,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(train_shard):
 
 
 def gradients(objective, batch, device):
+    torch.manual_seed(1)  # for dropout
     objective.model.zero_grad()
     with autocast_for(torch.device(device), "bf16"):
         loss = objective(batch)["loss"]
@@ -78,9 +79,9 @@ def gradients(objective, batch, device):
     return loss.item(), torch.cat([p.grad.flatten() for p in objective.model.parameters()])
 
 
-def compiled_and_eager(train_shard, device):
+def compiled_and_eager(train_shard, device, student):
     torch.manual_seed(0)
-    student = models.build_model("llama-tiny", 300)
+    student = models.build_model(student, 300)
     objective = EnsembleObjective(student, ensemble(), config()).to(device).train()
     batch = BatchStream(train_shard, 4, 32, seed=0)(0).to(torch.device(device))
     eager = gradients(objective, batch, device)
@@ -91,14 +92,15 @@ def compiled_and_eager(train_shard, device):
 
 
 @pytest.mark.faults
-def test_compiled_gradients_are_the_eager_ones(train_shard):
-    """Among the long tests, because a compiler runs for half a minute."""
-    compiled_and_eager(train_shard, "cpu")
+@pytest.mark.parametrize("student", ["llama-tiny", "gpt2-tiny"])
+def test_compiled_gradients_are_the_eager_ones(train_shard, student):
+    """Dropout's masks too. Among the long tests, because a compiler runs for half a minute."""
+    compiled_and_eager(train_shard, "cpu", student)
 
 
 @pytest.mark.gpu
 def test_compiled_gradients_are_the_eager_ones_on_a_gpu(train_shard):
-    compiled_and_eager(train_shard, "cuda")
+    compiled_and_eager(train_shard, "cuda", "llama-tiny")
 
 
 # ---- the program
