@@ -168,7 +168,7 @@ class Terms:
 def _fused(hidden, head, teacher, targets, terms, chunk_tokens, compiled):
     if chunk_tokens is None:
         # Few, large chunks keep a GPU busy; a CPU is as fast with smaller ones, in less memory.
-        chunk_tokens = 4096 if hidden.is_cuda else 1024
+        chunk_tokens = 4096 if hidden.is_cuda else 512
     dtype = matmul_dtype(hidden)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
