@@ -86,7 +86,8 @@ class TeacherCache:
         """[(B, T, C_k)] of the chunks `chunk_ids` (B,) on the CPU; None if any is not there."""
         if not self.filled[chunk_ids].all():
             return None
-        return [array[chunk_ids.to(array.device)] for array in self.arrays]
+        # Not to wait for a GPU: the few ids are on their way when this returns.
+        return [array[chunk_ids.to(array.device, non_blocking=True)] for array in self.arrays]
 
     def write(self, chunk_ids, states):
         """Keeps `states`, [(B, T, C_k)], of the chunks `chunk_ids` (B,) on the CPU."""

@@ -74,6 +74,19 @@ class Tokenizer:
             raise UserError(f"{path} does not exist: make it with python tokenize_corpus.py")
         return cls(path.read_bytes(), str(path))
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint, path):
+        """The tokenizer in a checkpoint that was read from `path`.
+
+        Raises `UserError` if it is damaged, another than the checkpoint says, or too large for it.
+        """
+        described = checkpoint["tokenizer"]
+        tokenizer = cls(described["model"].numpy(), f"the tokenizer in {path}")
+        fits = tokenizer.vocabulary_size <= checkpoint["model"]["shape"]["vocab_size"]
+        if not fits or tokenizer.identity != described["identity"]:
+            raise UserError(f"the tokenizer in {path} is not that of its model: use another")
+        return tokenizer
+
     def encode(self, text):
         """The ids of `text`; no special token is added, and none is ever produced by text."""
         return self.processor.encode(text)
@@ -267,6 +280,10 @@ class Batch:
     def tensors(self):
         """All that a step reads of it on the device."""
         return (self.tokens, self.targets, *self.teacher_states)
+
+    def counts(self):
+        """Sequences and positions of this part, and what losses divide by."""
+        return (*self.tokens.shape, self.num_sequences, self.num_targets)
 
     def clone(self):
         """The same in memory of its own."""

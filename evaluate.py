@@ -62,7 +62,7 @@ def token_losses(model, tokens, targets):
     """-log p(target) in nats: (B, T), (B, T) → (B, T) float32 on the CPU."""
     device = next(model.parameters()).device
     logits = model(tokens.to(device)).flatten(0, 1)  # (N, V)
-    size = len(logits) if logits.is_cuda else BLOCK_ROWS  # what a processor's cache holds
+    size = BLOCK_ROWS if device.type == "cpu" else len(logits)  # what a processor's cache holds
     blocks = zip(logits.split(size), targets.to(device).flatten().split(size))
     losses = [F.cross_entropy(z.float(), t, reduction="none") for z, t in blocks]
     return torch.cat(losses).view(targets.shape).cpu()
@@ -331,7 +331,7 @@ def main(argv=None):
     paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
     loaded = dict(zip(paths, load_all(paths, device)))
     first = loaded[paths[0]][1]
-    tokenizer = Tokenizer(first["tokenizer"]["model"].numpy())
+    tokenizer = Tokenizer.of_checkpoint(first, paths[0])
     if shard is not None and shard.tokenizer != tokenizer.identity:
         message = (
             f"{shard.path} was made with another tokenizer than {paths[0]}: encode the text with "

@@ -278,7 +278,7 @@ def model_card(checkpoint, model, start_token):
         "tokenizer": f"SentencePiece BPE, identity {checkpoint['tokenizer']['identity'][:12]}",
         "data": config.get("train_shard") and f"training shard {config['train_shard'][:12]}",
         "words seen": progress.get("words") and f"{progress['words']:,}",
-        "steps": progress.get("steps") and f"{progress['step']:,} of {progress['steps']:,}",
+        "steps": progress.get("step") and f"{progress['step']:,} of {progress.get('steps', 0):,}",
         "last dev cross-entropy": progress.get("dev_cross_entropy")
         and f"{progress['dev_cross_entropy']:.4f} nats per token",
         "commit": checkpoint.get("commit"),
@@ -324,7 +324,7 @@ def export(path, out, start_token="as-trained"):
     """
     model, checkpoint = load_checkpoint(path)
     architecture = checkpoint["model"]["architecture"]
-    tokenizer = Tokenizer(checkpoint["tokenizer"]["model"].numpy())
+    tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
     check_tokenizer(tokenizer, path)
     weights = checkpoint["weights"]
     if start_token == "newline":

@@ -62,7 +62,7 @@ def main(argv=None):
 
     model, checkpoint = load_checkpoint(args.checkpoint)
     model.to(choose_device(args.device))
-    tokenizer = Tokenizer(checkpoint["tokenizer"]["model"].numpy())
+    tokenizer = Tokenizer.of_checkpoint(checkpoint, args.checkpoint)
     # A newline first, as before every sentence in training; it is not printed.
     prompt = tokenizer.encode("\n" + args.prompt)
     if not args.prompt:

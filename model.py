@@ -16,6 +16,7 @@ A checkpoint is one dict of primitives and tensors that `torch.load(path, weight
 
 import dataclasses
 import hashlib
+import json
 import math
 import shutil
 from pathlib import Path
@@ -242,10 +243,11 @@ def _is_well_formed(checkpoint):
     try:
         config, tokenizer = checkpoint["config"], checkpoint["tokenizer"]
         length, pieces = config["sequence_length"], tokenizer["model"]
+        json.dumps(config)
         texts = [checkpoint["model"]["name"], tokenizer["identity"], config.get("train_shard", "")]
         texts += [t[key] for t in checkpoint["teachers"] for key in ("name", "digest")]
         return (
-            all(isinstance(text, str) for text in (*texts, *checkpoint["weights"]))
+            all(isinstance(text, str) for text in (*texts, *checkpoint["weights"], *config))
             and all(w.dtype == torch.float32 for w in checkpoint["weights"].values())
             and (pieces.dtype, pieces.dim()) == (torch.uint8, 1)
             and type(length) is int
@@ -253,7 +255,7 @@ def _is_well_formed(checkpoint):
             and all(type(value) in (int, float) for value in checkpoint["progress"].values())
             and isinstance(checkpoint["training"], (dict, type(None)))
         )
-    except (LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         return False
 
 

@@ -294,15 +294,16 @@ class GraphedTrainStep(TrainStep):
 
     A student's step on few tokens is some hundreds of short kernels: launched one by one, they take
     longer to launch than to run. The teachers stay outside: theirs are long, or they are cached.
-    A graph reads where it was captured to read, so the batch and the rate are copied to one place;
-    what is no tensor is as it was captured, so all batches must be of one shape.
+    A graph reads where it was captured to read, so the batch and the rate are copied to one place,
+    and keeps the memory of its activations. What is no tensor is as it was captured: all batches
+    have one shape and the same counts.
     """
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.rate = torch.zeros((), device=self.parameters[0].device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"], group["capturable"] = self.rate, True
         self.warm_up, self.stream = GRAPH_WARM_UP, None
         self.parts = self.graph = self.terms = None
 
@@ -318,8 +319,6 @@ class GraphedTrainStep(TrainStep):
             torch.cuda.current_stream().wait_stream(self.stream)
             return terms
         if self.graph is None:
-            for group in self.optimizer.param_groups:
-                group["capturable"] = True
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.terms = self.update(self.parts)
@@ -331,9 +330,11 @@ class GraphedTrainStep(TrainStep):
         parts = self.prepare(batch)
         if self.parts is None:
             self.parts = [part.clone() for part in parts]
-        for mine, new in zip(self.parts, parts):
-            for place, value in zip(mine.tensors(), new.tensors()):
-                place.copy_(value, non_blocking=True)
+        for mine, new in zip(self.parts, parts, strict=True):
+            if mine.counts() != new.counts():
+                raise ValueError(f"a batch of {new.counts()} after one of {mine.counts()}")
+            for place, value in zip(mine.tensors(), new.tensors(), strict=True):
+                place.copy_(value)
         self.rate.fill_(learning_rate)
 
 
@@ -507,13 +508,13 @@ def restore(step, checkpoint, path):
     try:
         model.load_state_dict(checkpoint["weights"])
         for name, parameter in model.named_parameters():
-            moments = state["optimizer"].get(name, {})
+            moments = state["optimizer"][name]
+            if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"{name} has other moments")
             for key, value in moments.items():
-                shape = {"step": ()}.get(key, parameter.shape)
+                shape = () if key == "step" else parameter.shape
                 if (value.shape, value.dtype) != (shape, parameter.dtype):
                     raise ValueError(f"{key} of {name} has another shape")
-            if moments.keys() not in ({"step", "exp_avg", "exp_avg_sq"}, set()):
-                raise ValueError(f"{name} has other moments")
             step.optimizer.state[parameter] = {
                 key: value.to(parameter.device) for key, value in moments.items()
             }
@@ -523,7 +524,14 @@ def restore(step, checkpoint, path):
         torch.set_rng_state(state["random"]["cpu"])
         if step.parameters[0].is_cuda and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], step.parameters[0].device)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise UserError(f"{path} holds no state of this run's model: use another") from error
 
 
@@ -643,14 +651,18 @@ class StopSignal:
 
 
 def commit():
-    """The project's git commit, marked where files differ from it, or "unknown"."""
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The project's git commit, "-dirty" where files other than results differ, or "unknown"."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
     except OSError:
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return found + ("-dirty" if changed else "") if found else "unknown"
 
 
 def print_arithmetic(objective, config, stream, steps, marks, device, precision):
@@ -694,6 +706,8 @@ def fit(objective, config, origin=None):
     device = models.choose_device(config.device)
     precision = choose_precision(config.precision, device)
     autocast = autocast_for(device, precision)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where streams and graphs are made
     if config.cuda_graph and device.type != "cuda":
         raise UserError(f"--cuda-graph needs a GPU of CUDA; training is on {device}: leave it out")
     if config.sequence_length > objective.model.config.max_position_embeddings:

@@ -11,6 +11,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,8 +28,9 @@ MARK = "@contest "  # what a contestant says to the referee, among whatever else
 def serve(round, prepare=lambda: None, device="cpu"):
     """A contestant: says that it is ready, then runs and times `round()` for every line it reads.
 
-    Ends when its input ends, with its peak memory in GiB, allocated on a GPU, resident elsewhere:
-    all of it, and what `prepare` (the warm-up) and the rounds added to what stood before.
+    Ends when its input ends, with its peak memory in GiB: what it took of the GPU or, elsewhere,
+    had resident; and what `prepare` (the warm-up) and the rounds allocated beyond what stood
+    before.
     """
     cuda = torch.device(device).type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else resident()
@@ -42,9 +44,10 @@ def serve(round, prepare=lambda: None, device="cpu"):
         if cuda:
             torch.cuda.synchronize()
         print(MARK + json.dumps(time.perf_counter() - started), flush=True)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    peak = torch.cuda.max_memory_allocated() if cuda else usage.ru_maxrss * 1024
-    gib = {"peak_gb": peak / (1 << 30), "own_gb": (peak - before) / (1 << 30)}
+    peak = highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if cuda:
+        peak, highest = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    gib = {"peak_gb": peak / (1 << 30), "own_gb": (highest - before) / (1 << 30)}
     print(MARK + json.dumps(gib), flush=True)
 
 
@@ -56,11 +59,12 @@ def resident():
 
 class Contestant:
     def __init__(self, command):
+        self.complaints = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.complaints,
             text=True,
         )
 
@@ -73,7 +77,9 @@ class Contestant:
 
     def last_words(self):
         """The last line of its complaint."""
-        return (self.process.stderr.read().strip().splitlines() or ["no message"])[-1]
+        self.process.wait()
+        self.complaints.seek(0)
+        return (self.complaints.read().strip().splitlines() or ["no message"])[-1]
 
     def turn(self):
         """The seconds of one round."""
@@ -195,12 +201,13 @@ def flops_per_token(config, length, training):
     return (2 * matrices + 2 * C * length * layers) * (3 if training else 1)
 
 
-def show_rates(results, tokens, flops, ceiling, base="huggingface"):
+def show_rates(results, tokens, flops, ceiling):
     """Prints a table of tokens/s; {name: {"tokens_per_second", "spread", "peak_gb"}}.
 
-    `tokens` of a round; `flops` {name: per token}, of which the share of `ceiling` is shown.
+    `tokens` of a round; `flops` {name: per token}, of which the share of `ceiling` is shown. Ratios
+    are to the first that did not fail.
     """
-    rates = {}
+    rates, base = {}, None
     heading = f"{'variant':22} {'tokens/s':>10} {'spread':>16} {'peak GiB':>9}"
     print(f"{heading} {'ratio':>6} {'of peak':>8}")
     for name, result in results.items():
@@ -210,12 +217,12 @@ def show_rates(results, tokens, flops, ceiling, base="huggingface"):
             continue
         rate = tokens / median(result)
         spread = [tokens / max(result["seconds"]), tokens / min(result["seconds"])]
-        ratio = rate / rates[base]["tokens_per_second"] if base in rates else 1.0
+        base = base or rate
         rates[name] = {"tokens_per_second": rate, "peak_gb": result["peak_gb"], "spread": spread}
         rates[name]["utilisation"] = rate * flops[name] / ceiling
         low_high = f"{spread[0]:,.0f}-{spread[1]:,.0f}"
         print(
-            f"{name:22} {rate:10,.0f} {low_high:>16} {result['peak_gb']:9.2f} {ratio:6.2f} "
+            f"{name:22} {rate:10,.0f} {low_high:>16} {result['peak_gb']:9.2f} {rate / base:6.2f} "
             f"{rates[name]['utilisation']:8.0%}"
         )
     return rates

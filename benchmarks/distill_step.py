@@ -126,9 +126,9 @@ def work(args):
             count[0] += 1
 
     def warm_up():
-        fills = "cached" in args.worker or device.type == "cuda"  # a cache; or a graph, with four
-        for batch in all_batches[: BATCHES if fills else 1]:
-            step(batch)
+        steps = BATCHES if "cached" in args.worker else 1
+        for i in range(max(steps, train.GRAPH_WARM_UP + 1) if device.type == "cuda" else steps):
+            step(all_batches[i % BATCHES])
 
     serve(round, warm_up, device)
 
@@ -175,6 +175,8 @@ def main():
         "ratio": ("ours", "huggingface"),
         "ratio_compiled": ("ours", "huggingface_compiled"),
         "ratio_cached": ("ours_cached", "huggingface"),
+        "ratio_graph": ("ours_graph", "ours"),
+        "ratio_cached_graph": ("ours_cached_graph", "ours_cached"),
     }.items():
         rates = [summary.get(name, {}).get("tokens_per_second") for name in (ours, theirs)]
         summary[key] = rates[0] / rates[1] if all(rates) else None

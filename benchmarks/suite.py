@@ -37,7 +37,10 @@ PHASES = {
         "huggingface_compiled ours ours_cached --json",
         "steps-graph": "benchmarks/distill_step.py --device cuda --teachers paper --variants ours "
         "ours_graph ours_cached ours_cached_graph --json",
-        "steps-small": "benchmarks/distill_step.py --device cuda --json",
+        "steps-small": "benchmarks/distill_step.py --device cuda --variants huggingface "
+        "huggingface_compiled ours ours_cached --json",
+        "steps-small-graph": "benchmarks/distill_step.py --device cuda --variants ours ours_graph "
+        "ours_cached ours_cached_graph --json",
         "training-gpt2": "benchmarks/train_step.py --device cuda --models gpt2-705m --json",
         "training-llama": "benchmarks/train_step.py --device cuda --models llama-360m --json",
         "training-student": "benchmarks/train_step.py --device cuda --models llama-58m "

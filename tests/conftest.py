@@ -61,9 +61,11 @@ def hf_twin(model, weights=True):
     return twin.eval()
 
 
-def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
+def interrupt_after(
+    monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM), kind=TrainStep
+):
     """Makes a run stop itself during the given step."""
-    call, count = TrainStep.__call__, [0]
+    call, count = kind.__call__, [0]
 
     def counted(self, *arguments):
         count[0] += 1
@@ -71,7 +73,7 @@ def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal
             then()
         return call(self, *arguments)
 
-    monkeypatch.setattr(TrainStep, "__call__", counted)
+    monkeypatch.setattr(kind, "__call__", counted)
 
 
 @pytest.fixture(scope="session")

@@ -447,7 +447,7 @@ def with_replacements(tree, changes):
     for path, value in changes:
         inner = tree
         for key in path[:-1]:
-            inner = inner[key] if isinstance(inner, dict) else None
+            inner = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
             inner[path[-1]] = value
     return tree
@@ -484,13 +484,19 @@ def fuzz_everything(data_folder, tokenizer, folder, examples):
     shape = LlamaConfig(300, 8, 8, 1, 2)
     step = small_step(shape)
     step(Batch.whole(torch.arange(2), *torch.zeros((2, 2, 4), dtype=torch.int64)), 1e-3)
+    config = {"sequence_length": 4, "seed": 0, "teachers": ["a.pt", "b.pt"]}
     progress = {"step": 1, "steps": 9, "best_step": 0, "best_dev_cross_entropy": 9.0}
     models.save_checkpoint(
         folder / "small.pt", name="small", model=step.objective.model, tokenizer=tokenizer,
-        config={"sequence_length": 4}, progress=progress, training=train.training_state(step),
+        config=config, progress=progress, training=train.training_state(step),
     )  # fmt: skip
     checkpoint = models.read_checkpoint(folder / "small.pt")
     del checkpoint["digest"]
+
+    def use(path):
+        _, found = models.load_checkpoint(path)
+        Tokenizer.of_checkpoint(found, path)
+        export_hf.model_card(found, step.objective.model, "as-trained")
 
     def resume(path):
         found = models.read_checkpoint(path)
@@ -558,8 +564,7 @@ def fuzz_everything(data_folder, tokenizer, folder, examples):
         ("shards", shard, TokenShard, st.binary(max_size=300), as_bytes),
         ("shards", shard, TokenShard, replacements(json.loads(body), JSON), signed_shard),
         ("checkpoints", weights, models.load_checkpoint, edits(len(small)), damaged(small)),
-        ("checkpoints", weights, models.load_checkpoint, replacements(checkpoint, others),
-         signed_checkpoint),
+        ("checkpoints", weights, use, replacements(checkpoint, others), signed_checkpoint),
         ("resume points", weights, resume, replacements(checkpoint, others), signed_checkpoint),
         ("safetensors", folder / "a.safetensors", export_hf.read_safetensors,
          st.tuples(tensors, changes), safetensors),

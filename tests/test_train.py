@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 import model as models
 import train
+from cache import TeacherCache
 from conftest import interrupt_after, train_tokenizer, write_split, write_text
-from data import Batch, BatchStream, TokenShard
+from data import Batch, BatchStream, TokenShard, count_chunks
 from distill import DistillConfig, EnsembleObjective
 from files import UserError, run
 from train import (
@@ -154,7 +155,7 @@ def objectives():
 
 
 def full_step(step_class, kind, device, precision):
-    """A step of three and three and two of eight sequences, with all that a run has."""
+    """A step of three and three and two of eight sequences."""
     torch.manual_seed(0)
     model = models.build_model("gpt2-tiny", 300)
     teachers = [models.build_model(name, 300) for name in ("gpt2-tiny", "llama-tiny")]
@@ -167,7 +168,7 @@ def full_step(step_class, kind, device, precision):
 
 
 class Recording(TorchDispatchMode):
-    """The operations run in it: their names, numbers, and where what they read is.
+    """The operations run in it: their names, numbers, and what memory they read, and as what.
 
     Memory from outside is known by its address, what was made inside by its number.
     """
@@ -180,7 +181,8 @@ class Recording(TorchDispatchMode):
         if not isinstance(leaf, torch.Tensor):
             return str(leaf)
         storage = leaf.untyped_storage()
-        return self.made.get(storage._cdata, storage.data_ptr())
+        where = self.made.get(storage._cdata, storage.data_ptr())
+        return where, leaf.storage_offset(), tuple(leaf.shape), leaf.stride(), leaf.dtype
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         read = tree_leaves((args, kwargs or {}))
@@ -209,9 +211,10 @@ def recorded(step, batches):
 
 @objectives()
 def test_every_update_does_the_same_to_the_same_memory(train_shard, kind):
-    """What a CUDA graph replays, once captured, is what the next update would do; and never waits.
+    """What a CUDA graph replays, once captured, must be what the next update would have done.
 
-    Shown for each operation, without a GPU. The first update also makes what is made once.
+    Shown without a GPU for each operation of an eager update on a CPU, whose loss takes other
+    branches and whose kernels are others. The first update also makes what is made once.
     """
     stream = BatchStream(train_shard, 8, 32, seed=0)
     step = full_step(GraphedTrainStep, kind, "cpu", "bf16")
@@ -253,24 +256,62 @@ def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind):
         start = torch.cat([p.detach().flatten() for p in step.parameters])
         losses = [step(stream(i), 1e-3)["loss"].item() for i in range(10)]
         end = torch.cat([p.detach().flatten() for p in step.parameters])
-        ends.append((losses, end - start, step.nonfinite_steps.item()))
-    (eager, moved, _), (graphed, moved_by_graph, nonfinite) = ends
-    assert step.graph is not None and nonfinite == 0
+        ends.append((losses, end - start, torch.cuda.get_rng_state()))
+    (eager, moved, random), (graphed, moved_by_graph, random_of_graph) = ends
+    assert step.graph is not None and step.nonfinite_steps == 0
+    assert torch.equal(random, random_of_graph)  # dropout went on, replay by replay
     assert torch.allclose(torch.tensor(eager), torch.tensor(graphed), rtol=1e-3)
-    assert (moved - moved_by_graph).norm() < 0.02 * moved.norm()
+    # Adam makes whole steps of rounding errors where a gradient is zero, as that of a key's bias.
+    assert (moved - moved_by_graph).norm() < 0.2 * moved.norm()
+
+
+def runs_with_and_without_a_graph(run, out, monkeypatch):
+    """Dev cross-entropies of both, the former stopped and resumed in the middle of its replays."""
+    plain = run(out / "plain", cuda_graph=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8, kind=GraphedTrainStep)
+        assert run(out / "graph", cuda_graph=True)["step"] == 8
+    graphed = run(out / "graph", cuda_graph=True)
+    assert graphed["step"] == plain["step"] == 24
+    return graphed["dev_cross_entropy"], plain["dev_cross_entropy"]
+
+
+GPU_RUN = {"device": "cuda", "precision": "bf16", "compile": True, "steps": 24}
 
 
 @pytest.mark.gpu
-def test_a_run_with_a_graph_ends_where_one_without_does_on_a_gpu(data_folder, tmp_path):
+def test_a_run_with_a_graph_ends_where_one_without_does_on_a_gpu(
+    data_folder, tmp_path, monkeypatch
+):
     """Compiled layers, evaluations between the replays, a stop and a resume."""
-    options = {"device": "cuda", "precision": "bf16", "compile": True}
-    plain = trained(config_for(data_folder, tmp_path / "plain", **options))
-    with_graph = config_for(data_folder, tmp_path / "graph", **options, cuda_graph=True)
-    stopped = trained(dataclasses.replace(with_graph, stop_after=0.0))
-    graphed = trained(with_graph)
-    assert stopped["step"] == 1 and graphed["step"] == plain["step"] == 12
-    difference = graphed["dev_cross_entropy"] - plain["dev_cross_entropy"]
-    assert abs(difference) < 0.01 * plain["dev_cross_entropy"]
+
+    def run(out, **changes):
+        return trained(config_for(data_folder, out, **GPU_RUN, **changes))
+
+    graphed, plain = runs_with_and_without_a_graph(run, tmp_path, monkeypatch)
+    assert abs(graphed - plain) < 0.01 * plain
+
+
+@pytest.mark.gpu
+def test_a_distilled_run_with_a_graph_and_cached_teachers_on_a_gpu(
+    data_folder, train_shard, tmp_path, monkeypatch
+):
+    """What the graph is for. The cache is filled in the first of some two epochs."""
+
+    def run(out, **changes):
+        config = config_for(data_folder, out, model="llama-tiny-student", **GPU_RUN, **changes)
+        config = dataclasses.replace(config, batch_size=16)
+        torch.manual_seed(0)
+        names = ("llama-tiny-student", "gpt2-tiny", "llama-tiny")
+        student, *teachers = (models.build_model(name, 300) for name in names)
+        chunks = count_chunks(len(train_shard.tokens), 32)
+        sizes = [t.config.hidden_size for t in teachers]
+        cache = TeacherCache.in_memory(chunks, 32, sizes, "cuda", torch.bfloat16)
+        options = DistillConfig(teachers=[])
+        return train.fit(EnsembleObjective(student, teachers, options, cache=cache), config)
+
+    graphed, plain = runs_with_and_without_a_graph(run, tmp_path, monkeypatch)
+    assert abs(graphed - plain) < 0.01 * plain
 
 
 # ---- runs
