@@ -505,6 +505,7 @@ def restore(step, checkpoint, path):
     Raises `UserError` if they are not of this model: a fused optimizer trusts the sizes it is told.
     """
     model, state = step.objective.model, checkpoint["training"]
+    device = step.parameters[0].device
     try:
         model.load_state_dict(checkpoint["weights"])
         for name, parameter in model.named_parameters():
@@ -515,24 +516,18 @@ def restore(step, checkpoint, path):
                 shape = () if key == "step" else parameter.shape
                 if (value.shape, value.dtype) != (shape, parameter.dtype):
                     raise ValueError(f"{key} of {name} has another shape")
-            step.optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in moments.items()
-            }
         in_a_row, in_all = state.get("nonfinite", (0, 0))  # of checkpoints before it was counted
         step.nonfinite_in_a_row.fill_(in_a_row)
         step.nonfinite_steps.fill_(in_all)
         torch.set_rng_state(state["random"]["cpu"])
-        if step.parameters[0].is_cuda and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"], step.parameters[0].device)
-    except (
-        LookupError,
-        ArithmeticError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+        if device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    except Exception as error:  # what someone made up may raise anything at all
         raise UserError(f"{path} holds no state of this run's model: use another") from error
+    for name, parameter in model.named_parameters():
+        step.optimizer.state[parameter] = {
+            key: value.to(device) for key, value in state["optimizer"][name].items()
+        }
 
 
 STATES = ("checkpoint.pt", "checkpoint.new", "previous.pt")  # the newest first

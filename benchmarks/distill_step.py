@@ -68,16 +68,15 @@ def our_step(args, device):
     teachers = [build(config) for config in TEACHERS[args.teachers]]
     student = build_model(student_name(args))
     config = DistillConfig(teachers=[])
+    precision = train.choose_precision(args.precision, device)
     cache = None
     if cached:
         sizes = [t.config.hidden_size for t in teachers]
         chunks = BATCHES * args.batch_size
-        bf16 = train.choose_precision("auto", device) == "bf16"
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         cache = TeacherCache.in_memory(chunks, args.sequence_length, sizes, device, dtype)
     objective = EnsembleObjective(student, teachers, config, cache=cache).to(device).train()
     optimizer = train.build_optimizer(student, 0.1)
-    precision = train.choose_precision("auto", device)
     kind = train.GraphedTrainStep if args.worker in GRAPHED else train.TrainStep
     step = kind(objective, optimizer, train.autocast_for(device, precision))
     if args.worker != "ours_eager":
@@ -142,6 +141,9 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS + GRAPHED)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: 1, on CUDA 20)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -153,7 +155,7 @@ def main():
     if args.worker:
         return work(args)
     options = ["--device", str(device), "--teachers", args.teachers, "--steps", str(args.steps)]
-    options += ["--batch-size", str(args.batch_size)]
+    options += ["--batch-size", str(args.batch_size), "--precision", args.precision]
     options += ["--sequence-length", str(args.sequence_length)]
     variants = args.variants or (VARIANTS + GRAPHED if cuda else VARIANTS)
     commands = {name: [sys.executable, __file__, "--worker", name, *options] for name in variants}
@@ -166,10 +168,15 @@ def main():
     # Of cached teachers nothing remains but their heads' product.
     heads = sum(2 * c.hidden_size * c.vocab_size for c in TEACHERS[args.teachers])
     flops = {name: learning + (heads if "cached" in name else teaching) for name in variants}
-    ceiling = matmul_flops(device, torch.bfloat16)
-    print(f"student {name}, teachers {args.teachers}, {args.batch_size} x {length} tokens")
+    summary["precision"] = train.choose_precision(args.precision, device)
+    dtype = torch.bfloat16 if summary["precision"] == "bf16" else torch.float32
+    ceiling = matmul_flops(device, dtype)
+    print(
+        f"student {name}, teachers {args.teachers}, {args.batch_size} x {length} tokens, "
+        f"ours in {summary['precision']}"
+    )
     tokens = args.steps * args.batch_size * length
-    summary |= {"teachers": args.teachers, "matmul_bf16_flops": ceiling}
+    summary |= {"teachers": args.teachers, "matmul_flops": ceiling}
     summary |= show_rates(results, tokens, flops, ceiling)
     for key, (ours, theirs) in {
         "ratio": ("ours", "huggingface"),

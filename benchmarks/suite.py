@@ -1,6 +1,7 @@
 """The benchmarks in one go: what is committed under benchmarks/results/ comes from here.
 
     python benchmarks/suite.py cpu                        under 20 minutes on two cores
+    python benchmarks/suite.py cpu-fp32                   ours without bf16, some minutes more
     python benchmarks/suite.py gpu --out results          all phases, one after the other
     python benchmarks/suite.py gpu --phase steps          one of them: each ends within 8 minutes
     python benchmarks/suite.py rehearsal                  the GPU's phases on a CPU with tiny models
@@ -30,6 +31,10 @@ PHASES = {
         "scaling": "benchmarks/scaling.py --json",
         "evaluation": "benchmarks/evaluation.py --json",
         "numerics": "benchmarks/numerics.py --json",
+    },
+    "cpu-fp32": {  # as on a processor that does not multiply bf16 natively
+        "steps": "benchmarks/distill_step.py --precision fp32 --variants huggingface ours_eager "
+        "ours --json",
     },
     "gpu": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
