@@ -2,13 +2,12 @@
 
 A shard is one file: a header that `head` shows in plain text, then the token ids.
 
-    babyllama-shard VERSION HEADER_BYTES SHA256          fixed width, one line
-    {JSON}                                               the rest of the header, padded with spaces
-    uint16 or uint32 ids, little-endian                  one after another, no separator
+    header (harness/files.py)                a JSON object, covered by the digest in the first line
+    uint16 or uint32 ids, little-endian      one after another, no separator
 
-The SHA256 covers the rest of the header; the JSON holds one digest per `block_bytes` of the
-payload, so that any changed byte is found on opening. A batch is a function of (seed, step) and of
-nothing else: resuming, or asking what step 1234 saw, needs only the number.
+The JSON holds one digest per `block_bytes` of the payload, so that any changed byte is found on
+opening. A batch is a function of (seed, step) and of nothing else: resuming, or asking what step
+1234 saw, needs only the number.
 """
 
 import functools
@@ -22,17 +21,23 @@ import numpy as np
 import sentencepiece
 import torch
 
-from files import UserError, atomic_write, sha256
+from harness.files import (
+    UserError,
+    atomic_write,
+    first_line_bytes,
+    pack_header,
+    sha256,
+    unpack_first_line,
+)
 
 MAGIC = "babyllama-shard"
 VERSION = 1
 BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 26
-FIRST_LINE_BYTES = len(MAGIC) + len(" 00000001 0000000000 ") + 64 + 1
+FIRST_LINE_BYTES = first_line_bytes(MAGIC)
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in training text
-IGNORED = -100  # a target that has no loss: torch's own convention
 DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
 
 
@@ -144,12 +149,8 @@ def write_shard(path, texts, tokenizer, cleaning):
         "block_bytes": BLOCK_BYTES,
         "digests": _block_digests(payload, BLOCK_BYTES),
     }
-    body = json.dumps(header, indent=1).encode() + b"\n"
-    size = -(-(FIRST_LINE_BYTES + len(body)) // 4096) * 4096
-    body += b" " * (size - FIRST_LINE_BYTES - len(body) - 1) + b"\n"
     with atomic_write(path) as file:
-        file.write(f"{MAGIC} {VERSION:08d} {size:010d} {sha256(body)}\n".encode())
-        file.write(body)
+        file.write(pack_header(MAGIC, VERSION, json.dumps(header, indent=1).encode() + b"\n"))
         file.write(payload)
     return header
 
@@ -191,16 +192,16 @@ class TokenShard:
         self.words, self.bytes = header["words"], header["bytes"]
         self.vocabulary_size, self.tokenizer = header["vocabulary_size"], header["tokenizer"]
         self.files = [SourceFile(**f) for f in header["files"]]
-        self.identity = digest  # covers the digests of the tokens too
+        self.digest = digest  # covers the header, and in it the digests of the tokens
 
     def _parse_first_line(self, line):
-        fields = line.decode("ascii", "replace").split()
-        if not fields or fields[0] != MAGIC:
-            raise UserError(f"{self.path} is not a token shard: make one with tokenize_corpus.py")
         try:
-            version, header_bytes, digest = int(fields[1]), int(fields[2]), fields[3]
-        except (ValueError, IndexError) as error:
+            fields = unpack_first_line(line, MAGIC)
+        except ValueError as error:
             raise self._damaged("its first line is incomplete") from error
+        if fields is None:
+            raise UserError(f"{self.path} is not a token shard: make one with tokenize_corpus.py")
+        version, header_bytes, digest = fields
         if version != VERSION:
             raise UserError(
                 f"{self.path} has format version {version}, this program reads {VERSION}: "
@@ -248,6 +249,34 @@ class TokenShard:
         return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """What tokenize_corpus.py wrote into a folder: both shards, and their tokenizer."""
+
+    folder: Path
+    train: TokenShard
+    dev: TokenShard
+    tokenizer: Tokenizer
+
+
+def open_corpus(folder):
+    """The corpus in `folder`. `UserError` if a file is missing, damaged or foreign."""
+    folder = Path(folder)
+    corpus = Corpus(
+        folder,
+        TokenShard(folder / "train.bin"),
+        TokenShard(folder / "dev.bin"),
+        Tokenizer.load(folder / "tokenizer.model"),
+    )
+    for shard in (corpus.train, corpus.dev):
+        if shard.tokenizer != corpus.tokenizer.identity:
+            raise UserError(
+                f"{shard.path} was not made with {folder / 'tokenizer.model'}: "
+                "run tokenize_corpus.py again"
+            )
+    return corpus
+
+
 # ---- the order of batches
 
 
@@ -269,8 +298,8 @@ class Batch:
 
     @classmethod
     def whole(cls, chunk_ids, tokens, targets):
-        """The batch of a whole step; targets of -100 are not counted."""
-        return cls(chunk_ids, tokens, targets, len(tokens), int((targets != IGNORED).sum()))
+        """The batch of a whole step; targets below 0, which have no loss, are not counted."""
+        return cls(chunk_ids, tokens, targets, len(tokens), int((targets >= 0).sum()))
 
     def split(self, size):
         """Parts of at most `size` sequences."""
@@ -332,11 +361,13 @@ class BatchStream:
 
     Every chunk is seen once an epoch, no batch is ragged, and a batch may span two epochs. On a GPU
     the whole shard is kept there, four bytes a token, and a batch is gathered without a copy of
-    tokens. Raises `UserError` if the shard is shorter than one batch.
+    tokens. `num_tokens` and `words` are those of an epoch. Raises `UserError` if the shard is
+    shorter than one batch.
     """
 
     def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False, device="cpu"):
         self.shard, self.batch_size, self.seed = shard, batch_size, seed
+        self.num_tokens, self.words = len(shard.tokens), shard.words
         self.sequence_length, self.random_offset = sequence_length, random_offset
         self.resident = None
         if torch.device(device).type == "cuda":

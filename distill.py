@@ -10,46 +10,43 @@ the batch alone. --kl-reduction token is the mean over tokens, the formula as on
 """
 
 import dataclasses
-import math
 import sys
 
 import torch
 from torch import nn
 
 import model as models
-from cache import TeacherCache, free_bytes
-from data import count_chunks
-from files import UserError, run
-from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype
-from train import (
-    GIB,
-    TrainConfig,
-    choose_precision,
-    exit_code,
-    fit,
-    initial_model,
-    load_compatible,
-    open_data,
-    option,
-    parse,
-    with_recipe,
-)
+from data import count_chunks, open_corpus
+from harness.cache import Layout, open_cache
+from harness.checkpoint import content_digest
+from harness.devices import choose_compute
+from harness.files import UserError, run_program
+from harness.options import REQUIRED, option, parse
+from harness.record import exit_code
+from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype, plain_ensemble_kl
+from train import TrainConfig, fit_corpus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainConfig):
-    teachers: list[str] = dataclasses.field(
-        metadata={"help": "checkpoints of the teachers, of either architecture"}
+    teachers: list[str] = option(
+        REQUIRED, "checkpoints of the teachers, of any architecture", may_change=True
     )
-    teacher_weights: list[float] | None = option(None, "of their logits; default: all equal")
+    teacher_weights: list[float] | None = option(
+        None, "one weight for each teacher's logits; default: all equal"
+    )
     alpha: float = option(0.5, "weight of the cross-entropy, from 0 to 1", minimum=0, maximum=1)
-    temperature: float = option(2.0, "that softens teachers and student alike", above=0)
+    temperature: float = option(2.0, "softens teachers and student alike", above=0)
     kl_reduction: str = option(
-        "sequence", "what the KL is a mean over; see above", choices=REDUCTIONS
+        "sequence", "what the KL is averaged over; see above", choices=REDUCTIONS
+    )
+    objective: str = option(
+        "fused", "plain: the formula in autograd, slower and larger", choices=("fused", "plain")
     )
     cache_teachers: str = option(
         "off",
         "run the teachers once per chunk and keep their states: off, auto, gpu, host, or a FILE",
+        may_change=True,
     )
 
 
@@ -58,14 +55,13 @@ class EnsembleObjective(nn.Module):
 
     compiled = False
 
-    def __init__(self, model, teachers, config, teachers_identity=(), cache=None):
+    def __init__(self, model, teachers, config, cache=None):
         super().__init__()
         self.model = model
         self.teachers = nn.ModuleList(teachers).requires_grad_(False)
         self.weights = config.teacher_weights or [1.0] * len(teachers)
         self.alpha, self.temperature = config.alpha, config.temperature
         self.kl_reduction = config.kl_reduction
-        self.teachers_identity = list(teachers_identity)
         self.cache = cache
         self.joined_head = None
 
@@ -77,110 +73,105 @@ class EnsembleObjective(nn.Module):
 
     @torch.no_grad()
     def prepare(self, batch):
-        """The batch with the teachers' final hidden states, which is all that is read of them."""
-        return dataclasses.replace(batch, teacher_states=tuple(self.teacher_states(batch)))
+        """The batch with the teachers' final hidden states, which is all that is read of them.
+
+        K × (B, T, C_k), from the cache where they are there. A batch of which any chunk is missing
+        is computed whole, always in the same shape, so that what the cache holds does not depend on
+        what else it held.
+        """
+        states = self.cache.read(batch.chunk_ids) if self.cache else None
+        if states is None:
+            states = [teacher.hidden_states(batch.tokens) for teacher in self.teachers]
+            if self.cache:
+                self.cache.write(batch.chunk_ids, states)
+        states = tuple(s.to(batch.tokens.device, non_blocking=True) for s in states)
+        return dataclasses.replace(batch, teacher_states=states)
+
+    def terms(self, batch):
+        """The constants of the formula for this batch; the counts are those of the whole step."""
+        positions = batch.tokens.shape[1] if self.kl_reduction == "token" else 1
+        return {
+            "alpha": self.alpha,
+            "temperature": self.temperature,
+            "num_targets": batch.num_targets,
+            "kl_denominator": batch.num_sequences * positions,
+        }
 
     def forward(self, batch):
-        if not batch.teacher_states:
-            batch = self.prepare(batch)
-        hidden = self.model.hidden_states(batch.tokens)
-        heads = [t.head for t in self.teachers]
+        batch = batch if batch.teacher_states else self.prepare(batch)
+        hidden = self.model.hidden_states(batch.tokens)  # (B, T, C)
+        heads = [teacher.head for teacher in self.teachers]
         dtype = matmul_dtype(hidden)
         if self.joined_head is None or self.joined_head.dtype != dtype:
             with torch.no_grad():
                 self.joined_head = join_heads(heads, self.weights, dtype)
-        per_token = self.kl_reduction == "token"
         return ensemble_kl(
             hidden,
             self.model.head,
             list(zip(batch.teacher_states, heads, self.weights)),
             batch.targets,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            num_targets=batch.num_targets,
-            kl_denominator=batch.num_sequences * (batch.tokens.shape[1] if per_token else 1),
             joined_head=self.joined_head,
             compiled=self.compiled,
+            **self.terms(batch),
         )
 
-    def teacher_states(self, batch):
-        """The teachers' final hidden states, K × (B, T, C_k): from the cache where they are there.
 
-        A batch of which any chunk is missing is computed whole, always in the same shape, so that
-        what the cache holds does not depend on what else it held.
-        """
-        states = self.cache.read(batch.chunk_ids) if self.cache else None
-        if states is not None:
-            return [s.to(batch.tokens.device, non_blocking=True) for s in states]
-        states = [t.hidden_states(batch.tokens) for t in self.teachers]
-        if self.cache:
-            self.cache.write(batch.chunk_ids, states)
-        return states
+class PlainObjective(EnsembleObjective):
+    """The same objective as the paper writes it, from whole logits, differentiated by autograd.
+
+    Slower and larger than the fused one, and the place to change the formula without deriving a
+    gradient: `loss` may be any tensor () that depends on the student's logits.
+    """
+
+    def forward(self, batch):
+        batch = batch if batch.teacher_states else self.prepare(batch)
+        student_logits = self.model(batch.tokens).float()  # (B, T, V)
+        with torch.no_grad():
+            teacher_logits = [
+                nn.functional.linear(hidden, teacher.head).float()  # (B, T, V)
+                for hidden, teacher in zip(batch.teacher_states, self.teachers)
+            ]
+        terms = plain_ensemble_kl(
+            student_logits, teacher_logits, self.weights, batch.targets, **self.terms(batch)
+        )
+        return terms | {key: value.detach() for key, value in terms.items() if key != "loss"}
 
 
-def load_teachers(config, data):
-    """The teachers and their identities [{"name", "digest"}].
+OBJECTIVES = {"fused": EnsembleObjective, "plain": PlainObjective}
+
+
+def load_teachers(config, corpus):
+    """The teachers and what a checkpoint says of them: [{"name", "digest"}].
 
     Raises `UserError` if one has another tokenizer, another vocabulary or a shorter context.
     """
-    teachers, identities = [], []
+    teachers, records = [], []
     for path in config.teachers:
-        teacher, checkpoint = load_compatible(path, config, data)
-        if teacher.config.max_position_embeddings < config.sequence_length:
+        teacher, checkpoint = models.load_compatible(path, corpus)
+        positions = teacher.config.max_position_embeddings
+        if positions < config.sequence_length:
             raise UserError(
-                f"{path} reads {teacher.config.max_position_embeddings} tokens, fewer than "
+                f"{path} reads {positions} tokens, fewer than "
                 f"--sequence-length {config.sequence_length}: lower it"
             )
         teachers.append(teacher)
         name = checkpoint["model"]["name"]
-        identities.append({"name": name, "digest": models.content_digest(checkpoint["weights"])})
-    return teachers, identities
+        records.append({"name": name, "digest": content_digest(checkpoint["weights"])})
+    return teachers, records
 
 
-def check_weights(config):
-    """Raises `UserError` unless there is a weight for each teacher, or none at all."""
-    weights = config.teacher_weights
-    if weights is not None and len(weights) != len(config.teachers):
-        raise UserError(
-            f"--teacher-weights: {len(weights)} given for {len(config.teachers)} teachers"
-        )
-    if weights is not None and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
-        raise UserError("--teacher-weights: none below 0, and at least one above")
-
-
-def open_cache(config, data, teachers, identities):
+def open_teacher_cache(config, corpus, teachers, records):
     """The cache that --cache-teachers asks for, or None. `UserError` where it does not fit."""
-    place, device = config.cache_teachers, models.choose_device(config.device)
-    if place == "off":
-        return None
-    if place == "gpu" and device.type != "cuda":
-        raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
-    bf16 = choose_precision(config.precision, device) == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    sizes = [t.config.hidden_size for t in teachers]
-    num_chunks = count_chunks(len(data.train.tokens), config.sequence_length)
-    needed = num_chunks * config.sequence_length * sum(sizes) * dtype.itemsize
-    candidates = [place]
-    if place == "auto":  # what is left over is for training
-        candidates = ["gpu", "host"] if device.type == "cuda" else ["host"]
-    for place in candidates:
-        free = free_bytes(place, device)
-        if free is None or needed < (0.7 if config.cache_teachers == "auto" else 1) * free:
-            break
-    else:
-        if config.cache_teachers != "auto":
-            raise UserError(f"--cache-teachers {place}: {needed} bytes needed, {free} free")
-        print(f"cache      none: {needed / GIB:.2f} GiB do not fit")
-        return None
-    room = "" if free is None else f", {free / GIB:.1f} GiB free"
-    print(f"cache      {needed / GIB:.2f} GiB of the teachers' hidden states in {place}{room}")
-    if config.dry_run:
-        return None
-    shape = (num_chunks, config.sequence_length, sizes)
-    if place in ("gpu", "host"):
-        return TeacherCache.in_memory(*shape, device if place == "gpu" else "cpu", dtype)
-    made_from = {"teachers": [t["digest"] for t in identities], "shard": data.train.identity}
-    return TeacherCache.in_file(place, *shape, dtype, made_from)
+    compute = choose_compute(config.device, config.precision)
+    layout = Layout(
+        count_chunks(len(corpus.train.tokens), config.sequence_length),
+        config.sequence_length,
+        tuple(teacher.config.hidden_size for teacher in teachers),
+        torch.bfloat16 if compute.precision == "bf16" else torch.float32,
+    )
+    digests = [record["digest"] for record in records]
+    made_from = {"teachers": digests, "shard": corpus.train.digest}
+    return open_cache(config.cache_teachers, layout, made_from, compute.device, config.dry_run)
 
 
 def check_cache(config):
@@ -191,19 +182,19 @@ def check_cache(config):
 
 
 def main(argv=None):
-    config = parse(DistillConfig, __doc__, argv, check_cache)
-    config = with_recipe(config, out_prefix="distilled-")
-    check_weights(config)
-    data = open_data(config)
-    teachers, identities = load_teachers(config, data)
-    student, origin = initial_model(config, data)
+    config = parse(DistillConfig, __doc__, argv, models.listing(), check_cache)
+    config = models.with_recipe(config, out_prefix="distilled-")
+    models.check_weights(config.teacher_weights, len(config.teachers))
+    corpus = open_corpus(config.data)
+    teachers, records = load_teachers(config, corpus)
+    student, name, init_digest = models.initial_model(config, corpus)
     positions = config.sequence_length if config.kl_reduction == "sequence" else 1
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
     print(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
-    cache = open_cache(config, data, teachers, identities)
-    objective = EnsembleObjective(student, teachers, config, identities, cache)
-    return exit_code(fit(objective, config, origin))
+    cache = open_teacher_cache(config, corpus, teachers, records)
+    objective = OBJECTIVES[config.objective](student, teachers, config, cache)
+    return exit_code(fit_corpus(objective, config, corpus, name, init_digest, records))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

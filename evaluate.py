@@ -30,9 +30,11 @@ from torch import nn
 from tqdm import tqdm
 
 from data import BOS, EOS, Tokenizer, TokenShard
-from files import UserError, atomic_write, run, write_json
-from loss import BLOCK_ROWS
-from model import choose_device, count_parameters, load_checkpoint
+from harness.devices import choose_device
+from harness.files import UserError, atomic_write, run_program, warn, write_json
+from harness.tables import aligned
+from loss import BLOCK_ROWS, ensemble_logits
+from model import check_weights, count_parameters, load_checkpoint
 
 BATCH_TOKENS = 8192
 TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
@@ -40,16 +42,17 @@ SAME_FIELD = {"s-selection": "argument_structure"}  # 13 terms in the files, 12 
 
 
 class Ensemble(nn.Module):
-    """Several models as one: the mean of their logits, (B, T) → (B, T, V)."""
+    """Several models as one: the weighted mean of their logits, (B, T) → (B, T, V)."""
 
-    def __init__(self, members):
+    def __init__(self, members, weights=None):
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.weights = weights or [1.0] * len(members)
         lengths = [m.config.max_position_embeddings for m in members]
         self.max_position_embeddings = min(lengths)
 
     def forward(self, tokens):
-        return sum(m(tokens) for m in self.members) / len(self.members)
+        return ensemble_logits([m(tokens) for m in self.members], self.weights)
 
 
 def context_length(model):
@@ -175,36 +178,48 @@ def read_pairs(folder):
 def sentence_scores(model, tokenizer, sentences, convention="newline"):
     """log p of each sentence in that convention, in nats: list of N strings → (N,) float64.
 
-    Sentences of one length share a batch, so that nothing is padded.
+    Sentences of one length share a batch, so that nothing is padded. Raises `UserError` for a
+    sentence that is longer than the model's context.
     """
+    ids = _encoded(tokenizer, sentences, convention)
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]), default=None)
+    if longest is not None and len(ids[longest]) - 1 > context_length(model):
+        raise UserError(
+            f"a sentence of {len(ids[longest]) - 1} tokens is longer than the model's context of "
+            f"{context_length(model)}: {sentences[longest][:60]!r}"
+        )
+    scores = torch.zeros(len(ids), dtype=torch.float64)
+    with tqdm(total=len(ids), desc="minimal pairs", disable=None, leave=False) as bar:
+        for batch in _batches_of_one_length(ids):
+            tokens = torch.tensor([ids[i] for i in batch])
+            losses = token_losses(model, tokens[:, :-1], tokens[:, 1:])
+            scores[batch] = -losses.double().sum(1)
+            bar.update(len(batch))
+    return scores
+
+
+def _encoded(tokenizer, sentences, convention):
+    """The ids of each sentence, after what the convention puts before it."""
     how = CONVENTIONS[convention]
     if isinstance(how.prefix, str):
         prefix = tokenizer.encode(how.prefix)
     else:
         prefix = [] if how.prefix is None else [how.prefix]
+    return [prefix + ids for ids in tokenizer.encode([how.blank + s for s in sentences])]
+
+
+def _batches_of_one_length(ids):
+    """Yields lists of positions in `ids` whose entries have one length, the shortest first.
+
+    An entry of a single token is left out: nothing follows it, and it has no context: log p is 0.
+    """
     by_length = defaultdict(list)
-    ids = [prefix + s for s in tokenizer.encode([how.blank + s for s in sentences])]
     for i, sentence in enumerate(ids):
         by_length[len(sentence)].append(i)
-    by_length.pop(1, None)  # nothing follows the one token, which has no context: log p is 0
-    longest = max(by_length, default=1) - 1
-    if longest > context_length(model):
-        text = sentences[by_length[longest + 1][0]]
-        raise UserError(
-            f"a sentence of {longest} tokens is longer than the model's context of "
-            f"{context_length(model)}: {text[:60]!r}"
-        )
-    scores = torch.zeros(len(ids), dtype=torch.float64)
-    with tqdm(total=len(ids), desc="minimal pairs", disable=None, leave=False) as bar:
-        for length, members in sorted(by_length.items()):
-            rows = max(1, BATCH_TOKENS // length)
-            for i in range(0, len(members), rows):
-                batch = members[i : i + rows]
-                tokens = torch.tensor([ids[k] for k in batch])
-                losses = token_losses(model, tokens[:, :-1], tokens[:, 1:])
-                scores[batch] = -losses.double().sum(1)
-                bar.update(len(batch))
-    return scores
+    for length, members in sorted(by_length.items()):
+        rows = max(1, BATCH_TOKENS // length)
+        for i in range(0, len(members) if length > 1 else 0, rows):
+            yield members[i : i + rows]
 
 
 def pair_scores(model, tokenizer, pairs, convention="newline"):
@@ -259,18 +274,6 @@ def write_pair_scores(path, described, pairs, scores):
 # ---- several models, one table
 
 
-def table(rows):
-    """`rows` of strings as lines of aligned columns; the first row is the heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def report(results):
     """The lines of a table of the results, one model a row."""
     folders = list(results[0]["pairs"])
@@ -282,7 +285,7 @@ def report(results):
         cells += ["-" if r[k] is None else f"{r[k]:.4g}" for k in TEXT_SCORES]
         cells += [f"{r['pairs'][f][key]:.4f}" for f in folders for key in columns.values()]
         rows.append(cells)
-    return table(rows)
+    return aligned(rows)
 
 
 def load_all(paths, device):
@@ -295,7 +298,7 @@ def load_all(paths, device):
     return loaded
 
 
-def main(argv=None):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -303,6 +306,10 @@ def main(argv=None):
     parser.add_argument(
         "--ensemble", nargs="+", default=[], metavar="CHECKPOINT", help="averaged as one more row"
     )
+    parser.add_argument(
+        "--teacher-weights", nargs="+", type=float, metavar="WEIGHT",
+        help="one weight for each checkpoint of --ensemble (default: all equal)",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="DIR", help="folder of dev.bin (default: data/babylm)")
     parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="DIR", help="folders of BLiMP-style *.jsonl"
@@ -319,52 +326,88 @@ def main(argv=None):
         parser.error("give at least one checkpoint")
     if args.pair_scores and not args.pairs:
         parser.error("--pair-scores needs --pairs")
+    if args.teacher_weights and not args.ensemble:
+        parser.error("--teacher-weights needs --ensemble")
+    return args
 
-    data = Path(args.data or "data/babylm")
-    # Minimal pairs need no shard: without --data they are scored alone where there is none.
-    with_text = args.data is not None or not args.pairs or (data / "dev.bin").exists()
-    shard = TokenShard(data / "dev.bin") if with_text else None
-    if shard is None:
-        print(f"no {data / 'dev.bin'}: minimal pairs only; --data DIR scores text", file=sys.stderr)
-    pairs = {folder: read_pairs(folder) for folder in args.pairs}
-    device = choose_device(args.device)
-    paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
-    loaded = dict(zip(paths, load_all(paths, device)))
-    first = loaded[paths[0]][1]
-    tokenizer = Tokenizer.of_checkpoint(first, paths[0])
-    if shard is not None and shard.tokenizer != tokenizer.identity:
-        message = (
-            f"{shard.path} was made with another tokenizer than {paths[0]}: encode the text with "
-            "tokenize_corpus.py --tokenizer FILE"
-        )
-        if args.data is not None or not args.pairs:
-            raise UserError(message)
-        print(f"warning: {message}; minimal pairs only", file=sys.stderr)
-        shard = None
 
-    lengths = {
-        path: checkpoint["config"]["sequence_length"] for path, (_, checkpoint) in loaded.items()
-    }
-    entries = [
-        (path, loaded[path][1]["model"]["name"], loaded[path][0], lengths[path])
-        for path in args.checkpoints
-    ]
+@dataclass(frozen=True)
+class Contestant:
+    """A model to score: where it is from, its name, and the length of the chunks it reads."""
+
+    path: str
+    name: str
+    model: nn.Module
+    sequence_length: int
+
+
+def contestants(args, loaded):
+    """A `Contestant` for each checkpoint of the command line, the ensemble last.
+
+    `loaded` is {path: (model, checkpoint)}.
+    """
+    lengths = {path: found["config"]["sequence_length"] for path, (_, found) in loaded.items()}
+    entries = []
+    for path in args.checkpoints:
+        model, checkpoint = loaded[path]
+        entries.append(Contestant(path, checkpoint["model"]["name"], model, lengths[path]))
     if args.ensemble:
-        members = Ensemble([loaded[path][0] for path in args.ensemble]).eval()
-        length = min(lengths[path] for path in args.ensemble)
-        entries.append((" + ".join(args.ensemble), "ensemble", members, length))
+        members = [loaded[path][0] for path in args.ensemble]
+        entries.append(
+            Contestant(
+                " + ".join(args.ensemble),
+                "ensemble",
+                Ensemble(members, args.teacher_weights).eval(),
+                min(lengths[path] for path in args.ensemble),
+            )
+        )
+    return entries
+
+
+def open_shard(args, tokenizer, first):
+    """The dev shard to score, or None where there are pairs to score and no text asked for.
+
+    Raises `UserError` if it was asked for and is missing or of another tokenizer than `first`'s.
+    """
+    path = Path(args.data or "data/babylm") / "dev.bin"
+    optional = args.data is None and bool(args.pairs)
+    if optional and not path.exists():
+        print(f"no {path}: minimal pairs only; --data DIR scores text", file=sys.stderr)
+        return None
+    shard = TokenShard(path)
+    if shard.tokenizer == tokenizer.identity:
+        return shard
+    message = (
+        f"{shard.path} was made with another tokenizer than {first}: encode the text with "
+        "tokenize_corpus.py --tokenizer FILE"
+    )
+    if not optional:
+        raise UserError(message)
+    warn(f"{message}; minimal pairs only")
+    return None
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_weights(args.teacher_weights, len(args.ensemble))
+    pairs = {folder: read_pairs(folder) for folder in args.pairs}
+    paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
+    loaded = dict(zip(paths, load_all(paths, choose_device(args.device))))
+    tokenizer = Tokenizer.of_checkpoint(loaded[paths[0]][1], paths[0])
+    shard = open_shard(args, tokenizer, paths[0])
     results, scores = [], []
-    for path, name, model, length in entries:
-        described = {"path": path, "model": name, "parameters": count_parameters(model)}
-        text = dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
+    for entry in contestants(args, loaded):
+        result = {"path": entry.path, "model": entry.name}
+        result |= {"parameters": count_parameters(entry.model)}
+        result |= dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
         if shard is not None:
-            text = corpus_scores(model, shard, length)
+            result |= corpus_scores(entry.model, shard, entry.sequence_length)
         by_folder = {
-            folder: pair_scores(model, tokenizer, members, args.convention)
-            for folder, members in pairs.items()
+            folder: pair_scores(entry.model, tokenizer, files, args.convention)
+            for folder, files in pairs.items()
         }
-        accuracy = {folder: accuracies(pairs[folder], s) for folder, s in by_folder.items()}
-        results.append(described | text | {"pairs": accuracy})
+        result["pairs"] = {f: accuracies(pairs[f], found) for f, found in by_folder.items()}
+        results.append(result)
         scores.append(list(by_folder.values()))
     print("\n".join(report(results)))
     if args.json:
@@ -375,4 +418,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from data import BOS, EOS, PAD, UNK, Tokenizer
-from files import UserError, atomic_write, run, write_json, write_text
-from model import ARCHITECTURES, check_shape, count_parameters, load_checkpoint, save_checkpoint
+from harness.checkpoint import write_checkpoint
+from harness.files import UserError, atomic_write, run_program, write_json, write_text
+from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
 
 # Fields of our configs under Hugging Face's names.
 FIELDS = {
@@ -324,6 +325,11 @@ def export(path, out, start_token="as-trained"):
     """
     model, checkpoint = load_checkpoint(path)
     architecture = checkpoint["model"]["architecture"]
+    if architecture not in FIELDS:
+        raise UserError(
+            f"{path} is a {architecture}, which Hugging Face's stock classes do not know: only "
+            f"{' and '.join(FIELDS)} can be exported"
+        )
     tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
     check_tokenizer(tokenizer, path)
     weights = checkpoint["weights"]
@@ -366,7 +372,7 @@ def read_config(folder):
     try:
         theirs = json.loads(path.read_bytes())
         kind = theirs["model_type"]
-        if kind not in ARCHITECTURES:
+        if kind not in FIELDS:
             raise UserError(f"{path}: model_type {kind!r}: only llama and gpt2 are read")
         check_rope(path, theirs)
         theirs = {FIELDS[kind]["max_position_embeddings"]: CONTEXT_IF_UNSAID[kind]} | theirs
@@ -400,7 +406,7 @@ def check_rope(path, theirs):
             theirs["rope_theta"] = rope["rope_theta"]
 
 
-def read_weights(folder, architecture, model):
+def read_weights(folder, architecture, expected):
     """Our state dict out of model.safetensors; `UserError` unless it is exactly this model's."""
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -416,7 +422,7 @@ def read_weights(folder, architecture, model):
         if not name.endswith(BUFFERS):
             theirs[bare] = tensor
     weights = {}
-    for name, ours in model.state_dict().items():
+    for name, ours in expected.items():
         if name not in theirs:
             raise UserError(f"{path} lacks {hf_name(architecture, name)}")
         tensor = theirs.pop(name)
@@ -455,12 +461,13 @@ def import_folder(folder, out):
             f"{folder}: {tokenizer.vocabulary_size} pieces for {config.vocab_size} embeddings"
         )
     with torch.device("meta"):
-        model = ARCHITECTURES[architecture][0](config)
-    model.load_state_dict(read_weights(folder, architecture, model), assign=True)
-    save_checkpoint(
+        expected = build(config).state_dict()
+    weights = read_weights(folder, architecture, expected)
+    shape = dataclasses.asdict(config)
+    write_checkpoint(
         out,
-        name=folder.resolve().name,
-        model=model,
+        model={"name": folder.resolve().name, "architecture": architecture, "shape": shape},
+        weights=weights,
         config={"sequence_length": min(128, config.max_position_embeddings)},
         tokenizer=tokenizer,
         progress={},
@@ -491,4 +498,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

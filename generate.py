@@ -9,8 +9,9 @@ import sys
 import torch
 
 from data import BOS, EOS, PAD, UNK, Tokenizer
-from files import UserError, run
-from model import choose_device, load_checkpoint
+from harness.devices import choose_device
+from harness.files import UserError, run_program
+from model import load_checkpoint
 
 
 @torch.no_grad()
@@ -44,15 +45,17 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the text begins with")
-    parser.add_argument("--tokens", type=int, default=100, help="how many more (default: 100)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="beginning of the text")
+    parser.add_argument(
+        "--tokens", type=int, default=100, help="number of tokens to write (default: 100)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=0, help="of the likeliest; 0: all (default: 0)"
+        "--top-k", type=int, default=0, help="draw from the k likeliest; 0: all (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     if args.tokens < 0 or args.top_k < 0 or not 0 <= args.seed < 1 << 63:
@@ -75,4 +78,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -23,7 +23,7 @@ class GPT2Config:
     num_hidden_layers: int
     num_attention_heads: int
     max_position_embeddings: int = 256
-    dropout: float = 0.1  # of embeddings, attention weights and both residual branches
+    dropout: float = 0.1  # on embeddings, attention weights and both residual branches
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
 
@@ -102,14 +102,22 @@ class GPT2(nn.Module):
         """The list of identical layers."""
         return self.h
 
-    def hidden_states(self, tokens):
-        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C)."""
+    def hidden_states(self, tokens, layers=()):
+        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C).
+
+        With `layers` a second value: {i: (B, T, C)} for each i in it, the residual stream after
+        layer i; 0 is the embedding.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
+        states = {0: x} if 0 in layers else {}
+        for i, block in enumerate(self.h, 1):
             x = block(x)
-        return self.ln_f(x)
+            if i in layers:
+                states[i] = x
+        x = self.ln_f(x)
+        return (x, states) if layers else x
 
     def forward(self, tokens):
         """Logits of the next token: (B, T) int64 → (B, T, V)."""

@@ -26,6 +26,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    dropout: float = 0.0  # on embeddings, attention weights and both residual branches, as in GPT-2
 
 
 class RMSNorm(nn.Module):
@@ -68,6 +69,7 @@ class Attention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.num_heads = config.num_attention_heads
+        self.dropout = config.dropout
         self.q_proj = nn.Linear(C, C, bias=False)
         self.k_proj = nn.Linear(C, C, bias=False)
         self.v_proj = nn.Linear(C, C, bias=False)
@@ -78,8 +80,10 @@ class Attention(nn.Module):
         q, k, v = joined_product(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, C)
         q, k, v = (s.view(B, T, self.num_heads, -1).transpose(1, 2) for s in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = self.o_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -87,13 +91,15 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.dropout = config.dropout
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         gate, up = joined_product(x, self.gate_proj, self.up_proj)  # (B, T, F)
-        return self.down_proj(F.silu(gate) * up)  # (B, T, C)
+        x = self.down_proj(F.silu(gate) * up)  # (B, T, C)
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -139,14 +145,23 @@ class Llama(nn.Module):
         """The list of identical layers."""
         return self.layers
 
-    def hidden_states(self, tokens):
-        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C)."""
+    def hidden_states(self, tokens, layers=()):
+        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C).
+
+        With `layers` a second value: {i: (B, T, C)} for each i in it, the residual stream after
+        layer i; 0 is the embedding.
+        """
         T = tokens.shape[1]
         cos, sin = self.cos[:T], self.sin[:T]  # (T, D)
         x = self.embed_tokens(tokens)  # (B, T, C)
-        for block in self.layers:
+        x = F.dropout(x, self.config.dropout, self.training)
+        states = {0: x} if 0 in layers else {}
+        for i, block in enumerate(self.layers, 1):
             x = block(x, cos, sin)
-        return self.norm(x)
+            if i in layers:
+                states[i] = x
+        x = self.norm(x)
+        return (x, states) if layers else x
 
     def forward(self, tokens):
         """Logits of the next token: (B, T) int64 → (B, T, V)."""

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
+IGNORED = -100  # a target that has no loss: torch's own convention
 REDUCTIONS = ("sequence", "token")
-BLOCK_ROWS = 32  # of 16,000 logits in float32: two megabytes
+BLOCK_ROWS = 32  # rows of 16,000 float32 logits are two megabytes: a processor's cache
 
 
 def cross_entropy(logits, targets, num_targets):
@@ -50,6 +50,11 @@ def kl_divergence(student_logits, teacher_logits, temperature, kl_denominator, k
     return per_position.sum() / kl_denominator
 
 
+def mixed_loss(ce, kl, alpha, temperature):
+    """alpha · CE + (1 - alpha) · T² · KL."""
+    return alpha * ce + (1 - alpha) * temperature**2 * kl
+
+
 def plain_ensemble_kl(
     student_logits,
     teacher_logits,
@@ -62,15 +67,15 @@ def plain_ensemble_kl(
     kl_denominator,
     kl_mask=None,
 ):
-    """The objective as the paper writes it, from logits: what `ensemble_kl` must equal."""
+    """The objective as the paper writes it, from logits: what `ensemble_kl` must equal.
+
+    student_logits (..., V), teacher_logits K × (..., V), weights K, targets (...). A dict of
+    `loss`, `cross_entropy` and `kl`, each ().
+    """
     ce = cross_entropy(student_logits, targets, num_targets)
     teacher = ensemble_logits(teacher_logits, weights)
     kl = kl_divergence(student_logits, teacher, temperature, kl_denominator, kl_mask)
-    return {
-        "loss": alpha * ce + (1 - alpha) * temperature**2 * kl,
-        "cross_entropy": ce,
-        "kl": kl,
-    }
+    return {"loss": mixed_loss(ce, kl, alpha, temperature), "cross_entropy": ce, "kl": kl}
 
 
 # ---- the fused objective
@@ -134,16 +139,11 @@ def ensemble_kl(
     callers who keep it. At most `chunk_tokens` tokens have logits at a time; `compiled` passes over
     them once. Only `loss` has a gradient, with respect to the student alone, and only once.
     """
-    hiddens, heads, weights = zip(*teachers)
     dtype = matmul_dtype(student_hidden)
-    if joined_head is None:
-        joined_head = join_heads([h.detach() for h in heads], weights, dtype)
-    joined_hidden = torch.cat([h.detach().to(dtype) for h in hiddens], dim=-1).flatten(0, -2)
+    joined = Teachers.join(teachers, dtype, joined_head, kl_mask)
     terms = Terms(alpha, temperature, len(teachers), num_targets, kl_denominator)
-    mask = None if kl_mask is None else kl_mask.flatten()
-    teacher = (joined_hidden, joined_head, mask)
     loss, ce, kl = _fused(
-        student_hidden, student_head, teacher, targets, terms, chunk_tokens, compiled
+        student_hidden, student_head, targets, joined, terms, chunk_tokens, compiled
     )
     return {"loss": loss, "cross_entropy": ce, "kl": kl}
 
@@ -151,12 +151,12 @@ def ensemble_kl(
 def fused_cross_entropy(hidden, head, targets, num_targets, chunk_tokens=None, compiled=False):
     """`cross_entropy` of hidden states (..., C) through a head (V, C), without keeping logits."""
     terms = Terms(1.0, 1.0, 0, num_targets, 1)
-    return _fused(hidden, head, None, targets, terms, chunk_tokens, compiled)[0]
+    return _fused(hidden, head, targets, None, terms, chunk_tokens, compiled)[0]
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The constants of one step's objective; no teachers, no KL."""
+    """The constants of one step's objective; without teachers there is no KL."""
 
     alpha: float
     temperature: float
@@ -165,7 +165,32 @@ class Terms:
     kl_denominator: float
 
 
-def _fused(hidden, head, teacher, targets, terms, chunk_tokens, compiled):
+@dataclass(frozen=True)
+class Teachers:
+    """The ensemble as one linear map: hidden (N, ΣC_k), head (V, ΣC_k), the KL's mask (N,) or None.
+
+    Its logits are K times the ensemble's; the rows divide by K, where nothing is rounded.
+    """
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def join(cls, teachers, dtype, joined_head, kl_mask):
+        """The record of [(hidden_k, head_k, weight_k), ...] for products in `dtype`."""
+        hiddens, heads, weights = zip(*teachers)
+        if joined_head is None:
+            joined_head = join_heads([h.detach() for h in heads], weights, dtype)
+        hidden = torch.cat([h.detach().to(dtype) for h in hiddens], dim=-1).flatten(0, -2)
+        return cls(hidden, joined_head, None if kl_mask is None else kl_mask.flatten())
+
+    def rows(self, rows):
+        """Logits (n, V) and mask (n,) or None of a slice of the tokens."""
+        return self.hidden[rows] @ self.head.T, None if self.mask is None else self.mask[rows]
+
+
+def _fused(hidden, head, targets, teachers, terms, chunk_tokens, compiled):
     if chunk_tokens is None:
         # Few, large chunks keep a GPU busy; a CPU is as fast with smaller ones, in less memory.
         chunk_tokens = 4096 if hidden.is_cuda else 512
@@ -173,7 +198,7 @@ def _fused(hidden, head, teacher, targets, terms, chunk_tokens, compiled):
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         return _FusedLoss.apply(
-            hidden.flatten(0, -2), head, teacher, targets.flatten(), terms, chunk_tokens, dtype,
+            hidden.flatten(0, -2), head, targets.flatten(), teachers, terms, chunk_tokens, dtype,
             wanted, _row_function(hidden.is_cuda, compiled),
         )  # fmt: skip
 
@@ -181,35 +206,31 @@ def _fused(hidden, head, teacher, targets, terms, chunk_tokens, compiled):
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, head, teacher, targets, terms, chunk_tokens, dtype, wanted, row_function
+        ctx, hidden, head, targets, teachers, terms, chunk_tokens, dtype, wanted, row_function
     ):
-        want_hidden = wanted and ctx.needs_input_grad[0]
-        want_head = wanted and ctx.needs_input_grad[1]
+        want_hidden, want_head = (wanted and needed for needed in ctx.needs_input_grad[:2])
         head_cast = centred(head).to(dtype)  # (V, C)
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_head = torch.zeros_like(head) if want_head else None
-        ce = kl = torch.zeros((), dtype=_row_dtype(dtype), device=hidden.device)
+        zero = torch.zeros((), dtype=_row_dtype(dtype), device=hidden.device)
+        sums = zero, zero  # CE, KL
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             hidden_cast = hidden[rows].to(dtype)  # (N, C)
             logits = hidden_cast @ head_cast.T  # (N, V)
-            teacher_logits = mask = None
-            if teacher is not None:
-                teacher_logits = teacher[0][rows] @ teacher[1].T  # (N, V)
-                mask = None if teacher[2] is None else teacher[2][rows]
-            want = want_hidden or want_head
-            chunk_ce, chunk_kl, dz = row_function(
-                logits, teacher_logits, targets[rows], mask, terms, want
+            taught, mask = (None, None) if teachers is None else teachers.rows(rows)
+            *terms_here, dz = row_function(
+                logits, taught, targets[rows], mask, terms, want_hidden or want_head
             )
-            ce, kl = ce + chunk_ce, kl + chunk_kl
+            sums = [total + term for total, term in zip(sums, terms_here)]
             if want_hidden:
                 d_hidden[rows] = dz @ head_cast
             if want_head:
                 d_head += _product_in_float32(dz.T, hidden_cast)
+        ce, kl = sums
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
-        loss = terms.alpha * ce + (1 - terms.alpha) * terms.temperature**2 * kl
-        return loss, ce, kl
+        return mixed_loss(ce, kl, terms.alpha, terms.temperature), ce, kl
 
     @staticmethod
     @once_differentiable

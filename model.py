@@ -1,34 +1,20 @@
-"""Presets with their recipes, building a model by name, its device, and the checkpoint format.
+"""Presets with their recipes; a model by name, from a config, or from a checkpoint.
 
-A checkpoint is one dict of primitives and tensors that `torch.load(path, weights_only=True)` reads:
-
-    format, version   "babyllama-checkpoint", 1
-    model             {"name", "architecture", "shape": the fields of its config}
-    weights           {parameter name: float32 tensor}
-    config            the run's options, as used
-    tokenizer         {"identity", "model": the SentencePiece file as a uint8 tensor}
-    progress          {"step", "steps", "words", "dev_cross_entropy", ...}
-    teachers          [{"name", "digest"}], empty unless distilled
-    commit            of the project when it was written
-    training          moments keyed by parameter name and random states; None in best.pt
-    digest            SHA-256 of all of the above: torch.load itself verifies nothing
+A new architecture is a file of its own beside `llama.py` and one line in `ARCHITECTURES`. Its
+config is a dataclass with the fields that `check_shape` names; its model has `config`, `blocks`,
+`head`, `hidden_states(tokens, layers)` and `forward(tokens)` as the two that are here.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import shutil
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from files import UserError, atomic_write
 from gpt2 import GPT2, GPT2Config
+from harness.checkpoint import read_checkpoint
+from harness.files import UserError
 from llama import Llama, LlamaConfig
 
-FORMAT, VERSION = "babyllama-checkpoint", 1
 VOCABULARY_SIZE = 16_000  # the paper's; a model in training takes its tokenizer's
 
 ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
@@ -36,7 +22,7 @@ ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained: AdamW's step size, sequences a batch, epochs, steps, decay."""
+    """How a preset is trained: peak learning rate, sequences a batch, epochs, steps, decay."""
 
     learning_rate: float
     batch_size: int
@@ -89,13 +75,42 @@ def preset(name):
     return PRESETS[name]
 
 
-def build_model(name, vocabulary_size=VOCABULARY_SIZE, **changes):
-    """A freshly initialised model of that preset; `changes` override fields of its config.
+def listing():
+    """One line with the names of all presets."""
+    return f"presets: {', '.join(PRESETS)}"
+
+
+def with_recipe(config, out_prefix=""):
+    """`config` with what was left open taken from its preset's recipe."""
+    recipe = dataclasses.asdict(preset(config.model).recipe)
+    if config.steps is not None:
+        recipe.pop("epochs")
+    values = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    if config.out is None:
+        values["out"] = f"runs/{out_prefix}{config.model}"
+    return dataclasses.replace(config, **values)
+
+
+# ---- building
+
+
+def architecture(config):
+    """The key of a config's class in `ARCHITECTURES`."""
+    return next(name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind)
+
+
+def build(config):
+    """A freshly initialised model of that config, whichever architecture it is of.
 
     Initialisation draws from torch's global generator: seed it for the same weights.
     """
-    config = dataclasses.replace(preset(name).config, vocab_size=vocabulary_size, **changes)
-    return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+    model_class, _ = ARCHITECTURES[architecture(config)]
+    return model_class(config)
+
+
+def build_model(name, vocabulary_size=VOCABULARY_SIZE, **changes):
+    """`build` of a preset; `changes` override fields of its config."""
+    return build(dataclasses.replace(preset(name).config, vocab_size=vocabulary_size, **changes))
 
 
 def count_parameters(model):
@@ -103,160 +118,44 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def architecture(model):
-    """The key of the model's class in `ARCHITECTURES`."""
-    return next(name for name, (kind, _) in ARCHITECTURES.items() if isinstance(model, kind))
+def parse_shape(text):
+    """{field: value} of --shape, such as "hidden_size=384,num_hidden_layers=10,dropout=0.1".
 
-
-def choose_device(name):
-    """The torch device: of `auto`, CUDA, else MPS, else the CPU. `UserError` if it is not there."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: choose auto, cuda, mps or cpu") from error
-    if device.type not in ("cuda", "mps", "cpu"):
-        raise UserError(f"--device {name}: choose auto, cuda, mps or cpu")
-    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
-        raise UserError(f"--device {name}: this machine has none; try --device auto")
-    return device
-
-
-# ---- checkpoints
-
-
-def content_digest(value):
-    """The SHA-256 of nested dicts, lists, primitives and tensors: names, types, shapes, bytes.
-
-    Raises ValueError for what is not stored as it reads: tensors that repeat their elements, and
-    containers that repeat each other, which could be of any size.
+    Raises `UserError` for what is not a list of names and values.
     """
-    digest, count = hashlib.sha256(), 0
-
-    def add(value):
-        nonlocal count
-        count += 1
-        if count > 1_000_000:
-            raise ValueError("too many values")
-        if isinstance(value, dict):
-            digest.update(f"dict {len(value)}\n".encode())
-            for key, item in value.items():
-                add(key)
-                add(item)
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"list {len(value)}\n".encode())
-            for item in value:
-                add(item)
-        elif isinstance(value, torch.Tensor):
-            digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
-            if not value.is_contiguous():
-                raise ValueError("a tensor is not contiguous")
-            flat = value.detach().cpu().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
-        else:
-            digest.update(f"{type(value).__name__} {value!r}\n".encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
-def save_checkpoint(
-    path, *, name, model, config, tokenizer, progress, teachers=(), commit="unknown", training=None
-):
-    """Writes the checkpoint of `model` atomically; the format is this module's docstring."""
-    checkpoint = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": {
-            "name": name,
-            "architecture": architecture(model),
-            "shape": dataclasses.asdict(model.config),
-        },
-        "weights": {key: value.detach().cpu() for key, value in model.state_dict().items()},
-        "config": config,
-        "tokenizer": {
-            "identity": tokenizer.identity,
-            "model": torch.from_numpy(np.frombuffer(tokenizer.model_bytes, np.uint8).copy()),
-        },
-        "progress": progress,
-        "teachers": list(teachers),
-        "commit": commit,
-        "training": training,
-    }
-    checkpoint["digest"] = content_digest(checkpoint)
-    with atomic_write(path) as file:
+    changes = {}
+    for item in text.split(",") if text else ():
+        name, _, value = item.strip().partition("=")
         try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports that a write failed
-            state = {} if training is None else training["optimizer"]
-            tensors = [checkpoint["weights"], *state.values()]
-            needed = sum(t.nbytes for named in tensors for t in named.values())
-            free = shutil.disk_usage(Path(path).parent).free
-            raise UserError(
-                f"cannot write {path}: is the disk full? {needed} bytes needed, {free} free; "
-                "what stood there is untouched"
-            ) from error
+            changes[name] = {"true": True, "false": False}[value.lower()]
+        except KeyError:
+            try:
+                changes[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+            except ValueError as error:
+                raise UserError(
+                    f"--shape {item!r}: give name=value, such as hidden_size=384, with commas "
+                    "between several"
+                ) from error
+    return changes
 
 
-def read_checkpoint(path):
-    """The checkpoint's dict, verified. Raises `UserError` if it is missing, damaged or foreign."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(
-            f"{path} is a folder: give a checkpoint such as {path / 'best.pt'}, or make one of a "
-            "Hugging Face folder with export_hf.py --import"
-        )
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: train.py and distill.py write checkpoints")
+def shaped(config, changes):
+    """`config` with other fields. Raises `UserError` for an unknown field, or an impossible shape.
+
+    A whole number stands for a fractional one where the field is fractional.
+    """
+    fields = {f.name: f.type for f in dataclasses.fields(config) if f.name != "vocab_size"}
+    for name in changes:
+        if name not in fields:
+            raise UserError(f"--shape {name}: choose from {', '.join(fields)}")
+    changes = {n: float(v) if fields[n] is float and type(v) is int else v
+               for n, v in changes.items()}  # fmt: skip
+    changed = dataclasses.replace(config, **changes)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler given foreign bytes may raise anything at all
-        size = path.stat().st_size
-        raise UserError(
-            f"{path} ({size} bytes) is damaged or no checkpoint: use another of the same run"
-        ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project")
-    version = checkpoint.get("version")
-    if type(version) is not int or version != VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {VERSION}")
-    digest = checkpoint.pop("digest", None)
-    try:
-        whole = content_digest(checkpoint) == digest
-    except (ValueError, RuntimeError, NotImplementedError):  # tensors such as we never save
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged (its digest differs): use another of the same run")
-    if not _is_well_formed(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of this project: something in it is missing")
-    checkpoint["digest"] = digest
-    return checkpoint
-
-
-def _is_well_formed(checkpoint):
-    """Whether it has what the programs read of it: a digest, anyone can compute."""
-    sections = ("model", "weights", "config", "tokenizer", "progress")
-    if not all(type(checkpoint.get(key)) is dict for key in sections):
-        return False
-    try:
-        config, tokenizer = checkpoint["config"], checkpoint["tokenizer"]
-        length, pieces = config["sequence_length"], tokenizer["model"]
-        json.dumps(config)
-        texts = [checkpoint["model"]["name"], tokenizer["identity"], config.get("train_shard", "")]
-        texts += [t[key] for t in checkpoint["teachers"] for key in ("name", "digest")]
-        return (
-            all(isinstance(text, str) for text in (*texts, *checkpoint["weights"], *config))
-            and all(w.dtype == torch.float32 for w in checkpoint["weights"].values())
-            and (pieces.dtype, pieces.dim()) == (torch.uint8, 1)
-            and type(length) is int
-            and 0 < length < 1 << 20
-            and all(type(value) in (int, float) for value in checkpoint["progress"].values())
-            and isinstance(checkpoint["training"], (dict, type(None)))
-        )
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
-        return False
+        check_shape(changed)
+    except ValueError as error:
+        raise UserError(f"--shape: {error}") from error
+    return changed
 
 
 def check_shape(config):
@@ -272,28 +171,100 @@ def check_shape(config):
             valid = type(value) is bool
         if not valid:
             raise ValueError(f"{field.name} cannot be {value!r}")
-    if config.num_hidden_layers > 1000 or config.hidden_size % config.num_attention_heads:
-        raise ValueError("there are too many layers, or heads that do not divide hidden_size")
-    if isinstance(config, LlamaConfig):
-        head_size = config.hidden_size // config.num_attention_heads
-        if head_size % 2 or config.rope_theta <= 0:
-            raise ValueError("rotary positions need heads of an even size, and a theta above 0")
+    hidden_size, heads = config.hidden_size, config.num_attention_heads
+    if config.num_hidden_layers > 1000:
+        raise ValueError(f"{config.num_hidden_layers} layers are too many: at most 1000")
+    if hidden_size % heads:
+        raise ValueError(f"{heads} attention heads do not divide hidden_size {hidden_size}")
+    if isinstance(config, LlamaConfig) and (hidden_size // heads % 2 or config.rope_theta <= 0):
+        raise ValueError(
+            f"rotary positions need heads of an even size, here {hidden_size // heads}, and a "
+            "theta above 0"
+        )
+
+
+# ---- from checkpoints
+
+
+def rebuilt(config, weights):
+    """The model of that config with these weights, a state dict, which are not copied."""
+    with torch.device("meta"):
+        model = build(config)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def load_checkpoint(path):
     """The rebuilt model, in eval mode on the CPU, and the checkpoint's dict, in that order.
 
-    Raises `UserError` where `read_checkpoint` does, or if weights and shape do not belong together.
+    Raises `UserError` where `read_checkpoint` does, if weights and shape do not belong together, or
+    if the model is of an architecture that is not in `ARCHITECTURES`.
     """
     checkpoint = read_checkpoint(path)
+    name = checkpoint["model"].get("architecture")
     try:
-        described = checkpoint["model"]
-        kind, config = ARCHITECTURES[described["architecture"]]
-        config = config(**described["shape"])
+        if name not in ARCHITECTURES:
+            raise UserError(
+                f"{path} is a {name!r}, and only {', '.join(ARCHITECTURES)} are known here: use "
+                "the version of this project that trained it"
+            )
+        _, config_class = ARCHITECTURES[name]
+        config = config_class(**checkpoint["model"]["shape"])
         check_shape(config)
-        with torch.device("meta"):
-            model = kind(config)
-        model.load_state_dict(checkpoint["weights"], assign=True)
+        model = rebuilt(config, checkpoint["weights"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that do not fit the model it names") from error
     return model.eval(), checkpoint
+
+
+def load_compatible(path, corpus):
+    """`load_checkpoint`, but `UserError` unless `corpus` was made with the model's tokenizer."""
+    model, checkpoint = load_checkpoint(path)
+    theirs, ours = checkpoint["tokenizer"]["identity"], corpus.tokenizer
+    if theirs != ours.identity:
+        raise UserError(
+            f"{path} was trained with another tokenizer ({theirs[:12]}) than {corpus.folder} "
+            f"({ours.identity[:12]}): encode the data with that of the checkpoint, "
+            "which export_hf.py writes as tokenizer.model (tokenize_corpus.py --tokenizer)"
+        )
+    if model.config.vocab_size != ours.vocabulary_size:
+        raise UserError(
+            f"{path} has {model.config.vocab_size} logits, the tokenizer of {corpus.folder} "
+            f"{ours.vocabulary_size} pieces: use a model trained on this data"
+        )
+    return model, checkpoint
+
+
+def check_weights(weights, num_teachers):
+    """Raises `UserError` unless there is a weight for each teacher, or none at all."""
+    if weights is None:
+        return
+    if len(weights) != num_teachers:
+        raise UserError(f"--teacher-weights: {len(weights)} given for {num_teachers} teachers")
+    if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        raise UserError("--teacher-weights: none below 0, and at least one above")
+
+
+def initial_model(config, corpus):
+    """The model to train, its name, and the digest of what --init names, or None.
+
+    Drawn from the seed in the preset's shape as --shape and --dropout change it, or read from
+    --init. Raises `UserError` where that is impossible or its context is too short.
+    """
+    torch.manual_seed(config.seed)
+    dropout = {} if config.dropout is None else {"dropout": config.dropout}
+    if config.init is None:
+        name, digest = config.model, None
+        shape = shaped(preset(name).config, parse_shape(config.shape) | dropout)
+        model = build(dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocabulary_size))
+    else:
+        if config.shape:
+            raise UserError("--shape: the shape is that of --init, leave one of the two out")
+        model, checkpoint = load_compatible(config.init, corpus)
+        name, digest = checkpoint["model"]["name"], checkpoint["digest"]
+        if dropout:
+            model = rebuilt(shaped(model.config, dropout), model.state_dict())
+    positions = model.config.max_position_embeddings
+    if config.sequence_length > positions:
+        raise UserError(f"--sequence-length {config.sequence_length}: {name} reads {positions}")
+    return model, name, digest

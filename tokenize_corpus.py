@@ -22,10 +22,10 @@ import sentencepiece
 from tqdm import tqdm
 
 from data import BOS, EOS, PAD, UNK, Tokenizer, write_shard
-from files import UserError, atomic_write, run
+from harness.files import UserError, atomic_write, run_program, warn
+from model import VOCABULARY_SIZE
 
 SUFFIXES = {".train", ".dev", ".test", ".txt"}
-VOCABULARY_SIZE = 16000  # the paper's
 SMALLEST_VOCABULARY = 260  # 256 bytes; pad, bos, eos, unk
 MAX_TRAINING_BYTES = 4000  # SentencePiece silently skips training lines of more than 4192 bytes
 CALL_CHARACTERS = 4000  # SentencePiece's time per character grows with the string
@@ -170,7 +170,7 @@ def read_text(path):
     if not text:
         raise UserError(f"{path} is empty: remove it or fill it")
     if count := text.count(SPACE_PIECE):
-        print(f"warning: {path}: {count} characters U+2581 will become spaces", file=sys.stderr)
+        warn(f"{path}: {count} characters U+2581 will become spaces")
     return text
 
 
@@ -296,10 +296,9 @@ def encode_split(tokenizer, texts, pool, split):
                 progress.update(len(block))
             entries.append((name, np.concatenate(ids), len(text.split()), len(text.encode())))
     if altered:
-        print(
-            f"warning: the tokenizer does not give the {split} text back exactly: "
-            f"{altered} of {len(tasks)} blocks differ",
-            file=sys.stderr,
+        warn(
+            f"the tokenizer does not give the {split} text back exactly: "
+            f"{altered} of {len(tasks)} blocks differ"
         )
     return entries
 
@@ -384,4 +383,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -2,10 +2,11 @@
 
 Each contestant is a process of its own, so that its peak memory is its own. On a CPU all are built
 and warmed up first; then they take turns, one round each, while the others sleep: what disturbs the
-machine disturbs all of them. A GPU is not shared, but its memory would be: there they come one
+machine disturbs all of them. A GPU is not shared, because its memory would be: there they come one
 after the other. Ratios are of medians.
 """
 
+import contextlib
 import json
 import resource
 import statistics
@@ -16,48 +17,53 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
-import train
-from data import Batch
-from gpt2 import GPT2Config
+from harness.plan import GIB
 
-MARK = "@contest "  # what a contestant says to the referee, among whatever else it prints
+MARK = "@contest "  # begins what a contestant says to the referee, among whatever else it prints
 
 
-def serve(round, prepare=lambda: None, device="cpu"):
-    """A contestant: says that it is ready, then runs and times `round()` for every line it reads.
+# ---- a contestant
 
-    Ends when its input ends, with its peak memory in GiB: what it took of the GPU or, elsewhere,
-    had resident; and what `prepare` (the warm-up) and the rounds allocated beyond what stood
-    before.
+
+def serve(work, prepare=lambda: None, device="cpu"):
+    """Makes this process a contestant: it times `work()`, one round for every line that it reads.
+
+    `prepare()` is the warm-up. When the input ends, the contestant tells its peak memory in GiB:
+    "peak_gb" is what it took of the GPU or, elsewhere, had resident; "own_gb" is what warm-up and
+    rounds allocated beyond what stood before.
     """
     cuda = torch.device(device).type == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else resident()
+    before = torch.cuda.memory_allocated() if cuda else resident_bytes()
     prepare()
     print(MARK + json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        round()
+        work()
         if cuda:
             torch.cuda.synchronize()
         print(MARK + json.dumps(time.perf_counter() - started), flush=True)
     peak = highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
         peak, highest = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
-    gib = {"peak_gb": peak / (1 << 30), "own_gb": (highest - before) / (1 << 30)}
-    print(MARK + json.dumps(gib), flush=True)
+    memory = {"peak_gb": peak / GIB, "own_gb": (highest - before) / GIB}
+    print(MARK + json.dumps(memory), flush=True)
 
 
-def resident():
+def resident_bytes():
     """Resident bytes of this process now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
+# ---- the referee
+
+
 class Contestant:
+    """The referee's end of a contestant. What the contestant says is None once it has died."""
+
     def __init__(self, command):
         self.complaints = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
@@ -69,160 +75,110 @@ class Contestant:
         )
 
     def hear(self):
-        """What it says next; None if it has died."""
+        """What it says next."""
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
         return None
 
-    def last_words(self):
-        """The last line of its complaint."""
-        self.process.wait()
-        self.complaints.seek(0)
-        return (self.complaints.read().strip().splitlines() or ["no message"])[-1]
-
-    def turn(self):
+    def take_turn(self):
         """The seconds of one round."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
         return self.hear()
 
     def leave(self):
+        """Its peak memory, {"peak_gb", "own_gb"}, after which it ends."""
         self.process.stdin.close()
-        peak = self.hear()
+        memory = self.hear()
         self.process.wait()
-        return peak
+        return memory
+
+    def last_words(self):
+        """The last line that it wrote to standard error."""
+        code = self.process.wait()
+        self.complaints.seek(0)
+        lines = self.complaints.read().strip().splitlines()
+        return lines[-1] if lines else f"it ended with exit code {code} and said nothing"
+
+    def stop(self):
+        """Ends it, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.complaints):
+            with contextlib.suppress(BrokenPipeError):  # a line that the dead did not read
+                file.close()
 
 
-def contest(commands, rounds, device):
-    """{name: {"seconds": [per round], "peak_gb", "own_gb"} or {"error"}} of {name: argv}."""
-    if torch.device(device).type != "cpu":
-        return {name: take_turns({name: argv}, rounds)[name] for name, argv in commands.items()}
-    return take_turns(commands, rounds)
+def contest(commands, rounds, device, report):
+    """Times contestants, {name: argv}, and calls `report(name, result)` as soon as one is there.
 
-
-def take_turns(commands, rounds):
-    """`contest`, all together."""
-    ready, results = {}, {}
+    A result is {"seconds": [of each round], "peak_gb", "own_gb"}, or {"error": last words}. Before
+    a contestant has finished, each of its rounds is reported too, with "unfinished" in the result.
+    """
+    if torch.device(device).type == "cpu":
+        take_turns(commands, rounds, report)
+        return
     for name, command in commands.items():
-        contestant = Contestant(command)
-        if contestant.hear() == "ready":
-            ready[name], results[name] = contestant, {"seconds": []}
-        else:
-            results[name] = {"error": contestant.last_words()}
-    for _ in range(rounds):
-        for name, contestant in list(ready.items()):
-            seconds = contestant.turn()
-            if seconds is None:
-                results[name] = {"error": ready.pop(name).last_words()}
+        take_turns({name: command}, rounds, report)
+
+
+def take_turns(commands, rounds, report):
+    """`contest` for contestants that are there together."""
+    present, seconds, started = {}, {name: [] for name in commands}, []
+    try:
+        for name, command in commands.items():
+            contestant = Contestant(command)
+            started.append(contestant)
+            if contestant.hear() == "ready":
+                present[name] = contestant
             else:
-                results[name]["seconds"].append(seconds)
-    for name, contestant in ready.items():
-        results[name] |= contestant.leave()
-    return results
+                report(name, {"error": contestant.last_words()})
+        for _ in range(rounds):
+            for name, contestant in list(present.items()):
+                seconds[name].append(contestant.take_turn())
+                if seconds[name][-1] is None:
+                    report(name, {"error": present.pop(name).last_words()})
+                else:
+                    report(name, {"seconds": list(seconds[name]), "unfinished": True})
+        for name, contestant in present.items():
+            memory = contestant.leave()
+            if memory is None:
+                report(name, {"error": contestant.last_words()})
+            else:
+                report(name, {"seconds": seconds[name], **memory})
+    finally:
+        for contestant in started:
+            contestant.stop()
+
+
+def compete(findings, commands, rounds, device, judge):
+    """A contest whose results become findings of the same names, {name: finding}, errors included.
+
+    `judge(name, result)` makes a finding of a result that is no error. Contestants that are known
+    from an earlier try do not compete again. Standard error says who has finished, so that one sees
+    how far it is, and so that this process ends when nobody is there to read it.
+    """
+
+    def report(name, result):
+        if "unfinished" in result:
+            findings.add(name, judge(name, result) | {"unfinished": True})
+            return
+        findings.add(name, result if "error" in result else judge(name, result))
+        outcome = "failed" if "error" in result else "finished"
+        print(f"{name}: {outcome}", file=sys.stderr, flush=True)
+
+    for name in commands:
+        if name in findings.known:
+            findings.add(name, findings.known[name])
+    others = {name: argv for name, argv in commands.items() if name not in findings.known}
+    contest(others, rounds, device, report)
+    return {name: findings.found[name] for name in commands}
 
 
 def median(result):
     """The median seconds of a round."""
     return statistics.median(result["seconds"])
-
-
-def matmul_flops(device, dtype, size=4096):
-    """Floating-point operations per second of one square product: the ceiling of the figures."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        a @ b
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
-
-
-def describe(device):
-    """What the figures are of: the chip, torch's version, the project's commit."""
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        bf16 = ", native bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-        name = f"{torch.get_num_threads()} CPU threads{bf16}"
-    described = {"device": name, "torch": torch.__version__, "commit": train.commit()}
-    print(f"{name}, torch {described['torch']}, commit {described['commit']}")
-    return described
-
-
-def hugging_face_step(model, loss, compiled):
-    """A training step of transformers' model on `loss(ids)`, as the original's Trainer takes it.
-
-    fp16 with loss scaling on CUDA, float32 elsewhere; bf16 and fused AdamW where `compiled`.
-    """
-    device = next(model.parameters()).device
-    cuda = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if compiled else None)
-    scaler = torch.amp.GradScaler(enabled=cuda and not compiled)
-    half = torch.bfloat16 if compiled else torch.float16
-
-    def step(batch):
-        with torch.autocast(device.type, half, enabled=compiled or cuda):
-            value = loss(batch.tokens)
-        scaler.scale(value).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return step
-
-
-def random_batches(count, batch_size, length, vocabulary_size, device):
-    """Batches of random tokens, the same for every contestant."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, batch_size, length + 1)
-    ids = torch.randint(4, vocabulary_size, shape, generator=generator)
-    return [
-        Batch.whole(
-            torch.arange(i * batch_size, (i + 1) * batch_size),
-            ids[i, :, :-1].contiguous(),
-            ids[i, :, 1:].contiguous(),
-        ).to(device)
-        for i in range(count)
-    ]
-
-
-def flops_per_token(config, length, training):
-    """Matrix products and causal attention, forward, or with the backward pass."""
-    C, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    mlp = (2 if isinstance(config, GPT2Config) else 3) * C * inner
-    matrices = layers * (4 * C * C + mlp) + C * config.vocab_size
-    return (2 * matrices + 2 * C * length * layers) * (3 if training else 1)
-
-
-def show_rates(results, tokens, flops, ceiling):
-    """Prints a table of tokens/s; {name: {"tokens_per_second", "spread", "peak_gb"}}.
-
-    `tokens` of a round; `flops` {name: per token}, of which the share of `ceiling` is shown. Ratios
-    are to the first that did not fail.
-    """
-    rates, base = {}, None
-    heading = f"{'variant':22} {'tokens/s':>10} {'spread':>16} {'peak GiB':>9}"
-    print(f"{heading} {'ratio':>6} {'of peak':>8}")
-    for name, result in results.items():
-        if "error" in result:
-            rates[name] = {"error": result["error"]}
-            print(f"{name:22} {result['error']}")
-            continue
-        rate = tokens / median(result)
-        spread = [tokens / max(result["seconds"]), tokens / min(result["seconds"])]
-        base = base or rate
-        rates[name] = {"tokens_per_second": rate, "peak_gb": result["peak_gb"], "spread": spread}
-        rates[name]["utilisation"] = rate * flops[name] / ceiling
-        low_high = f"{spread[0]:,.0f}-{spread[1]:,.0f}"
-        print(
-            f"{name:22} {rate:10,.0f} {low_high:>16} {result['peak_gb']:9.2f} {rate / base:6.2f} "
-            f"{rates[name]['utilisation']:8.0%}"
-        )
-    return rates

@@ -3,17 +3,17 @@
     python benchmarks/distill_step.py                      on the CPU or GPU that is there
     python benchmarks/distill_step.py --teachers paper     the paper's teachers: wants a GPU
 
-huggingface           the original's formula on Hugging Face models as the original runs it: float32
-                      and eager on a CPU, fp16 autocast with loss scaling on CUDA
-huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
 ours                  distill.py --compile (the default on CUDA), teachers live
 ours_eager            distill.py --no-compile (the default on a CPU)
 ours_cached           distill.py --compile --cache-teachers, after the epoch that fills the cache
-ours_graph, ours_cached_graph    the two with --cuda-graph, on CUDA alone
+ours_graph, ours_cached_graph    ours and ours_cached with --cuda-graph, on CUDA alone
+ours_plain            the paper's formula on whole logits, eager, in the same precision
+huggingface           the original's formula on Hugging Face models as the original runs it: float32
+                      and eager on a CPU, fp16 autocast with loss scaling on CUDA
+huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,75 +24,80 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from benchmarks.contest import (  # noqa: E402
-    contest,
-    describe,
+from benchmarks.contest import compete  # noqa: E402
+from benchmarks.findings import Findings, benchmark_parser  # noqa: E402
+from benchmarks.steps import (  # noqa: E402
+    VOCABULARY,
     flops_per_token,
+    hugging_face_model,
     hugging_face_step,
     matmul_flops,
+    our_train_step,
     random_batches,
-    serve,
+    rate,
+    ratio,
+    serve_steps,
     show_rates,
 )
-from cache import TeacherCache  # noqa: E402
-from distill import DistillConfig, EnsembleObjective  # noqa: E402
-from gpt2 import GPT2, GPT2Config  # noqa: E402
-from llama import Llama  # noqa: E402
-from model import PRESETS, build_model, choose_device  # noqa: E402
+from distill import DistillConfig, EnsembleObjective, PlainObjective  # noqa: E402
+from gpt2 import GPT2Config  # noqa: E402
+from harness.cache import Layout, TeacherCache  # noqa: E402
+from harness.devices import choose_device, choose_precision  # noqa: E402
+from harness.files import run_program  # noqa: E402
+from model import PRESETS, build  # noqa: E402
 
-VARIANTS = ("huggingface", "huggingface_compiled", "ours_eager", "ours", "ours_cached")
 GRAPHED = ("ours_graph", "ours_cached_graph")
-STUDENT = "llama-58m"
+HUGGING_FACE = ("huggingface", "huggingface_compiled")
+ON_A_CPU = ("ours", "ours_eager", "ours_cached", "ours_plain", *HUGGING_FACE)
+ON_A_GPU = (*ON_A_CPU[:-2], *GRAPHED, *HUGGING_FACE)
+UNCOMPILED = ("ours_eager", "ours_plain")
 TEACHERS = {
-    "small": (GPT2Config(16_000, 256, 1024, 8, 8), PRESETS["llama-16m"].config),
+    "small": (GPT2Config(VOCABULARY, 256, 1024, 8, 8), PRESETS["llama-16m"].config),
     "paper": (PRESETS["gpt2-705m"].config, PRESETS["llama-360m"].config),
     "tiny": (PRESETS["gpt2-tiny"].config, PRESETS["llama-tiny"].config),  # to try this program
+}
+STUDENTS = {"small": "llama-58m", "paper": "llama-58m", "tiny": "llama-tiny-student"}
+RATIOS = {
+    "ratio": ("ours", "huggingface"),
+    "ratio_compiled": ("ours", "huggingface_compiled"),
+    "ratio_cached": ("ours_cached", "huggingface"),
+    "ratio_graph": ("ours_graph", "ours"),
+    "ratio_cached_graph": ("ours_cached_graph", "ours_cached"),
+    "ratio_plain": ("ours_eager", "ours_plain"),
 }
 BATCHES = 4  # different ones, taken in turn
 
 
-def student_name(args):
-    return "llama-tiny-student" if args.teachers == "tiny" else STUDENT
-
-
-def build(config):
-
-    return (GPT2 if isinstance(config, GPT2Config) else Llama)(config)
+def models_of(args, device):
+    """Student and teachers, the same weights for every contestant on the device."""
+    torch.manual_seed(0)
+    with device:
+        teachers = [build(config) for config in TEACHERS[args.teachers]]
+        return build(PRESETS[STUDENTS[args.teachers]].config), teachers
 
 
 def our_step(args, device):
     """distill.py's objective in train.py's step."""
-    cached = "cached" in args.worker
-    torch.manual_seed(0)
-    teachers = [build(config) for config in TEACHERS[args.teachers]]
-    student = build_model(student_name(args))
-    config = DistillConfig(teachers=[])
-    precision = train.choose_precision(args.precision, device)
+    student, teachers = models_of(args, device)
+    precision = choose_precision(args.precision, device)
     cache = None
-    if cached:
-        sizes = [t.config.hidden_size for t in teachers]
-        chunks = BATCHES * args.batch_size
+    if "cached" in args.worker:
+        sizes = tuple(teacher.config.hidden_size for teacher in teachers)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        cache = TeacherCache.in_memory(chunks, args.sequence_length, sizes, device, dtype)
-    objective = EnsembleObjective(student, teachers, config, cache=cache).to(device).train()
-    optimizer = train.build_optimizer(student, 0.1)
-    kind = train.GraphedTrainStep if args.worker in GRAPHED else train.TrainStep
-    step = kind(objective, optimizer, train.autocast_for(device, precision))
-    if args.worker != "ours_eager":
-        train.compile_blocks(objective)
-    return lambda batch: step(batch, 1e-4)
+        layout = Layout(BATCHES * args.batch_size, args.sequence_length, sizes, dtype)
+        cache = TeacherCache.in_memory(layout, device)
+    make_objective = PlainObjective if args.worker == "ours_plain" else EnsembleObjective
+    objective = make_objective(student, teachers, DistillConfig(teachers=[]), cache=cache)
+    return our_train_step(
+        objective, device, precision, args.worker not in UNCOMPILED, args.worker in GRAPHED
+    )
 
 
 def their_step(args, device, compiled):
     """The original's objective on Hugging Face's models, and its optimizer's successor."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import hf_twin
-
-    torch.manual_seed(0)
-    teachers = [hf_twin(build(c)).to(device) for c in TEACHERS[args.teachers]]
-    student = build_model(student_name(args))
-    model = hf_twin(student).to(device).train()
+    student, teachers = models_of(args, device)
+    teachers = [hugging_face_model(teacher, device) for teacher in teachers]
+    model = hugging_face_model(student, device).train()
     student = torch.compile(model) if compiled else model
     if compiled:
         teachers = [torch.compile(teacher) for teacher in teachers]
@@ -109,88 +114,88 @@ def their_step(args, device, compiled):
     return hugging_face_step(model, objective, compiled)
 
 
-def work(args):
-    """One contestant."""
-    device = choose_device(args.device)
+def be_contestant(args, device):
+    """What a process does that this program has started for a variant."""
     if args.worker.startswith("ours"):
         step = our_step(args, device)
     else:
         step = their_step(args, device, compiled=args.worker == "huggingface_compiled")
-    shape = (BATCHES, args.batch_size, args.sequence_length, 16_000)
-    all_batches, count = random_batches(*shape, device), [0]
-
-    def round():
-        for _ in range(args.steps):
-            step(all_batches[count[0] % BATCHES])
-            count[0] += 1
-
-    def warm_up():
-        steps = BATCHES if "cached" in args.worker else 1
-        for i in range(max(steps, train.GRAPH_WARM_UP + 1) if device.type == "cuda" else steps):
-            step(all_batches[i % BATCHES])
-
-    serve(round, warm_up, device)
+    batches = random_batches(BATCHES, args.batch_size, args.sequence_length, VOCABULARY, device)
+    warm_up = BATCHES if "cached" in args.worker else 1  # fills the cache
+    serve_steps(step, batches, args.steps, device, warm_up)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--teachers", choices=TEACHERS, default="small")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS + GRAPHED)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
-    parser.add_argument("--steps", type=int, help="steps a turn (default: 1, on CUDA 20)")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--worker", choices=VARIANTS + GRAPHED, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    device = choose_device(args.device)
-    cuda = device.type == "cuda"
-    args.steps = args.steps or (20 if cuda else 1)
-    if args.worker:
-        return work(args)
+def flops_of(variant, args):
+    """Operations per token of a variant's step."""
+    teachers, length = TEACHERS[args.teachers], args.sequence_length
+    learning = flops_per_token(PRESETS[STUDENTS[args.teachers]].config, length, True)
+    if "cached" in variant:  # what remains of the teachers is the product of their heads
+        return learning + sum(2 * c.hidden_size * c.vocab_size for c in teachers)
+    return learning + sum(flops_per_token(config, length, False) for config in teachers)
+
+
+def referee(args, device):
+    """Lets the variants compete and prints how they did."""
+    variants = args.variants or (ON_A_GPU if device.type == "cuda" else ON_A_CPU)
     options = ["--device", str(device), "--teachers", args.teachers, "--steps", str(args.steps)]
     options += ["--batch-size", str(args.batch_size), "--precision", args.precision]
     options += ["--sequence-length", str(args.sequence_length)]
-    variants = args.variants or (VARIANTS + GRAPHED if cuda else VARIANTS)
     commands = {name: [sys.executable, __file__, "--worker", name, *options] for name in variants}
-    summary = describe(device)
-    results = contest(commands, args.rounds, device)
-
-    name, length = student_name(args), args.sequence_length
-    learning = flops_per_token(PRESETS[name].config, length, True)
-    teaching = sum(flops_per_token(c, length, False) for c in TEACHERS[args.teachers])
-    # Of cached teachers nothing remains but their heads' product.
-    heads = sum(2 * c.hidden_size * c.vocab_size for c in TEACHERS[args.teachers])
-    flops = {name: learning + (heads if "cached" in name else teaching) for name in variants}
-    summary["precision"] = train.choose_precision(args.precision, device)
-    dtype = torch.bfloat16 if summary["precision"] == "bf16" else torch.float32
-    ceiling = matmul_flops(device, dtype)
+    precision = choose_precision(args.precision, device)
+    ceiling = matmul_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    findings = Findings(args, device)
     print(
-        f"student {name}, teachers {args.teachers}, {args.batch_size} x {length} tokens, "
-        f"ours in {summary['precision']}"
+        f"student {STUDENTS[args.teachers]}, teachers {args.teachers}, "
+        f"{args.batch_size} x {args.sequence_length} tokens, ours in {precision}",
+        flush=True,
     )
-    tokens = args.steps * args.batch_size * length
-    summary |= {"teachers": args.teachers, "matmul_flops": ceiling}
-    summary |= show_rates(results, tokens, flops, ceiling)
-    for key, (ours, theirs) in {
-        "ratio": ("ours", "huggingface"),
-        "ratio_compiled": ("ours", "huggingface_compiled"),
-        "ratio_cached": ("ours_cached", "huggingface"),
-        "ratio_graph": ("ours_graph", "ours"),
-        "ratio_cached_graph": ("ours_cached_graph", "ours_cached"),
-    }.items():
-        rates = [summary.get(name, {}).get("tokens_per_second") for name in (ours, theirs)]
-        summary[key] = rates[0] / rates[1] if all(rates) else None
-    if args.json:
-        print(json.dumps(summary))
-    return 0
+    findings.add("setting", {"teachers": args.teachers, "matmul_flops": ceiling})
+    tokens = args.steps * args.batch_size * args.sequence_length
+
+    def judge(name, result):
+        return rate(result, tokens, flops_of(name, args), ceiling)
+
+    rates = compete(findings, commands, args.rounds, device, judge)
+    show_rates(rates)
+    findings.add("ratios", {key: ratio(rates, *pair) for key, pair in RATIOS.items()})
+    findings.close(args)
+
+
+def parse_arguments(argv):
+    parser = benchmark_parser(__doc__)
+    parser.add_argument(
+        "--teachers",
+        choices=TEACHERS,
+        default="small",
+        help="size of the teachers (default: small)",
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=ON_A_GPU, help="contestants (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="sequences in a step (default: 32)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=128, help="tokens in a sequence (default: 128)"
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="precision of our variants (default: auto, bf16 where the chip multiplies it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)"
+    )
+    parser.add_argument("--steps", type=int, help="steps in a turn (default: 1, on CUDA 20)")
+    parser.add_argument("--worker", choices=ON_A_GPU, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    device = choose_device(args.device)
+    args.steps = args.steps or (20 if device.type == "cuda" else 1)
+    (be_contestant if args.worker else referee)(args, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -2,49 +2,44 @@
 
     python benchmarks/numerics.py
 
-A whole distillation objective (student, two teachers, loss) on small models, the same weights and
-tokens for all. Gradients: the norm of the difference of all parameters' over the norm of all.
+A whole distillation objective (student, two teachers, loss) on small models, with the same weights
+and tokens for all paths. The error of the gradients is the norm of the difference of all of them
+over the norm of all of them.
 """
 
-import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from benchmarks.contest import describe, random_batches  # noqa: E402
-from cache import TeacherCache  # noqa: E402
-from distill import DistillConfig, EnsembleObjective  # noqa: E402
+from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
+from benchmarks.steps import random_batches  # noqa: E402
+from distill import DistillConfig, EnsembleObjective, PlainObjective  # noqa: E402
+from harness.cache import Layout, TeacherCache  # noqa: E402
+from harness.devices import autocast_for, choose_device, compile_blocks  # noqa: E402
+from harness.files import run_program  # noqa: E402
 from loss import plain_ensemble_kl  # noqa: E402
-from model import build_model, choose_device  # noqa: E402
+from model import build_model  # noqa: E402
 
-V, B, T = 4000, 8, 128
+VOCABULARY, SEQUENCES, LENGTH = 4000, 8, 128
 
 
-class Plain(nn.Module):
-    """The objective of `EnsembleObjective`, from logits."""
-
-    def __init__(self, objective):
-        super().__init__()
-        self.model, self.teachers = objective.model, objective.teachers
+class ExactObjective(PlainObjective):
+    """The plain objective without its casts to float32: in float64 where its models are."""
 
     def forward(self, batch):
-        with torch.no_grad():
-            teachers = [t(batch.tokens) for t in self.teachers]
-        return plain_ensemble_kl(
-            self.model(batch.tokens), teachers, [1.0, 1.0], batch.targets, alpha=0.5,
-            temperature=2.0, num_targets=batch.num_targets, kl_denominator=batch.num_sequences,
-        )  # fmt: skip
+        batch = self.prepare(batch)
+        taught = [F.linear(h, t.head) for h, t in zip(batch.teacher_states, self.teachers)]
+        logits = self.model(batch.tokens)
+        return plain_ensemble_kl(logits, taught, self.weights, batch.targets, **self.terms(batch))
 
 
-def outcome(objective, batch, autocast, micro_batch=B):
+def outcome(objective, batch, autocast, micro_batch=SEQUENCES):
     """Loss and the student's gradients, both in float64."""
     objective.model.zero_grad()
     loss = 0.0
@@ -57,53 +52,68 @@ def outcome(objective, batch, autocast, micro_batch=B):
     return loss, torch.cat(gradients).cpu()
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    args = parser.parse_args()
-    device = choose_device(args.device)
+def small_models():
+    """A student and two teachers, which are sharper than at initialisation, as if trained."""
     torch.manual_seed(0)
-    student = build_model("llama-small-student", V)
-    teachers = [build_model(name, V) for name in ("gpt2-small", "llama-small")]
-    for teacher in teachers:  # sharper than at initialisation, as trained teachers are
+    student = build_model("llama-small-student", VOCABULARY)
+    teachers = [build_model(name, VOCABULARY) for name in ("gpt2-small", "llama-small")]
+    for teacher in teachers:
         for parameter in teacher.parameters():
             parameter.data *= 2 if parameter.dim() == 2 else 1
-    objective = EnsembleObjective(student, teachers, DistillConfig(teachers=[])).to(device).train()
-    (batch,) = random_batches(1, B, T, V, device)
-    reference = Plain(copy.deepcopy(objective)).double()  # teachers stay in eval mode
-    exact_loss, exact = outcome(reference, batch, train.autocast_for(device, "fp32"))
+    return student, teachers
 
-    sizes = [t.config.hidden_size for t in teachers]
-    summary = describe(device) | {"error": {}}
-    print(f"{'path':28} {'loss':>9} {'gradients':>10}")
+
+def paths(student, teachers, dtype, device):
+    """Yields a name, an objective and a micro-batch size for each way to compute the objective."""
+
+    def objective(make, cache=None):
+        config = DistillConfig(teachers=[])
+        return make(student, teachers, config, cache=cache).to(device).train()
+
+    yield "plain", objective(PlainObjective), SEQUENCES
+    fused = objective(EnsembleObjective)
+    yield "fused", fused, SEQUENCES
+    yield "fused, accumulated", fused, 3
+    sizes = tuple(teacher.config.hidden_size for teacher in teachers)
+    cache = TeacherCache.in_memory(Layout(SEQUENCES, LENGTH, sizes, dtype), device)
+    yield "fused, cached teachers", objective(EnsembleObjective, cache), SEQUENCES
+    compiled = copy.deepcopy(fused)
+    compile_blocks(compiled)
+    yield "fused, compiled", compiled, SEQUENCES
+
+
+def measure(device, findings):
+    """Yields the name and the errors of each path, in fp32 and in bf16."""
+    student, teachers = small_models()
+    (batch,) = random_batches(1, SEQUENCES, LENGTH, VOCABULARY, device)
+    objective = ExactObjective(student, teachers, DistillConfig(teachers=[])).to(device).train()
+    exact = outcome(copy.deepcopy(objective).double(), batch, autocast_for(device, "fp32"))
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        autocast = train.autocast_for(device, precision)
-        cached = EnsembleObjective(student, teachers, DistillConfig(teachers=[]))
-        cached.cache = TeacherCache.in_memory(B, T, sizes, device, dtype)
-        outcome(cached.to(device).train(), batch, autocast)  # fills it
-        compiled = copy.deepcopy(objective)
-        train.compile_blocks(compiled)
-        for name, path, micro_batch in (
-            ("plain", Plain(objective), B),
-            ("fused", objective, B),
-            ("fused, accumulated", objective, 3),
-            ("fused, cached teachers", cached, B),
-            ("fused, compiled", compiled, B),
-        ):
-            loss, gradients = outcome(path, batch, autocast, micro_batch)
-            errors = {
-                "loss": abs(loss - exact_loss) / exact_loss,
-                "gradients": ((gradients - exact).norm() / exact.norm()).item(),
-            }
-            summary["error"][f"{precision}, {name}"] = errors
-            print(f"{precision}, {name:22} {errors['loss']:9.1e} {errors['gradients']:10.1e}")
-    if args.json:
-        print(json.dumps(summary))
-    return 0
+        autocast = autocast_for(device, precision)
+        for name, objective, micro_batch in paths(student, teachers, dtype, device):
+            outcome(objective, batch, autocast, micro_batch)  # fills the cache, if it has one
+            errors = errors_of(outcome(objective, batch, autocast, micro_batch), exact)
+            findings.add(f"{precision}, {name}", errors)
+            yield f"{precision}, {name}", errors
+
+
+def errors_of(found, exact):
+    """The relative errors of a loss and its gradients."""
+    (loss, gradients), (exact_loss, exact_gradients) = found, exact
+    difference = (gradients - exact_gradients).norm() / exact_gradients.norm()
+    return {"loss": abs(loss - exact_loss) / exact_loss, "gradients": difference.item()}
+
+
+def main(argv=None):
+    args = benchmark_parser(__doc__).parse_args(argv)
+    device = choose_device(args.device)
+    findings = Findings(args, device)
+    rows = [["path", "loss", "gradients"]]
+    for name, errors in measure(device, findings):
+        rows.append([name, *(f"{error:.1e}" for error in errors.values())])
+    print_table(rows)
+    findings.close(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -2,13 +2,11 @@
 
     python benchmarks/scaling.py
 
-Each line is the best of several runs of the real thing on invented text, from small to large, and
+Each line is the best of several calls of the real thing on invented text, from small to large, and
 the exponent p of seconds ~ size^p fitted to them: 1 is linear.
 """
 
-import argparse
 import contextlib
-import json
 import math
 import statistics
 import sys
@@ -23,12 +21,19 @@ sys.path.insert(0, str(ROOT))
 
 import make_toy_corpus  # noqa: E402
 import tokenize_corpus  # noqa: E402
-import train  # noqa: E402
-from benchmarks.contest import describe  # noqa: E402
+from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
 from data import Tokenizer, TokenShard  # noqa: E402
 from evaluate import corpus_scores, sentence_scores  # noqa: E402
+from harness.devices import autocast_for, choose_device, choose_precision  # noqa: E402
+from harness.files import run_program  # noqa: E402
 from loss import ensemble_kl  # noqa: E402
-from model import build_model, choose_device  # noqa: E402
+from model import build_model  # noqa: E402
+
+LOSS_SIZES = {
+    "tokens": (1024, 2048, 4096, 8192),
+    "vocabulary": (4000, 8000, 16_000, 32_000),
+    "teachers": (1, 2, 4, 8),
+}
 
 
 def exponent(sizes, seconds):
@@ -37,10 +42,10 @@ def exponent(sizes, seconds):
     return statistics.linear_regression(x, y).slope
 
 
-def best_of(function, runs):
+def best_of(function, calls):
     """The least seconds of several calls: what the work itself takes."""
     seconds = []
-    for _ in range(runs):
+    for _ in range(calls):
         started = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - started)
@@ -48,7 +53,7 @@ def best_of(function, runs):
 
 
 def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
-    """One forward and backward pass of the fused loss."""
+    """Seconds of one forward and backward pass of the fused loss."""
     hidden = torch.randn(tokens, 256, device=device, requires_grad=True)
     head = torch.randn(vocabulary, 256, device=device, requires_grad=True)
     taught = [
@@ -56,7 +61,7 @@ def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
         for _ in range(teachers)
     ]
     targets = torch.randint(vocabulary, (tokens,), device=device)
-    autocast = train.autocast_for(device, train.choose_precision("auto", device))
+    autocast = autocast_for(device, choose_precision("auto", device))
 
     def once():
         with autocast:
@@ -73,58 +78,51 @@ def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
 
 
 def corpus_seconds(folder, words, device):
-    """Seconds of tokenising, opening and scoring a toy corpus of so many words."""
-    corpus, data = folder / f"corpus-{words}", folder / f"data-{words}"
-    make_toy_corpus.main(["--out", str(corpus), "--words", str(words)])
-    arguments = ["--train", str(corpus / "train"), "--dev", str(corpus / "train")]
-    arguments += ["--out", str(data), "--vocab-size", "1000"]
-    started = time.perf_counter()
-    tokenize_corpus.main(arguments)
-    seconds = {"tokenising": time.perf_counter() - started}
-    seconds["opening a shard"] = best_of(lambda: TokenShard(data / "train.bin"), 5)
-    shard = TokenShard(data / "dev.bin")
+    """Seconds of tokenising, opening and scoring a toy corpus of so many words, {what: seconds}."""
+    text = folder / "text"
+    make_toy_corpus.main(["--out", str(text), "--words", str(words)])
+    arguments = ["--train", str(text / "train"), "--dev", str(text / "train")]
+    arguments += ["--out", str(folder), "--vocab-size", "1000"]
+    seconds = {"tokenising": best_of(lambda: tokenize_corpus.main(arguments), 1)}
+    seconds["opening a shard"] = best_of(lambda: TokenShard(folder / "train.bin"), 5)
+    shard, tokenizer = TokenShard(folder / "dev.bin"), Tokenizer.load(folder / "tokenizer.model")
     model = build_model("llama-tiny", shard.vocabulary_size).to(device).eval()
     seconds["scoring text"] = best_of(lambda: corpus_scores(model, shard, 128), 1)
-    tokenizer = Tokenizer.load(data / "tokenizer.model")
-    lines = (corpus / "train" / "stories.train").read_text(encoding="utf-8").split("\n")
+    lines = (text / "train" / "stories.train").read_text(encoding="utf-8").split("\n")
     sentences = [line for line in lines if line][: words // 20]
-    score = lambda: sentence_scores(model, tokenizer, sentences)  # noqa: E731
-    seconds["scoring sentences"] = best_of(score, 1)
+    seconds["scoring sentences"] = best_of(lambda: sentence_scores(model, tokenizer, sentences), 1)
     return seconds
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--words", type=int, nargs="+", default=[50_000, 100_000, 200_000, 400_000])
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    args = parser.parse_args()
-    device = choose_device(args.device)
-    summary = describe(device) | {"scaling": {}}
-    rows = {
-        f"loss: {key}": (sizes, [loss_seconds(device, **{key: size}) for size in sizes])
-        for key, sizes in {
-            "tokens": (1024, 2048, 4096, 8192),
-            "vocabulary": (4000, 8000, 16_000, 32_000),
-            "teachers": (1, 2, 4, 8),
-        }.items()
-    }
+def measurements(words, device):
+    """Yields a name, sizes and the seconds of each size for everything that is measured."""
+    for name, sizes in LOSS_SIZES.items():
+        yield f"loss: {name}", sizes, [loss_seconds(device, **{name: size}) for size in sizes]
     # What the programs say is no part of the table.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        measured = [corpus_seconds(Path(folder), words, device) for words in args.words]
-    rows |= {name: (args.words, [m[name] for m in measured]) for name in measured[0]}
-    print(f"{'what':20} {'sizes':>32} {'seconds':>40} {'exponent':>9}")
-    for name, (sizes, seconds) in rows.items():
+        measured = [corpus_seconds(Path(folder) / str(number), number, device) for number in words]
+    for name in measured[0]:
+        yield name, words, [seconds[name] for seconds in measured]
+
+
+def main(argv=None):
+    parser = benchmark_parser(__doc__)
+    parser.add_argument(
+        "--words", type=int, nargs="+", default=[50_000, 100_000, 200_000, 400_000],
+        help="sizes of the toy corpora in words (default: 50000 100000 200000 400000)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    device = choose_device(args.device)
+    findings = Findings(args, device)
+    rows = [["what", "sizes", "seconds", "exponent"]]
+    for name, sizes, seconds in measurements(args.words, device):
         fitted = exponent(sizes, seconds)
-        summary["scaling"][name] = {"sizes": sizes, "seconds": seconds, "exponent": fitted}
+        findings.add(name, {"sizes": sizes, "seconds": seconds, "exponent": fitted})
         cells = ", ".join(f"{s:,}" for s in sizes), ", ".join(f"{s:.4f}" for s in seconds)
-        print(f"{name:20} {cells[0]:>32} {cells[1]:>40} {fitted:9.2f}")
-    if args.json:
-        print(json.dumps(summary))
-    return 0
+        rows.append([name, *cells, f"{fitted:.2f}"])
+    print_table(rows)
+    findings.close(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

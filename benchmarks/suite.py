@@ -2,128 +2,389 @@
 
     python benchmarks/suite.py cpu                        under 20 minutes on two cores
     python benchmarks/suite.py cpu-fp32                   ours without bf16, some minutes more
-    python benchmarks/suite.py gpu --out results          all phases, one after the other
-    python benchmarks/suite.py gpu --phase steps          one of them: each ends within 8 minutes
-    python benchmarks/suite.py rehearsal                  the GPU's phases on a CPU with tiny models
+    python benchmarks/suite.py gpu --minutes 30           what can be done in that time
+    python benchmarks/suite.py gpu --phase steps          one phase: each ends within 8 minutes
+    python benchmarks/suite.py gpu --page                 no measuring, the page alone
+    python benchmarks/suite.py rehearsal --out DIR        the GPU's phases on a CPU, tiny models
 
-Each phase writes OUT/KIND-PHASE.json, and OUT/KIND.md collects what was printed by all that are
-there, each under the command that printed it. A phase that fails or takes too long is reported and
-does not stop the others.
+A suite is a list of phases, each of them a command. OUT/SUITE.json holds what each phase printed
+and found, OUT/SUITE.md is the same for readers, and both are kept up to date while a phase runs: of
+a phase that is cut off, they have all that its contestants had finished.
+
+The same command goes on where it was stopped. Phases that were completed at this commit are not
+repeated, and on a GPU neither are the contestants that a cut-off phase had finished. This needs
+commits: where files have changed since the last one, everything is repeated. On a machine that has
+the files without .git, the environment variable BABYLLAMA_COMMIT names the commit.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from threading import Thread
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASE_SECONDS = 480
+sys.path.insert(0, str(ROOT))
 
-PHASES = {
+from benchmarks.findings import is_clean, read_findings, write_findings  # noqa: E402
+from harness.files import UserError, run_program, say, write_json, write_text  # noqa: E402
+from harness.record import commit  # noqa: E402
+from harness.tables import aligned  # noqa: E402
+
+PHASE_SECONDS = 480  # what any phase may take
+POLL_SECONDS = 0.2
+
+# A phase whose name ends so compares the phase without it with Hugging Face's models. It comes last
+# and takes from that phase what was measured there on the same GPU.
+CONTINUES = "-huggingface"
+GPU_STEPS = "benchmarks/distill_step.py --device cuda --teachers paper --variants"
+GPU_STUDENT = "benchmarks/train_step.py --device cuda --models llama-58m --batch-size 32 --variants"
+GPU_GPT2 = "benchmarks/train_step.py --device cuda --models gpt2-705m --batch-size 256 --variants"
+GPU_LLAMA = "benchmarks/train_step.py --device cuda --models llama-360m --batch-size 128 --variants"
+
+SUITES = {
     "cpu": {
-        "steps": "benchmarks/distill_step.py --json",
-        "loss": "benchmarks/loss.py --rounds 3 --json",
-        "training": "benchmarks/train_step.py --rounds 3 --json",
-        "scaling": "benchmarks/scaling.py --json",
-        "evaluation": "benchmarks/evaluation.py --json",
-        "numerics": "benchmarks/numerics.py --json",
+        "steps": "benchmarks/distill_step.py",
+        "loss": "benchmarks/loss.py --rounds 3",
+        "training": "benchmarks/train_step.py --rounds 3",
+        "scaling": "benchmarks/scaling.py",
+        "evaluation": "benchmarks/evaluation.py",
+        "numerics": "benchmarks/numerics.py",
     },
     "cpu-fp32": {  # as on a processor that does not multiply bf16 natively
-        "steps": "benchmarks/distill_step.py --precision fp32 --variants huggingface ours_eager "
-        "ours --json",
+        "steps": "benchmarks/distill_step.py --precision fp32 --variants ours ours_eager "
+        "huggingface",
     },
     "gpu": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
-        "steps": "benchmarks/distill_step.py --device cuda --teachers paper --variants huggingface "
-        "huggingface_compiled ours ours_cached --json",
-        "steps-graph": "benchmarks/distill_step.py --device cuda --teachers paper --variants ours "
-        "ours_graph ours_cached ours_cached_graph --json",
-        "steps-small": "benchmarks/distill_step.py --device cuda --variants huggingface "
-        "huggingface_compiled ours ours_cached --json",
-        "steps-small-graph": "benchmarks/distill_step.py --device cuda --variants ours ours_graph "
-        "ours_cached ours_cached_graph --json",
-        "training-gpt2": "benchmarks/train_step.py --device cuda --models gpt2-705m --json",
-        "training-llama": "benchmarks/train_step.py --device cuda --models llama-360m --json",
-        "training-student": "benchmarks/train_step.py --device cuda --models llama-58m "
-        "--batch-size 32 --json",
-        "loss": "benchmarks/loss.py --device cuda --rounds 3 --json",
-        "numerics": "benchmarks/numerics.py --device cuda --json",
-        "evaluation": "benchmarks/evaluation.py --device cuda --model llama-58m --json",
+        "student": f"{GPU_STUDENT} ours ours_graph",
+        "gpt2": f"{GPU_GPT2} ours",
+        "llama": f"{GPU_LLAMA} ours",
+        "steps": f"{GPU_STEPS} ours ours_graph ours_cached ours_cached_graph",
+        "loss": "benchmarks/loss.py --device cuda --rounds 3",
+        "numerics": "benchmarks/numerics.py --device cuda",
+        "evaluation": "benchmarks/evaluation.py --device cuda --model llama-58m",
+        "steps-huggingface": f"{GPU_STEPS} ours ours_plain huggingface huggingface_compiled",
+        "student-huggingface": f"{GPU_STUDENT} ours huggingface huggingface_compiled",
+        "gpt2-huggingface": f"{GPU_GPT2} ours huggingface huggingface_compiled",
+        "llama-huggingface": f"{GPU_LLAMA} ours huggingface huggingface_compiled",
     },
     "rehearsal": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
-        "steps": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 --json",
-        "training": "benchmarks/train_step.py --device cpu --models llama-tiny --rounds 1 --json",
-        "loss": "benchmarks/loss.py --device cpu --tokens 256 --rounds 1 --json",
-        "numerics": "benchmarks/numerics.py --device cpu --json",
-        "evaluation": "benchmarks/evaluation.py --device cpu --model llama-tiny --sentences 200 "
-        "--json",
+        "student": "benchmarks/train_step.py --device cpu --models llama-tiny-student --rounds 1 "
+        "--variants ours ours_eager",
+        "steps": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 "
+        "--variants ours ours_cached ours_plain",
+        "loss": "benchmarks/loss.py --device cpu --tokens 256 --rounds 1",
+        "numerics": "benchmarks/numerics.py --device cpu",
+        "evaluation": "benchmarks/evaluation.py --device cpu --model llama-tiny --sentences 200",
+        "steps-huggingface": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 "
+        "--variants ours huggingface huggingface_compiled",
     },
 }
 
 
-def run_phase(kind, name, out):
-    """Runs one phase; its JSON if it has one, and an entry for the page."""
-    arguments = shlex.split(PHASES[kind][name])
-    print(f"\n$ python {shlex.join(arguments)}", flush=True)
+# ---- what is kept
+
+
+class Record:
+    """What is known of a suite's phases: OUT/SUITE.json, and the page OUT/SUITE.md.
+
+    `entries` is {phase: entry}. An entry has the command, date and commit, the state ("complete",
+    "failed", "cut off", or "running", which remains if the suite itself is killed), the problem if
+    it is not complete, the seconds, the lines that were printed, and {name: finding}.
+    """
+
+    def __init__(self, suite, out):
+        self.suite, self.out = suite, Path(out)
+        self.path = self.out / f"{suite}.json"
+        self.entries = {}
+        for phase in SUITES[suite]:  # earlier versions wrote one file for each phase
+            path = self.out / f"{suite}-{phase}.json"
+            if path.exists():
+                self.entries[phase] = entry_of_old(read_object(path))
+        if self.path.exists():
+            self.entries |= read_object(self.path)
+
+    def save(self):
+        """Writes both files."""
+        write_json(self.path, self.entries)
+        self.save_page()
+
+    def save_page(self):
+        """Writes the page."""
+        order = [*SUITES[self.suite], *self.entries]
+        lines = [f"# Benchmarks: {self.suite}", ""]
+        for phase in dict.fromkeys(name for name in order if name in self.entries):
+            lines += [f"## {phase}", "", *entry_lines(self.entries[phase]), ""]
+        write_text(self.out / f"{self.suite}.md", "\n".join(lines))
+
+    def is_complete(self, phase, command):
+        """Whether this very command was completed at this commit."""
+        entry = self.entries.get(phase, {})
+        return entry.get("state") == "complete" and self.is_current(entry, command)
+
+    def is_current(self, entry, command=None):
+        """Whether an entry is of this commit and, if one is given, of this command."""
+        is_current = is_clean(commit()) and entry.get("commit") == commit()
+        return is_current and command in (None, entry["command"])
+
+    def known_findings(self, phase, command):
+        """What earlier tries of a phase found, and the phase that it continues, on one machine."""
+        own, base = self.entries.get(phase, {}), {}
+        if phase.endswith(CONTINUES):
+            base = self.entries.get(phase.removesuffix(CONTINUES), {})
+        known = own["findings"] if self.is_current(own, command) else {}
+        if self.is_current(base):
+            others = base["findings"]
+            if known.get("machine", others.get("machine")) == others.get("machine"):
+                known = others | known
+        return known
+
+
+def read_object(path):
+    """The JSON object in a file. `UserError` if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: delete it or restore it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: delete it or restore it")
+    return value
+
+
+def entry_of_old(old):
+    """The entry that one of the files with one phase each stands for."""
+    kept = {key: old.pop(key) for key in ("command", "date", "printed")}
+    state = "failed" if old.pop("failed") else "complete"
+    return kept | {"commit": old.get("commit", "unknown"), "state": state, "findings": old}
+
+
+def entry_lines(entry):
+    """An entry in Markdown: command and printed lines, and what a phase found that was cut off."""
+    lines = [f"`{entry['command']}`, {entry['date']}", "", "```", *entry["printed"], "```"]
+    if entry["state"] == "complete":
+        return lines
+    problem = entry.get("problem") or "it is running, or the suite was killed"
+    lines += ["", f"Not complete: {problem}."]
+    rows = findings_rows(entry["findings"])
+    if len(rows) > 1:
+        lines += ["What had been found by then:", "", "```", *aligned(rows), "```"]
+    errors = {name: f["error"] for name, f in entry["findings"].items() if "error" in f}
+    return lines + [f"\n{name} failed: `{error}`" for name, error in errors.items()]
+
+
+def findings_rows(findings):
+    """The numbers of findings as a table; contestants that had not taken all turns say so."""
+    numbers = {
+        name: {key: value for key, value in finding.items() if type(value) in (int, float)}
+        for name, finding in findings.items()
+        if isinstance(finding, dict)
+    }
+    keys = list(dict.fromkeys(key for values in numbers.values() for key in values))
+    rows = [["finding", *keys]]
+    for name, values in numbers.items():
+        if values:
+            label = f"{name} (unfinished)" if "unfinished" in findings[name] else name
+            rows.append([label, *(number_text(values[k]) if k in values else "" for k in keys)])
+    return rows
+
+
+def number_text(value):
+    """A number in four digits or more."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+# ---- a phase
+
+
+class PhaseProcess:
+    """A phase's command in a process group of its own. What it prints is copied line by line.
+
+    Leaving its `with` ends the whole group, whatever it is doing.
+    """
+
+    def __init__(self, arguments):
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self.printed, self.complaints = [], []
+        self.copiers = [
+            Thread(target=copy_lines, args=(self.process.stdout, sys.stdout, self.printed)),
+            Thread(target=copy_lines, args=(self.process.stderr, sys.stderr, self.complaints)),
+        ]
+
+    def __enter__(self):
+        for copier in self.copiers:
+            copier.daemon = True
+            copier.start()
+        return self
+
+    def __exit__(self, *_error):
+        with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for copier in self.copiers:
+            copier.join(timeout=10)
+
+    def follow(self, seconds, update):
+        """Waits until it ends and calls `update()` often; False if the seconds did not suffice."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(POLL_SECONDS)
+                return True
+            update()
+        return False
+
+    def problem(self):
+        """What went wrong, once it has ended; None if nothing did."""
+        if self.process.returncode == 0:
+            return None
+        lines = [line for line in self.complaints if line]
+        return f"exit code {self.process.returncode}" + (f": `{lines[-1]}`" if lines else "")
+
+
+def copy_lines(source, screen, lines):
+    """Copies a stream to the screen, line by line, and collects its lines."""
+    for line in source:
+        lines.append(line.rstrip())
+        with contextlib.suppress(BrokenPipeError):  # it goes on when nobody looks any more
+            print(lines[-1], file=screen, flush=True)
+
+
+def command_of(suite, phase):
+    """A phase's command as one types it."""
+    return f"python {SUITES[suite][phase]}"
+
+
+def measure_phase(record, phase, seconds, again=False):
+    """Executes a phase for at most so many seconds and keeps what it finds; whether it completed.
+
+    `again`: nothing counts as known from earlier tries.
+    """
+    command = command_of(record.suite, phase)
+    known = {} if again else record.known_findings(phase, command)
+    entry = {"command": command, "date": str(datetime.date.today()), "commit": commit()}
+    entry |= {"state": "running", "seconds": 0, "printed": [], "findings": {}}
+    record.entries[phase] = entry
+    say(f"\n$ {command}")
     started = time.monotonic()
     try:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, timeout=PHASE_SECONDS, text=True,
-            capture_output=True, check=False,
-        )  # fmt: skip
-        printed, failed = done.stdout, done.returncode
-        if failed:
-            printed += f"exit {failed}: " + (done.stderr.strip().splitlines() or ["no message"])[-1]
-    except subprocess.TimeoutExpired as stopped:
-        printed, failed = (stopped.stdout or b"").decode(errors="replace"), "timeout"
-        printed += f"stopped after {PHASE_SECONDS} seconds"
-    lines = printed.strip().splitlines()
-    result = {"command": f"python {shlex.join(arguments)}", "failed": bool(failed)}
-    result["date"] = str(datetime.date.today())
-    if "--json" in arguments and not failed:
-        result |= json.loads(lines.pop())
-    result["printed"] = [line.rstrip() for line in lines]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{kind}-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(lines), f"\n({time.monotonic() - started:.0f} seconds)", flush=True)
-    return not failed
+        with tempfile.TemporaryDirectory() as folder:
+            results = Path(folder) / "results.jsonl"
+            write_findings(results, known)
+            entry["state"], entry["problem"] = execute(record, entry, results, seconds)
+    finally:
+        if entry["state"] == "running":
+            entry["state"], entry["problem"] = "cut off", "the suite was stopped"
+        entry["seconds"] = round(time.monotonic() - started)
+        record.save()
+        problem = f": {entry['problem']}" if entry["problem"] else ""
+        say(f"({entry['state']} after {entry['seconds']} seconds{problem})")
+    return entry["state"] == "complete"
 
 
-def write_page(kind, out):
-    """OUT/KIND.md, of all phases whose JSON is there."""
-    lines = [f"# Benchmarks: {kind}", ""]
-    for name in PHASES[kind]:
-        path = out / f"{kind}-{name}.json"
-        if path.exists():
-            result = json.loads(path.read_text())
-            lines += [f"## {name}", "", f"`{result['command']}`, {result['date']}", ""]
-            lines += ["```", *result["printed"], "```", ""]
-    (out / f"{kind}.md").write_text("\n".join(lines))
+def execute(record, entry, results, seconds):
+    """Executes an entry's command, which writes to `results`; its state and problem at the end."""
+    arguments = shlex.split(entry["command"])[1:]
+    if arguments[0] != "-m":  # pytest has no such option
+        arguments += ["--results", str(results)]
+
+    def update():
+        now = {"printed": list(process.printed), "findings": read_findings(results)}
+        if any(entry[key] != value for key, value in now.items()):
+            entry.update(now)
+            record.save()
+
+    process = PhaseProcess(arguments)
+    try:
+        with process:
+            in_time = process.follow(seconds, update)
+    finally:
+        update()
+    if not in_time:
+        return "cut off", f"stopped after {seconds:.0f} seconds"
+    problem = process.problem()
+    return ("failed", problem) if problem else ("complete", None)
 
 
-def main():
+def measure(record, phases, minutes, again):
+    """Executes the phases that are not complete, as far as the time goes; whether all are now."""
+    deadline = time.monotonic() + 60 * minutes
+    all_complete = True
+    for phase in phases:
+        left = deadline - time.monotonic()
+        if not again and record.is_complete(phase, command_of(record.suite, phase)):
+            say(f"{phase}: completed at this commit, see {record.path} (--again repeats it)")
+        elif left <= 0:
+            say(f"{phase}: not started, for the {minutes:g} minutes are used up")
+            all_complete = False
+        else:
+            in_time = min(left, PHASE_SECONDS)
+            all_complete = measure_phase(record, phase, in_time, again) and all_complete
+    return all_complete
+
+
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=PHASES)
+    parser.add_argument("suite", choices=SUITES, help="list of phases")
     parser.add_argument(
-        "--phase", action="append", help="only this one; may be given several times"
+        "--phase", action="append", metavar="NAME",
+        help="only this phase; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", default="benchmarks/results", metavar="DIR",
+        help="folder of SUITE.json and SUITE.md (default: benchmarks/results)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"),
+        help="time after which no phase starts and the one that runs is stopped (default: no end)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--again", action="store_true", help="repeat what was completed at this commit"
     )
-    parser.add_argument("--out", default="benchmarks/results", metavar="DIR")
-    args = parser.parse_args()
-    names = args.phase or list(PHASES[args.kind])
-    unknown = set(names) - PHASES[args.kind].keys()
+    parser.add_argument(
+        "--page", action="store_true", help="only make the page again from what is in the folder"
+    )
+    args = parser.parse_args(argv)
+    unknown = set(args.phase or ()) - SUITES[args.suite].keys()
     if unknown:
-        parser.error(f"no phase {min(unknown)}: choose from {', '.join(PHASES[args.kind])}")
-    succeeded = [run_phase(args.kind, name, Path(args.out)) for name in names]
-    write_page(args.kind, Path(args.out))
-    return 0 if all(succeeded) else 1
+        parser.error(f"no phase {min(unknown)}: choose from {', '.join(SUITES[args.suite])}")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    record = Record(args.suite, args.out)
+    if args.page:
+        if not record.entries:
+            raise UserError(f"{args.out} has no results of {args.suite}: measure them first")
+        record.save_page()
+        return 0
+    phases = args.phase or list(SUITES[args.suite])
+    return 0 if measure(record, phases, args.minutes, args.again) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end as Ctrl-C does, and take the phase along
+        signal.signal(number, signal.default_int_handler)
+    sys.exit(run_program(main))

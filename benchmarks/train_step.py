@@ -2,15 +2,14 @@
 
     python benchmarks/train_step.py --models llama-16m llama-58m gpt2-97m
 
+ours, ours_eager      train.py --compile and --no-compile
+ours_graph            train.py --compile --cuda-graph, on CUDA alone
 huggingface           the model of transformers, float32 and eager on a CPU, fp16 autocast with
                       loss scaling on CUDA: what the original ran
 huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
-ours_eager, ours      train.py --no-compile and --compile
-ours_graph            train.py --compile --cuda-graph, on CUDA alone
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,106 +17,121 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
 
-import train  # noqa: E402
-from benchmarks.contest import (  # noqa: E402
-    contest,
-    describe,
+from benchmarks.contest import compete  # noqa: E402
+from benchmarks.findings import Findings, benchmark_parser  # noqa: E402
+from benchmarks.steps import (  # noqa: E402
+    VOCABULARY,
     flops_per_token,
+    hugging_face_model,
     hugging_face_step,
     matmul_flops,
+    our_train_step,
     random_batches,
-    serve,
+    rate,
+    serve_steps,
     show_rates,
 )
-from model import PRESETS, build_model, choose_device  # noqa: E402
+from harness.devices import choose_device, choose_precision  # noqa: E402
+from harness.files import run_program  # noqa: E402
+from model import PRESETS, build_model  # noqa: E402
+from train import CrossEntropyObjective  # noqa: E402
 
-VARIANTS = ("huggingface", "huggingface_compiled", "ours_eager", "ours")
 GRAPHED = ("ours_graph",)
+HUGGING_FACE = ("huggingface", "huggingface_compiled")
+ON_A_CPU = ("ours", "ours_eager", *HUGGING_FACE)
+ON_A_GPU = ("ours", "ours_eager", *GRAPHED, *HUGGING_FACE)
+LENGTH = 128  # tokens in a sequence
 
 
 def our_step(name, device, variant):
+    """The step of train.py."""
     torch.manual_seed(0)
-    model = build_model(name)
-    objective = train.CrossEntropyObjective(model).to(device).train()
-    precision = train.choose_precision("auto", device)
-    optimizer = train.build_optimizer(model, 0.1)
-    kind = train.GraphedTrainStep if variant in GRAPHED else train.TrainStep
-    step = kind(objective, optimizer, train.autocast_for(device, precision))
-    if variant != "ours_eager":
-        train.compile_blocks(objective)
-    return lambda batch: step(batch, 1e-4)
+    with device:
+        objective = CrossEntropyObjective(build_model(name))
+    precision = choose_precision("auto", device)
+    return our_train_step(objective, device, precision, variant != "ours_eager", variant in GRAPHED)
 
 
 def their_step(name, device, compiled):
-    from conftest import hf_twin
+    """The step of transformers' Trainer."""
+    with device:
+        model = build_model(name)
+    model = hugging_face_model(model, device).train()
+    forward = torch.compile(model) if compiled else model
+    return hugging_face_step(model, lambda ids: forward(ids, labels=ids).loss, compiled)
 
-    model = hf_twin(build_model(name)).to(device).train()
-    run = torch.compile(model) if compiled else model
-    return hugging_face_step(model, lambda ids: run(ids, labels=ids).loss, compiled)
 
-
-def work(args):
-    device = choose_device(args.device)
+def be_contestant(args, device):
+    """What a process does that this program has started for a variant."""
     name = args.models[0]
     if args.worker.startswith("ours"):
         step = our_step(name, device, args.worker)
     else:
         step = their_step(name, device, compiled=args.worker == "huggingface_compiled")
-    shape = (2, args.batch_size, 128, 16_000)
-    batches = random_batches(*shape, device)
-
-    def round():
-        for i in range(args.steps):
-            step(batches[i % 2])
-
-    def warm_up():
-        for _ in range(train.GRAPH_WARM_UP + 1 if device.type == "cuda" else 1):
-            step(batches[0])
-
-    serve(round, warm_up, device)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    serve_steps(
+        step, random_batches(2, args.batch_size, LENGTH, VOCABULARY, device), args.steps, device
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--models", nargs="+", choices=PRESETS)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS + GRAPHED)
-    parser.add_argument("--batch-size", type=int, help="sequences of 128 tokens")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="steps a turn (default: 1, on CUDA 10)")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--worker", choices=VARIANTS + GRAPHED, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+
+
+def referee(args, device):
+    """Lets the variants compete, model by model, and prints how they did."""
+    on_a_gpu = device.type == "cuda"
+    variants = args.variants or (ON_A_GPU if on_a_gpu else ON_A_CPU)
+    options = ["--device", str(device), "--batch-size", str(args.batch_size)]
+    options += ["--steps", str(args.steps)]
+    ceiling = matmul_flops(device, torch.bfloat16)
+    findings = Findings(args, device)
+    findings.add("setting", {"matmul_flops": ceiling})
+    tokens = args.steps * args.batch_size * LENGTH
+    for model in args.models:
+        print(f"{model}, {args.batch_size} x {LENGTH} tokens", flush=True)
+        base = [sys.executable, __file__, *options, "--models", model, "--worker"]
+        commands = {f"{model} {variant}": [*base, variant] for variant in variants}
+        flops = flops_per_token(PRESETS[model].config, LENGTH, True)
+
+        def judge(_name, result, flops=flops):
+            return rate(result, tokens, flops, ceiling)
+
+        rates = compete(findings, commands, args.rounds, device, judge)
+        show_rates(dict(zip(variants, rates.values())))
+    findings.close(args)
+
+
+def parse_arguments(argv):
+    parser = benchmark_parser(__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=PRESETS,
+        help="presets (default: gpt2-705m llama-360m llama-58m on CUDA, else llama-16m llama-58m "
+        "gpt2-97m)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variants", nargs="+", choices=ON_A_GPU, help="contestants (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="sequences of 128 tokens in a step (default: 16, on CUDA 128)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)"
+    )
+    parser.add_argument("--steps", type=int, help="steps in a turn (default: 1, on CUDA 10)")
+    parser.add_argument("--worker", choices=ON_A_GPU, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     device = choose_device(args.device)
-    if args.worker:
-        return work(args)
-    cuda = device.type == "cuda"
-    models = args.models or (("gpt2-705m", "llama-360m", "llama-58m") if cuda else
-                             ("llama-16m", "llama-58m", "gpt2-97m"))  # fmt: skip
-    batch_size = args.batch_size or (128 if cuda else 16)
-    steps = args.steps or (10 if cuda else 1)
-    variants = args.variants or (VARIANTS + GRAPHED if cuda else VARIANTS)
-    summary = describe(device)
-    for name in models:
-        options = ["--device", str(device), "--models", name]
-        options += ["--batch-size", str(batch_size), "--steps", str(steps)]
-        results = contest(
-            {v: [sys.executable, __file__, "--worker", v, *options] for v in variants},
-            args.rounds,
-            device,
-        )
-        print(f"{name}, {batch_size} x 128 tokens")
-        ceiling = matmul_flops(device, torch.bfloat16)
-        flops = dict.fromkeys(variants, flops_per_token(PRESETS[name].config, 128, True))
-        summary[name] = show_rates(results, steps * batch_size * 128, flops, ceiling)
-    if args.json:
-        print(json.dumps(summary))
-    return 0
+    on_a_gpu = device.type == "cuda"
+    args.batch_size = args.batch_size or (128 if on_a_gpu else 16)
+    args.steps = args.steps or (10 if on_a_gpu else 1)
+    if not args.models:
+        cpu, gpu = ("llama-16m", "llama-58m", "gpt2-97m"), ("gpt2-705m", "llama-360m", "llama-58m")
+        args.models = gpu if on_a_gpu else cpu
+    (be_contestant if args.worker else referee)(args, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -12,7 +12,10 @@ import export_hf
 import model as models
 import tokenize_corpus
 from data import Tokenizer, TokenShard, write_shard
-from train import TrainStep
+from harness.checkpoint import write_checkpoint
+from harness.devices import autocast_for
+from harness.states import Provenance
+from train import TrainStep, build_optimizer
 
 torch.set_num_threads(2)
 TEXT = "the a cat dog child sees hears small old garden river runs sleeps and but never"
@@ -43,16 +46,38 @@ def write_split(folder, split, tokenizer, texts):
     write_shard(folder / f"{split}.bin", entries, tokenizer, cleaning="none")
 
 
-def hf_twin(model, weights=True):
+def save_model(path, model, tokenizer, name="llama-tiny", length=16, **fields):
+    """Writes a checkpoint of `model`; other fields of the format by their names."""
+    given = provenance_of(model, tokenizer, name)
+    options = {"config": {"sequence_length": length}, "progress": {}}
+    write_checkpoint(
+        path, model=given.model, weights=model.state_dict(), tokenizer=tokenizer, **options | fields
+    )
+
+
+def provenance_of(model, tokenizer, name="llama-tiny"):
+    """The provenance of a model whose data have no digests."""
+    architecture = models.architecture(model.config)
+    return Provenance(name, architecture, model.config, tokenizer, {})
+
+
+def step_of(objective, micro_batch_size=None, weight_decay=0.0, device="cpu", precision="fp32"):
+    """The train step of an objective."""
+    optimizers = build_optimizer(objective, weight_decay)
+    autocast = autocast_for(torch.device(device), precision)
+    return TrainStep(objective, optimizers, autocast, micro_batch_size)
+
+
+def hf_twin(model, weights=True, attention="eager"):
     """Hugging Face's model of the same shape, and with the same weights unless asked otherwise."""
     import transformers  # here, because it takes seconds and few tests need it
 
-    kind = models.architecture(model)
+    kind = models.architecture(model.config)
     described = export_hf.hf_config(model, kind)
     for key in ("architectures", "torch_dtype", "dtype"):
         del described[key]
     config = transformers.AutoConfig.for_model(**described)
-    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if weights:
         tensors = export_hf.hf_weights(kind, model.state_dict())
         missing, unexpected = twin.load_state_dict(tensors, strict=False)
@@ -62,10 +87,10 @@ def hf_twin(model, weights=True):
 
 
 def interrupt_after(
-    monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM), kind=TrainStep
+    monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM), step_class=TrainStep
 ):
     """Makes a run stop itself during the given step."""
-    call, count = kind.__call__, [0]
+    call, count = step_class.__call__, [0]
 
     def counted(self, *arguments):
         count[0] += 1
@@ -73,7 +98,7 @@ def interrupt_after(
             then()
         return call(self, *arguments)
 
-    monkeypatch.setattr(kind, "__call__", counted)
+    monkeypatch.setattr(step_class, "__call__", counted)
 
 
 @pytest.fixture(scope="session")

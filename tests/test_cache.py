@@ -1,5 +1,6 @@
 """The teachers run once per chunk, and the student does not notice."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -7,16 +8,17 @@ import os
 import pytest
 import torch
 
-import cache
 import distill
-import model as models
 import train
-from cache import TeacherCache
 from conftest import interrupt_after
-from files import UserError, run
 from gpt2 import GPT2
+from harness import cache
+from harness.cache import Layout, TeacherCache
+from harness.checkpoint import read_checkpoint
+from harness.files import PAGE_BYTES, UserError, run_program
 
 N, T, SIZES = 6, 4, (3, 5)
+LAYOUT = Layout(N, T, SIZES, torch.bfloat16)
 MADE_FROM = {"teachers": ["a", "b"], "shard": "c"}
 
 
@@ -28,16 +30,15 @@ def states(chunk_ids, dtype=torch.bfloat16):
 
 
 def open_file(path, **changes):
-    options = {"num_chunks": N, "sequence_length": T, "hidden_sizes": SIZES}
-    options |= {"dtype": torch.bfloat16, "made_from": MADE_FROM}
-    return TeacherCache.in_file(path, **options | changes)
+    made_from = changes.pop("made_from", MADE_FROM)
+    return TeacherCache.in_file(path, dataclasses.replace(LAYOUT, **changes), made_from)
 
 
 @pytest.fixture(params=["memory", "file"])
 def empty(request, tmp_path):
     if request.param == "file":
         return open_file(tmp_path / "cache.bin")
-    return TeacherCache.in_memory(N, T, SIZES, "cpu", torch.bfloat16)
+    return TeacherCache.in_memory(LAYOUT, "cpu")
 
 
 def test_what_was_written_is_read_chunk_by_chunk(empty):
@@ -99,7 +100,7 @@ def test_any_changed_byte_of_a_chunk_is_found_and_the_chunk_made_again(tmp_path,
     path, ids = tmp_path / "c", torch.arange(N)
     open_file(path).write(ids, states(ids))
     whole = bytearray(path.read_bytes())
-    for position in range(cache.HEADER_BYTES, len(whole), 7):
+    for position in range(PAGE_BYTES, len(whole), 7):
         changed = bytearray(whole)
         changed[position] ^= 1
         path.write_bytes(changed)
@@ -149,8 +150,8 @@ def calls(monkeypatch):
 
 def distilled(teachers, data_folder, out, *more):
     arguments = ["--teachers", *teachers, "--data", str(data_folder), *OPTIONS, *STEPS]
-    code = run(lambda: distill.main([*arguments, "--out", str(out), *map(str, more)]))
-    return code, models.read_checkpoint(out / "checkpoint.pt")["weights"]
+    code = run_program(lambda: distill.main([*arguments, "--out", str(out), *map(str, more)]))
+    return code, read_checkpoint(out / "checkpoint.pt")["weights"]
 
 
 def same(a, b):
@@ -206,13 +207,13 @@ def test_a_cache_of_other_teachers_is_refused(teachers, data_folder, tmp_path, c
     arguments = ["--teachers", *reversed(teachers), "--data", str(data_folder), *OPTIONS, *STEPS]
     arguments += ["--out", str(tmp_path / "two"), *map(str, option)]
     capsys.readouterr()
-    assert run(lambda: distill.main(arguments)) == 1
+    assert run_program(lambda: distill.main(arguments)) == 1
     assert "c.bin" in capsys.readouterr().err and not (tmp_path / "two").exists()
 
 
 def refused(teachers, data_folder, out, capsys, *more):
     arguments = ["--teachers", *teachers, "--data", str(data_folder), "--out", str(out), *more]
-    assert run(lambda: distill.main([*arguments, *OPTIONS, *STEPS])) == 1
+    assert run_program(lambda: distill.main([*arguments, *OPTIONS, *STEPS])) == 1
     assert not out.exists()
     return capsys.readouterr().err
 
@@ -221,7 +222,7 @@ def test_what_does_not_fit_is_said_before_training(
     teachers, data_folder, tmp_path, capsys, monkeypatch
 ):
     needed = 525 * 32 * (96 + 96) * 4
-    monkeypatch.setattr(distill, "free_bytes", lambda place, device: needed - 1)
+    monkeypatch.setattr(cache, "free_bytes", lambda place, device: needed - 1)
     for place in ("host", str(tmp_path / "c.bin")):
         more = ("--precision", "fp32", "--cache-teachers", place)
         error = refused(teachers, data_folder, tmp_path / "s", capsys, *more)
@@ -245,6 +246,8 @@ def test_chunks_that_move_cannot_be_kept():
 def test_a_dry_run_prints_the_size_and_makes_no_file(teachers, data_folder, tmp_path, capsys):
     option = ["--cache-teachers", str(tmp_path / "c.bin"), "--dry-run"]
     arguments = ["--teachers", *teachers, "--data", str(data_folder), *OPTIONS, *STEPS]
-    assert run(lambda: distill.main([*arguments, *option, "--out", str(tmp_path / "s")])) == 0
+    assert (
+        run_program(lambda: distill.main([*arguments, *option, "--out", str(tmp_path / "s")])) == 0
+    )
     assert "of the teachers' hidden states in" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from data import (
     dev_subset,
     write_shard,
 )
-from files import UserError, sha256
+from harness.files import UserError, sha256
 
 
 class Pieces:

@@ -6,12 +6,13 @@ import torch
 import distill
 import model as models
 import train
-from conftest import train_tokenizer, write_split, write_text
+from conftest import save_model, step_of, train_tokenizer, write_split, write_text
 from data import BatchStream
 from distill import DistillConfig, EnsembleObjective
-from files import run
+from harness.checkpoint import content_digest, read_checkpoint
+from harness.devices import autocast_for, compile_blocks
+from harness.files import run_program
 from loss import plain_ensemble_kl
-from train import TrainStep, autocast_for, build_optimizer
 
 
 def config(**changes):
@@ -47,9 +48,7 @@ def test_only_the_student_learns(train_shard):
     student, teachers = models.build_model("llama-tiny", 300), ensemble()
     objective = EnsembleObjective(student, teachers, config()).train()
     before = [p.clone() for p in objective.parameters()]
-    step = TrainStep(
-        objective, build_optimizer(student, 0.1), autocast_for(torch.device("cpu"), "")
-    )
+    step = step_of(objective, weight_decay=0.1)
     step(BatchStream(train_shard, 4, 32, seed=0)(0), 1e-3)
     changed = [not torch.equal(a, b) for a, b in zip(before, objective.parameters())]
     num_student = len(list(student.parameters()))
@@ -85,7 +84,7 @@ def compiled_and_eager(train_shard, device, student):
     objective = EnsembleObjective(student, ensemble(), config()).to(device).train()
     batch = BatchStream(train_shard, 4, 32, seed=0)(0).to(torch.device(device))
     eager = gradients(objective, batch, device)
-    train.compile_blocks(objective)
+    compile_blocks(objective)
     compiled = gradients(objective, batch, device)
     assert abs(compiled[0] - eager[0]) < 1e-3 * eager[0]
     assert (compiled[1] - eager[1]).norm() < 0.02 * eager[1].norm()
@@ -131,18 +130,18 @@ def test_a_student_is_distilled_from_both(teachers, data_folder, tmp_path, capsy
     _, checkpoint = models.load_checkpoint(out / "best.pt")
     assert [t["name"] for t in checkpoint["teachers"]] == ["gpt2-tiny", "llama-tiny"]
     for path, teacher in zip(teachers, checkpoint["teachers"]):
-        assert teacher["digest"] == models.content_digest(models.read_checkpoint(path)["weights"])
+        assert teacher["digest"] == content_digest(read_checkpoint(path)["weights"])
     assert not any("teachers" in key for key in checkpoint["weights"])
     # Finished: the same command has nothing left to do. Other teachers: another run.
     assert distill.main([*arguments, "--out", str(out), *SHORT]) == 0
     swapped = ["--teachers", *reversed(teachers), *arguments[3:], "--out", str(out), *SHORT]
-    assert run(lambda: distill.main(swapped)) == 1
+    assert run_program(lambda: distill.main(swapped)) == 1
     assert "teacher_digests" in capsys.readouterr().err
 
 
 def refused(capsys, out, *arguments):
     """The one line with which a distillation is refused before anything is written."""
-    assert run(lambda: distill.main([*map(str, arguments), "--out", str(out), *SHORT])) == 1
+    assert run_program(lambda: distill.main([*map(str, arguments), "--out", str(out), *SHORT])) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and not out.exists()
     return error
@@ -164,10 +163,7 @@ def test_a_teacher_of_another_shape_is_refused(
     data_folder, tokenizer, tmp_path, capsys, vocabulary_size, positions, message
 ):
     teacher = models.build_model("gpt2-tiny", vocabulary_size, max_position_embeddings=positions)
-    models.save_checkpoint(
-        tmp_path / "t.pt", name="gpt2-tiny", model=teacher, config={"sequence_length": 16},
-        tokenizer=tokenizer, progress={},
-    )  # fmt: skip
+    save_model(tmp_path / "t.pt", teacher, tokenizer, "gpt2-tiny")
     arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
     assert message in refused(capsys, tmp_path / "s", *arguments)
 

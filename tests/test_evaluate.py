@@ -10,7 +10,7 @@ from torch import nn
 
 import evaluate
 import model as models
-from conftest import train_tokenizer, write_split, write_text
+from conftest import save_model, train_tokenizer, write_split, write_text
 from data import BOS, EOS, TokenShard
 from evaluate import (
     CONVENTIONS,
@@ -21,7 +21,7 @@ from evaluate import (
     read_pairs,
     sentence_scores,
 )
-from files import UserError, run
+from harness.files import UserError, run_program
 
 V = 300
 
@@ -195,10 +195,8 @@ def checkpoints(tokenizer, tmp_path):
     paths = []
     for name in ("gpt2-tiny", "llama-tiny"):
         torch.manual_seed(0)
-        models.save_checkpoint(
-            tmp_path / f"{name}.pt", name=name, model=models.build_model(name, V),
-            config={"sequence_length": 32}, tokenizer=tokenizer, progress={},
-        )  # fmt: skip
+        model = models.build_model(name, V)
+        save_model(tmp_path / f"{name}.pt", model, tokenizer, name, length=32)
         paths.append(str(tmp_path / f"{name}.pt"))
     return paths
 
@@ -209,7 +207,7 @@ def test_several_checkpoints_and_their_ensemble_side_by_side(
     pairs = str(write_pairs(tmp_path / "pairs", PAIRS))
     arguments = [*checkpoints, "--ensemble", *checkpoints, "--data", str(data_folder)]
     arguments += ["--pairs", pairs, "--json", str(tmp_path / "s.json"), "--device", "cpu"]
-    assert run(lambda: evaluate.main(arguments)) == 0
+    assert run_program(lambda: evaluate.main(arguments)) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("gpt2-tiny", "llama-tiny", "ensemble"))
     entries = json.loads((tmp_path / "s.json").read_text())["checkpoints"]
@@ -236,7 +234,7 @@ def test_pairs_alone_need_no_shard(checkpoints, tmp_path, monkeypatch):
 def test_text_of_another_tokenizer_is_refused(checkpoints, tmp_path, capsys):
     other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
     write_split(tmp_path, "dev", other, {"text": write_text(500, seed=9)})
-    assert run(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path)])) == 1
+    assert run_program(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path)])) == 1
     assert "--tokenizer" in capsys.readouterr().err
 
 
@@ -247,7 +245,9 @@ def test_pairs_are_scored_although_the_default_text_is_of_another_tokenizer(
     other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
     write_split(tmp_path / "data" / "babylm", "dev", other, {"text": write_text(500, seed=9)})
     pairs = str(write_pairs(tmp_path / "pairs", PAIRS))
-    assert run(lambda: evaluate.main([*checkpoints, "--pairs", pairs, "--device", "cpu"])) == 0
+    assert (
+        run_program(lambda: evaluate.main([*checkpoints, "--pairs", pairs, "--device", "cpu"])) == 0
+    )
     assert "minimal pairs only" in capsys.readouterr().err
 
 
@@ -258,5 +258,5 @@ def test_text_without_spaces_has_no_perplexity_per_word(tokenizer, tmp_path):
 
 
 def test_a_missing_shard_is_named(checkpoints, tmp_path, capsys):
-    assert run(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path / "none")])) == 1
+    assert run_program(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path / "none")])) == 1
     assert "tokenize_corpus.py" in capsys.readouterr().err

@@ -16,9 +16,10 @@ import distill
 import evaluate
 import export_hf
 import model as models
-from conftest import hf_twin, train_tokenizer, write_text
+from conftest import hf_twin, save_model, train_tokenizer, write_text
 from data import BOS, EOS
-from files import run
+from harness.checkpoint import read_checkpoint
+from harness.files import run_program
 
 V = 300
 NASTY = [
@@ -36,10 +37,9 @@ def checkpoint(request, tmp_path, tokenizer):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    models.save_checkpoint(
-        tmp_path / "a.pt", name=request.param, model=model,
+    save_model(
+        tmp_path / "a.pt", model, tokenizer, request.param,
         config={"sequence_length": 32, "learning_rate": 0.003, "train_shard": "ab" * 32},
-        tokenizer=tokenizer,
         progress={"step": 7, "steps": 9, "words": 1234, "dev_cross_entropy": 4.5},
         teachers=[{"name": "gpt2-tiny", "digest": "0123456789abcdef"}], commit="abc123",
     )  # fmt: skip
@@ -48,12 +48,12 @@ def checkpoint(request, tmp_path, tokenizer):
 
 def export(checkpoint, *options):
     out = checkpoint.parent / "exported"
-    assert run(lambda: export_hf.main([str(checkpoint), "--out", str(out), *options])) == 0
+    assert run_program(lambda: export_hf.main([str(checkpoint), "--out", str(out), *options])) == 0
     return out
 
 
 def import_back(folder, out):
-    return run(lambda: export_hf.main(["--import", str(folder), "--out", str(out)]))
+    return run_program(lambda: export_hf.main(["--import", str(folder), "--out", str(out)]))
 
 
 def test_stock_classes_load_the_folder_and_compute_the_same(checkpoint):
@@ -109,7 +109,7 @@ def test_the_card_states_what_the_checkpoint_knows(checkpoint):
 def test_the_card_of_what_was_imported_claims_no_training(checkpoint, tmp_path):
     assert import_back(export(checkpoint), tmp_path / "back.pt") == 0
     arguments = [str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]
-    assert run(lambda: export_hf.main(arguments)) == 0
+    assert run_program(lambda: export_hf.main(arguments)) == 0
     assert "never occurred" not in (tmp_path / "again" / "README.md").read_text()
 
 
@@ -117,7 +117,7 @@ def test_a_start_token_can_take_the_newlines_place(tmp_path, checkpoint, tokeniz
     ours, saved = models.load_checkpoint(checkpoint)
     if saved["model"]["architecture"] == "gpt2":
         arguments = [str(checkpoint), "--out", str(tmp_path / "no"), "--start-token", "newline"]
-        assert run(lambda: export_hf.main(arguments)) == 1
+        assert run_program(lambda: export_hf.main(arguments)) == 1
         assert "--start-token" in capsys.readouterr().err and not (tmp_path / "no").exists()
         return
     folder = export(checkpoint, "--start-token", "newline")
@@ -134,7 +134,7 @@ def test_a_start_token_can_take_the_newlines_place(tmp_path, checkpoint, tokeniz
 
 def test_an_exported_checkpoint_comes_back_unchanged(checkpoint, tmp_path):
     assert import_back(export(checkpoint), tmp_path / "back.pt") == 0
-    before, after = (models.read_checkpoint(p) for p in (checkpoint, tmp_path / "back.pt"))
+    before, after = (read_checkpoint(p) for p in (checkpoint, tmp_path / "back.pt"))
     assert before["model"]["shape"] == after["model"]["shape"]
     assert before["tokenizer"]["identity"] == after["tokenizer"]["identity"]
     assert before["weights"].keys() == after["weights"].keys()
@@ -163,12 +163,12 @@ def test_what_was_imported_can_teach_and_be_trained_further(checkpoint, tmp_path
     arguments += ["--init", str(tmp_path / "back.pt"), "--data", str(data_folder)]
     arguments += ["--out", str(tmp_path / "run"), "--steps", "1", "--learning-rate", "0"]
     arguments += ["--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
-    assert run(lambda: distill.main(arguments)) == 0
-    before = models.read_checkpoint(tmp_path / "back.pt")["weights"]
-    after = models.read_checkpoint(tmp_path / "run" / "checkpoint.pt")["weights"]
+    assert run_program(lambda: distill.main(arguments)) == 0
+    before = read_checkpoint(tmp_path / "back.pt")["weights"]
+    after = read_checkpoint(tmp_path / "run" / "checkpoint.pt")["weights"]
     assert all(torch.equal(before[name], after[name]) for name in before)
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    if "dropout" not in models.read_checkpoint(tmp_path / "back.pt")["model"]["shape"]:
+    if "dropout" not in read_checkpoint(tmp_path / "back.pt")["model"]["shape"]:
         assert abs(json.loads(log[1])["kl"]) < 1e-3  # it is its own teacher
 
 
@@ -209,7 +209,7 @@ def test_pairs_are_scored_as_the_official_pipelines_do(checkpoint, tmp_path, con
         "--json",
         str(tmp_path / "s.json"),
     ]
-    assert run(lambda: evaluate.main(arguments)) == 0
+    assert run_program(lambda: evaluate.main(arguments)) == 0
     saved = np.load(tmp_path / "s.npz")
     assert saved["good"].shape == (1, len(pairs)) and [*saved["checkpoint"]] == [str(checkpoint)]
 
@@ -424,7 +424,7 @@ def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
     folder = export(checkpoint)
     assert import_back(folder, checkpoint) == 1 and checkpoint.read_bytes() == before
     (folder / "README.md").write_text("years of work")
-    assert run(lambda: export_hf.main([str(checkpoint), "--out", str(folder)])) == 1
+    assert run_program(lambda: export_hf.main([str(checkpoint), "--out", str(folder)])) == 1
     assert "choose another --out" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == "years of work"
 

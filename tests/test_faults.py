@@ -28,9 +28,14 @@ import export_hf
 import model as models
 import tokenize_corpus
 import train
-from conftest import train_tokenizer, write_text
+from conftest import provenance_of, save_model, step_of, train_tokenizer, write_text
 from data import FIRST_LINE_BYTES, Batch, Tokenizer, TokenShard
-from files import UserError, locked, run, sha256
+from harness import checkpoint as checkpoints
+from harness import plan
+from harness.files import UserError, locked, run_program, sha256
+from harness.options import may_change
+from harness.record import commit
+from harness.states import check_continues, restore, training_state
 from llama import Llama, LlamaConfig
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +54,7 @@ def report():
     if not set(names) <= FIGURES.keys():
         return
     where = f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
-    lines = ["# Faults", "", f"`make test-faults`, commit {train.commit()}, {where}."]
+    lines = ["# Faults", "", f"`make test-faults`, commit {commit()}, {where}."]
     lines += ["", "| what was done | outcome |", "|---|---|"]
     lines += [f"| {' | '.join(FIGURES[name])} |" for name in names]
     (ROOT / "benchmarks" / "results" / "faults.md").write_text("\n".join(lines) + "\n")
@@ -61,15 +66,16 @@ def command(data_folder, out):
 
 def comparable(out):
     """What a run wrote, but for times: weights, moments, best weights, log."""
-    full, best = (models.read_checkpoint(out / n) for n in ("checkpoint.pt", "best.pt"))
+    full, best = (checkpoints.read_checkpoint(out / n) for n in ("checkpoint.pt", "best.pt"))
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     entries = [e for e in entries if "step" in e]
     for entry in entries:
         entry.pop("tokens_per_second", None)
     kept = ("weights", "training", "progress", "config")
-    options = {key: value for key, value in full["config"].items() if key not in train.MAY_CHANGE}
-    parts = [models.content_digest(full[key]) for key in kept[:3]]
-    return options, parts, models.content_digest(best["weights"]), entries
+    free = may_change(train.TrainConfig)
+    options = {key: value for key, value in full["config"].items() if key not in free}
+    parts = [checkpoints.content_digest(full[key]) for key in kept[:3]]
+    return options, parts, checkpoints.content_digest(best["weights"]), entries
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,11 @@ def whole_run(data_folder, tmp_path_factory):
 
 def start(data_folder, out, kill_at=None):
     """A run in a process of its own, which kills itself at the n-th call of a function of `os`."""
-    program = "import sys, train; sys.exit(train.run(lambda: train.main(sys.argv[1:])))"
+    program = (
+        "import sys, train\n"
+        "from harness.files import run_program\n"
+        "sys.exit(run_program(lambda: train.main(sys.argv[1:])))"
+    )
     if kill_at is not None:
         name, call = kill_at
         program = (
@@ -185,7 +195,7 @@ def test_a_second_interrupt_leaves_at_once(data_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.TrainStep, "__call__", twice)
     before = signal.getsignal(signal.SIGINT)
-    assert run(lambda: train.main(command(data_folder, tmp_path / "r"))) == 130
+    assert run_program(lambda: train.main(command(data_folder, tmp_path / "r"))) == 130
     assert len(calls) == 3 and signal.getsignal(signal.SIGINT) is before
 
 
@@ -194,7 +204,7 @@ def test_a_second_interrupt_leaves_at_once(data_folder, tmp_path, monkeypatch):
 
 def test_a_folder_in_use_is_refused_until_its_process_has_died(tmp_path):
     program = (
-        "import sys, time; from files import locked\n"
+        "import sys, time; from harness.files import locked\n"
         "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -213,14 +223,14 @@ def test_a_folder_in_use_is_refused_until_its_process_has_died(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(data_folder, tmp_path, capsys):
     out = tmp_path / "r"
     with locked(out):
-        assert run(lambda: train.main(command(data_folder, out))) == 1
+        assert run_program(lambda: train.main(command(data_folder, out))) == 1
     assert "in use by another run" in capsys.readouterr().err
     assert list(out.iterdir()) == []
-    assert run(lambda: train.main(command(data_folder, out))) == 0
+    assert run_program(lambda: train.main(command(data_folder, out))) == 0
 
 
 def test_without_a_terminal_no_carriage_return_is_written(data_folder, tmp_path, capfd):
-    assert run(lambda: train.main(command(data_folder, tmp_path / "r"))) == 0
+    assert run_program(lambda: train.main(command(data_folder, tmp_path / "r"))) == 0
     printed = capfd.readouterr()
     assert "\r" not in printed.out + printed.err and "step 30/30" in printed.out
 
@@ -261,20 +271,20 @@ def test_a_full_disk_loses_nothing_and_says_so(data_folder, tmp_path, monkeypatc
         patch.setattr(builtins, "open", opened)
         patch.setattr(FullDisk, "__enter__", lambda self: self, raising=False)
         patch.setattr(FullDisk, "__exit__", lambda self, *_: self.file.close(), raising=False)
-        assert run(lambda: train.main(command(data_folder, out))) == 1
+        assert run_program(lambda: train.main(command(data_folder, out))) == 1
     error = capsys.readouterr().err
     assert "untouched" in error and " free" in error and error.count("\n") == 1
-    assert models.read_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 7
+    assert checkpoints.read_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 7
     assert not list(out.glob("*.tmp"))
-    assert run(lambda: train.main(command(data_folder, out))) == 0
+    assert run_program(lambda: train.main(command(data_folder, out))) == 0
 
 
 def test_too_little_room_is_known_before_training(data_folder, tmp_path, monkeypatch, capsys):
     import collections
 
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
-    assert run(lambda: train.main(command(data_folder, tmp_path / "r"))) == 1
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    assert run_program(lambda: train.main(command(data_folder, tmp_path / "r"))) == 1
     assert "bytes needed, 1000 free" in capsys.readouterr().err
 
 
@@ -284,7 +294,7 @@ def test_too_little_room_is_known_before_training(data_folder, tmp_path, monkeyp
 def flip_bits(path, count, seed=0):
     """Flips one random bit `count` times, each in a fresh copy: how many were refused."""
     whole, generator, refused = path.read_bytes(), random.Random(seed), 0
-    expected = models.content_digest(models.read_checkpoint(path))
+    expected = checkpoints.content_digest(checkpoints.read_checkpoint(path))
     changed = path.with_name("changed.pt")
     for _ in range(count):
         position, bit = generator.randrange(len(whole)), generator.randrange(8)
@@ -292,11 +302,11 @@ def flip_bits(path, count, seed=0):
         damaged[position] ^= 1 << bit
         changed.write_bytes(damaged)
         try:
-            loaded = models.read_checkpoint(changed)
+            loaded = checkpoints.read_checkpoint(changed)
         except UserError:
             refused += 1
         else:  # padding, or a name in the archive that nobody reads
-            assert models.content_digest(loaded) == expected, (position, bit)
+            assert checkpoints.content_digest(loaded) == expected, (position, bit)
     return refused
 
 
@@ -332,8 +342,9 @@ class Payload:
 
 
 def hostile(tmp_path):
-    torch.save({"format": models.FORMAT, "version": 1, "weights": Payload(tmp_path / "executed")},
-               tmp_path / "evil.pt")  # fmt: skip
+    payload = Payload(tmp_path / "executed")
+    evil = {"format": checkpoints.FORMAT, "version": 1, "weights": payload}
+    torch.save(evil, tmp_path / "evil.pt")
     return str(tmp_path / "evil.pt")
 
 
@@ -350,7 +361,7 @@ def test_no_way_in_executes_a_pickle(data_folder, tmp_path, capsys):
         lambda: export_hf.main([evil, "--out", str(tmp_path / "d")]),
     ]
     for way in ways:
-        assert run(way) == 1
+        assert run_program(way) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "executed").exists()
@@ -358,26 +369,26 @@ def test_no_way_in_executes_a_pickle(data_folder, tmp_path, capsys):
 
 def test_values_that_would_fill_the_memory_are_refused(tmp_path):
     """A tensor that repeats one element without end, and lists that hold each other twice."""
-    huge = {"format": models.FORMAT, "version": 1, "weights": torch.zeros(1).expand(1 << 45)}
+    huge = {"format": checkpoints.FORMAT, "version": 1, "weights": torch.zeros(1).expand(1 << 45)}
     nested = [0]
     for _ in range(60):
         nested = [nested, nested]
-    for content in (huge, {"format": models.FORMAT, "version": 1, "weights": nested}):
+    for content in (huge, {"format": checkpoints.FORMAT, "version": 1, "weights": nested}):
         torch.save(content, tmp_path / "a.pt")
         started = time.monotonic()
         with pytest.raises(UserError):
-            models.read_checkpoint(tmp_path / "a.pt")
+            checkpoints.read_checkpoint(tmp_path / "a.pt")
         assert time.monotonic() - started < 20
 
 
 def test_shapes_that_would_fill_the_memory_are_refused(whole_run, tmp_path):
-    checkpoint = models.read_checkpoint(whole_run / "best.pt")
+    checkpoint = checkpoints.read_checkpoint(whole_run / "best.pt")
     for key, value in (("num_hidden_layers", 10**9), ("max_position_embeddings", 10**12),
                        ("hidden_size", -96), ("num_attention_heads", 0)):  # fmt: skip
         changed = {k: v for k, v in checkpoint.items() if k != "digest"}
         shape = checkpoint["model"]["shape"] | {key: value}
         changed["model"] = checkpoint["model"] | {"shape": shape}
-        changed["digest"] = models.content_digest(changed)
+        changed["digest"] = checkpoints.content_digest(changed)
         torch.save(changed, tmp_path / "a.pt")
         with pytest.raises(UserError, match="do not fit"):
             models.load_checkpoint(tmp_path / "a.pt")
@@ -387,13 +398,13 @@ def test_shapes_that_would_fill_the_memory_are_refused(whole_run, tmp_path):
 def test_moments_of_another_size_are_refused(data_folder, tmp_path, capsys, size):
     """A fused optimizer would write wherever they end, and no digest is against it."""
     run_here = ["--data", str(data_folder), "--out", str(tmp_path), *OPTIONS]
-    assert run(lambda: train.main([*run_here, "--stop-after", "0"])) == 0
-    checkpoint = models.read_checkpoint(tmp_path / "checkpoint.pt")
+    assert run_program(lambda: train.main([*run_here, "--stop-after", "0"])) == 0
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "checkpoint.pt")
     del checkpoint["digest"]
     checkpoint["training"]["optimizer"]["ln_f.weight"]["exp_avg"] = torch.zeros(size)
-    changed = checkpoint | {"digest": models.content_digest(checkpoint)}
+    changed = checkpoint | {"digest": checkpoints.content_digest(checkpoint)}
     torch.save(changed, tmp_path / "checkpoint.pt")
-    assert run(lambda: train.main(run_here)) == 1
+    assert run_program(lambda: train.main(run_here)) == 1
     assert "no state of this run's model" in capsys.readouterr().err
 
 
@@ -470,10 +481,7 @@ def fuzz(path, reader, examples, strategy, write):
 
 
 def small_step(shape):
-    model = Llama(shape)
-    optimizer = train.build_optimizer(model, 0.1)
-    autocast = train.autocast_for(torch.device("cpu"), "fp32")
-    return train.TrainStep(train.CrossEntropyObjective(model), optimizer, autocast)
+    return step_of(train.CrossEntropyObjective(Llama(shape)), weight_decay=0.1)
 
 
 def fuzz_everything(data_folder, tokenizer, folder, examples):
@@ -484,13 +492,15 @@ def fuzz_everything(data_folder, tokenizer, folder, examples):
     shape = LlamaConfig(300, 8, 8, 1, 2)
     step = small_step(shape)
     step(Batch.whole(torch.arange(2), *torch.zeros((2, 2, 4), dtype=torch.int64)), 1e-3)
-    config = {"sequence_length": 4, "seed": 0, "teachers": ["a.pt", "b.pt"]}
+    options = train.TrainConfig(sequence_length=4)
     progress = {"step": 1, "steps": 9, "best_step": 0, "best_dev_cross_entropy": 9.0}
-    models.save_checkpoint(
-        folder / "small.pt", name="small", model=step.objective.model, tokenizer=tokenizer,
-        config=config, progress=progress, training=train.training_state(step),
+    given = provenance_of(step.objective.model, tokenizer, "small")
+    config = given.conditions(options)
+    save_model(
+        folder / "small.pt", step.objective.model, tokenizer, "small", config=config,
+        progress=progress, training=training_state(step),
     )  # fmt: skip
-    checkpoint = models.read_checkpoint(folder / "small.pt")
+    checkpoint = checkpoints.read_checkpoint(folder / "small.pt")
     del checkpoint["digest"]
 
     def use(path):
@@ -499,10 +509,10 @@ def fuzz_everything(data_folder, tokenizer, folder, examples):
         export_hf.model_card(found, step.objective.model, "as-trained")
 
     def resume(path):
-        found = models.read_checkpoint(path)
-        train.check_continues(found, checkpoint["config"], path)
+        found = checkpoints.read_checkpoint(path)
+        check_continues(found, options, given, path)
         step = small_step(shape)
-        train.restore(step, found, path)
+        restore(step, found, path)
         step(Batch.whole(torch.arange(2), *torch.zeros((2, 2, 4), dtype=torch.int64)), 1e-3)
 
     whole = (data_folder / "train.bin").read_bytes()
@@ -522,7 +532,7 @@ def fuzz_everything(data_folder, tokenizer, folder, examples):
 
     def signed_checkpoint(path, changes):
         changed = with_replacements(checkpoint, changes)
-        torch.save(changed | {"digest": models.content_digest(changed)}, path)
+        torch.save(changed | {"digest": checkpoints.content_digest(changed)}, path)
 
     def safetensors(path, example):
         entries, changes = example
@@ -626,7 +636,10 @@ def test_text_of_any_kind_is_kept(tmp_path, text):
         train_tokenizer(write_text(2000, seed=1)).model_bytes
     )
     arguments = ["--dev", str(folder), "--tokenizer", str(tokenizer_file), "--no-clean"]
-    assert run(lambda: tokenize_corpus.main([*arguments, "--out", str(tmp_path / "data")])) == 0
+    assert (
+        run_program(lambda: tokenize_corpus.main([*arguments, "--out", str(tmp_path / "data")]))
+        == 0
+    )
     shard = TokenShard(tmp_path / "data" / "dev.bin")
     assert Tokenizer.load(tokenizer_file).decode(shard.tokens.tolist()) == text
     assert shard.files[0].name == "a file\nwith a newline"
@@ -650,12 +663,9 @@ def test_saving_and_verifying_a_full_state_takes_seconds(tmp_path, tokenizer):
         seconds[name] = time.perf_counter() - started
         return result
 
-    timed("save", lambda: models.save_checkpoint(
-        path, name="llama-58m", model=model, config={"sequence_length": 16}, tokenizer=tokenizer,
-        progress={}, training={"optimizer": moments},
-    ))  # fmt: skip
+    timed("save", lambda: save_model(path, model, tokenizer, training={"optimizer": moments}))
     loaded = timed("load", lambda: torch.load(path, weights_only=True))
-    timed("verify", lambda: models.content_digest(loaded))
+    timed("verify", lambda: checkpoints.content_digest(loaded))
     FIGURES["llama-58m"] = (
         f"a full state of llama-58m, {path.stat().st_size / 1e6:.0f} MB",
         f"{seconds['save']:.2f} s to digest, write and fsync, {seconds['load']:.2f} s to read, "

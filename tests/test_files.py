@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from files import UserError, atomic_write, run
+from harness.files import UserError, atomic_write, run_program
 
 
 def test_what_is_written_arrives_whole(tmp_path):
@@ -44,7 +44,7 @@ def fail(error):
 
 
 def test_exit_codes(capsys):
-    assert run(lambda: None) == 0 and run(lambda: 143) == 143
-    assert run(lambda: fail(UserError("say what to do"))) == 1
+    assert run_program(lambda: None) == 0 and run_program(lambda: 143) == 143
+    assert run_program(lambda: fail(UserError("say what to do"))) == 1
     assert capsys.readouterr().err == "error: say what to do\n"
-    assert run(lambda: fail(KeyboardInterrupt())) == 130
+    assert run_program(lambda: fail(KeyboardInterrupt())) == 130

@@ -5,8 +5,9 @@ import torch
 
 import generate as program
 import model as models
-from files import run
+from conftest import save_model
 from generate import generate
+from harness.files import run_program
 
 
 @pytest.fixture(params=["gpt2-tiny", "llama-tiny"])
@@ -46,22 +47,15 @@ def test_text_may_outgrow_the_context(tokenizer):
 def test_the_program_prints_the_prompt_and_more(model, tokenizer, tmp_path, capsys):
     path = tmp_path / "a.pt"
     name = "gpt2-tiny" if hasattr(model, "wte") else "llama-tiny"
-    models.save_checkpoint(
-        path,
-        name=name,
-        model=model,
-        config={"sequence_length": 16},
-        tokenizer=tokenizer,
-        progress={},
-    )
+    save_model(path, model, tokenizer, name)
     arguments = [str(path), "--prompt", "the cat", "--tokens", "8", "--device", "cpu"]
-    assert run(lambda: program.main(arguments)) == 0
+    assert run_program(lambda: program.main(arguments)) == 0
     first = capsys.readouterr().out
     assert first.startswith("the cat")
-    assert run(lambda: program.main(arguments)) == 0
+    assert run_program(lambda: program.main(arguments)) == 0
     assert capsys.readouterr().out == first
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    assert run(lambda: program.main([str(tmp_path / "none.pt"), "--prompt", "a"])) == 1
+    assert run_program(lambda: program.main([str(tmp_path / "none.pt"), "--prompt", "a"])) == 1
     assert capsys.readouterr().err.count("\n") == 1

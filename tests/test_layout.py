@@ -9,36 +9,75 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+HARNESS = {path.stem for path in (ROOT / "harness").glob("[!_]*.py")}
+MODULES = {path.stem for path in ROOT.glob("*.py")}
 NOUNS = {"gpt2", "llama", "loss", "data", "model"}
-ALLOWED = {
-    "files": set(),
+ALLOWED = {  # modules of the root that a module of the root may import
     "gpt2": set(),
     "llama": set(),
     "loss": set(),
     "data": set(),
+    "report": set(),
     "model": {"gpt2", "llama"},
     "train": {"data", "loss", "model"},
-    "cache": set(),
-    "distill": {"cache", "data", "loss", "model", "train"},
+    "distill": {"data", "loss", "model", "train"},
 }
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
 def imports(path):
-    """Names of the modules that a file imports, wherever in the file."""
+    """Full names of the modules that a file imports, wherever in the file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
+            assert not node.level
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "reproduce"])
+def root_modules(path):
+    """The modules of the root that a file imports."""
+    return {name.split(".")[0] for name in imports(path)} & MODULES
+
+
+@pytest.mark.parametrize("module", sorted(MODULES - {"reproduce"}))
 def test_imports_point_one_way(module):
-    seen = imports(ROOT / f"{module}.py") & set(MODULES)
-    assert seen <= ALLOWED.get(module, NOUNS) | {"files"}
+    assert root_modules(ROOT / f"{module}.py") <= ALLOWED.get(module, NOUNS)
+
+
+def harness_imports():
+    """{module of the harness: those that it imports}."""
+    return {
+        module: {
+            other
+            for other in HARNESS
+            if f"harness.{other}" in imports(ROOT / "harness" / f"{module}.py")
+        }
+        for module in HARNESS
+    }
+
+
+@pytest.mark.parametrize("folder", ["harness", "toy"])
+def test_the_harness_and_the_toy_grammar_know_nothing_of_the_method(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        assert not root_modules(path), path.name
+
+
+def test_the_harness_is_built_upon_files_and_has_no_circle():
+    graph = harness_imports()
+    assert not graph["files"]
+    while graph:
+        leaves = {module for module, others in graph.items() if not others & graph.keys()}
+        assert leaves, f"these import each other: {sorted(graph)}"
+        graph = {module: others for module, others in graph.items() if module not in leaves}
+
+
+def test_the_loop_fits_a_screen_and_its_file_an_evening():
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    (fit,) = [f for f in functions if f.name == "fit"]
+    assert fit.end_lineno - fit.lineno < 60 and source.count("\n") <= 320
 
 
 def test_only_the_four_packages_are_needed_at_run_time():
@@ -48,7 +87,8 @@ def test_only_the_four_packages_are_needed_at_run_time():
 
 
 def test_modules_can_be_imported_without_doing_anything(tmp_path):
-    command = [sys.executable, "-c", f"import {', '.join(MODULES)}"]
+    everything = [*sorted(MODULES), *(f"harness.{module}" for module in sorted(HARNESS))]
+    command = [sys.executable, "-c", f"import {', '.join(everything)}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
     assert done.stdout == b"" and list(tmp_path.iterdir()) == []

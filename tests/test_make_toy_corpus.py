@@ -8,8 +8,10 @@ from itertools import pairwise
 import pytest
 
 import make_toy_corpus
-from files import run
-from make_toy_corpus import KINDS, PARADIGMS, held_out
+from harness.files import run_program
+from toy import lexicon
+from toy.lexicon import CATEGORIES, held_out
+from toy.paradigms import PARADIGMS
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +73,14 @@ def test_no_sentence_of_a_pair_is_in_the_text(corpus):
 
 NOUNS = {
     form: noun
-    for words in (make_toy_corpus.GIRLS, make_toy_corpus.BOYS, *(k[0] for k in KINDS.values()))
+    for words in (lexicon.GIRLS, lexicon.BOYS, *(nouns for nouns, _ in CATEGORIES.values()))
     for noun in words
-    for form in (noun, make_toy_corpus.plural(noun))
+    for form in (noun, lexicon.plural(noun))
 }
 VERBS = {
     form: verb
-    for verb in make_toy_corpus.ACTS + make_toy_corpus.MEETING + make_toy_corpus.HANDLING
-    for form in (verb, make_toy_corpus.with_s(verb), make_toy_corpus.past(verb))
+    for verb in lexicon.ACTS + lexicon.MEETING + lexicon.HANDLING
+    for form in (verb, lexicon.with_s(verb), lexicon.past(verb))
 }
 
 
@@ -90,12 +92,12 @@ def meetings(text):
         if a in NOUNS and b in VERBS:
             met.add((NOUNS[a], VERBS[b]))
     determiners = "the|an?|this|that|these|those|every|some|two|three|many"
-    adjectives = "|".join(make_toy_corpus.ADJECTIVES + make_toy_corpus.THING_ADJECTIVES)
+    adjectives = "|".join(lexicon.ADJECTIVES + lexicon.THING_ADJECTIVES)
     phrase = rf"(?=(?:\b(\w+) )?\b({determiners}) (?:(?:{adjectives}) )?(\w+))"
     for verb, determiner, noun in re.findall(phrase, " ".join(words)):
         if noun in NOUNS and verb in VERBS:
             met.add((NOUNS[noun], VERBS[verb]))
-        if noun in NOUNS and determiner in make_toy_corpus.DEMONSTRATIVES:
+        if noun in NOUNS and determiner in lexicon.DEMONSTRATIVES:
             met.add((determiner, NOUNS[noun]))
     return met
 
@@ -110,7 +112,7 @@ def test_what_meets_in_a_pair_never_meets_in_the_text(corpus):
             words = re.findall(r"\w+", good)
             met.add((NOUNS[next(w for w in words if w in NOUNS)], VERBS[words[-1]]))
         if pair["linguistics_term"] == "determiner_noun_agreement":
-            assert any(a in make_toy_corpus.DEMONSTRATIVES for a, _ in met)
+            assert any(a in lexicon.DEMONSTRATIVES for a, _ in met)
         assert met and not met & in_text and all(held_out(*both) for both in met)
 
 
@@ -140,7 +142,7 @@ def test_every_word_of_the_pairs_can_be_learned_from_the_text(corpus):
 def test_a_story_keeps_its_hero_and_two_speakers_alternate(corpus):
     for text in (corpus / "train" / "stories.train").read_text().strip().split("\n\n"):
         hero, rest = text.split(" ", 1)
-        assert hero in make_toy_corpus.GIRLS + make_toy_corpus.BOYS and hero in rest
+        assert hero in lexicon.GIRLS + lexicon.BOYS and hero in rest
     for text in (corpus / "train" / "dialogues.train").read_text().strip().split("\n\n"):
         speakers = [turn.split(":")[0] for turn in text.split("\n")]
         assert len(set(speakers)) == 2 and all(a != b for a, b in pairwise(speakers))
@@ -148,34 +150,32 @@ def test_a_story_keeps_its_hero_and_two_speakers_alternate(corpus):
 
 def test_the_text_agrees_with_itself(corpus):
     text = text_of(corpus / "train").lower()
-    single = [n for n in make_toy_corpus.PEOPLE + make_toy_corpus.THINGS]
-    many = [make_toy_corpus.plural(n) for n in single]
+    single = [n for n in lexicon.PEOPLE + lexicon.THINGS]
+    many = [lexicon.plural(n) for n in single]
     assert re.search(rf"\bthese ({'|'.join(many)})\b", text)
     assert not re.search(rf"\b(these|those|many|two) ({'|'.join(single)})\b", text)
     assert not re.search(rf"\b(this|that|every|an?) ({'|'.join(many)})\b", text)
-    acts = "|".join(make_toy_corpus.ACTS)
-    third = "|".join(map(make_toy_corpus.with_s, make_toy_corpus.ACTS))
-    people = make_toy_corpus.PEOPLE
+    acts = "|".join(lexicon.ACTS)
+    third = "|".join(map(lexicon.with_s, lexicon.ACTS))
+    people = lexicon.PEOPLE
     in_front = r"\n(?:the|a|this|every) "
     assert re.search(rf"{in_front}(?:{'|'.join(people)}) (?:{third})\b", text)
     assert not re.search(rf"{in_front}(?:{'|'.join(people)}) (?:{acts})\b", text)
-    assert not re.search(
-        rf"\nthe (?:{'|'.join(map(make_toy_corpus.plural, people))}) ({third})\b", text
-    )
+    assert not re.search(rf"\nthe (?:{'|'.join(map(lexicon.plural, people))}) ({third})\b", text)
     assert not re.search(r"\ba [aeio]", text)
-    names = "|".join(make_toy_corpus.GIRLS).lower()
+    names = "|".join(lexicon.GIRLS).lower()
     assert not re.search(rf"\n({names}) \w+ himself", text)
 
 
 def test_too_few_words_are_refused(tmp_path, capsys):
     out = tmp_path / "toy"
-    assert run(lambda: make_toy_corpus.main(["--out", str(out), "--words", "10"])) == 1
+    assert run_program(lambda: make_toy_corpus.main(["--out", str(out), "--words", "10"])) == 1
     assert "--words" in capsys.readouterr().err and not out.exists()
 
 
 def test_a_folder_with_other_text_is_left_alone(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "diary.txt").write_text("mine")
-    assert run(lambda: make_toy_corpus.main(["--out", str(tmp_path), "--words", "5000"])) == 1
+    assert run_program(lambda: make_toy_corpus.main(["--out", str(tmp_path)])) == 1
     assert "diary.txt is there already" in capsys.readouterr().err
     assert [p.name for p in tmp_path.rglob("*")] == ["train", "diary.txt"]

@@ -1,14 +1,13 @@
 """Both architectures do what they are known for; presets have their sizes; checkpoints hold."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 
 import model as models
-from files import UserError
 from gpt2 import GPT2, GPT2Config
+from harness.files import UserError
 from llama import Llama, LlamaConfig, RMSNorm, rope_tables, rotate
 
 SIZES = {
@@ -121,103 +120,3 @@ def test_the_residual_stream_stays_in_float32_under_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.hidden_states(torch.randint(50, (2, 9)))
     assert {*kinds, hidden.dtype} == {torch.float32}
-
-
-# ---- checkpoints
-
-
-def saved(path, tokenizer, name="llama-tiny", training=None):
-    torch.manual_seed(0)
-    model = models.build_model(name, tokenizer.vocabulary_size)
-    models.save_checkpoint(
-        path, name=name, model=model, config={"sequence_length": 16}, tokenizer=tokenizer,
-        progress={"step": 3}, training=training,
-    )  # fmt: skip
-    return model
-
-
-@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
-def test_a_checkpoint_gives_back_the_model(tmp_path, tokenizer, name):
-    model = saved(tmp_path / "a.pt", tokenizer, name).eval()
-    before = torch.get_rng_state()
-    loaded, checkpoint = models.load_checkpoint(tmp_path / "a.pt")
-    assert torch.equal(before, torch.get_rng_state())
-    assert not loaded.training and loaded.config == model.config
-    tokens = torch.randint(tokenizer.vocabulary_size, (2, 10))
-    assert torch.equal(loaded(tokens), model(tokens))
-    assert checkpoint["tokenizer"]["identity"] == tokenizer.identity
-    assert bytes(checkpoint["tokenizer"]["model"].numpy()) == tokenizer.model_bytes
-    assert not any(k.startswith(("_orig_mod.", "module.")) for k in checkpoint["weights"])
-
-
-def test_a_checkpoint_is_plain_data(tmp_path, tokenizer):
-    saved(tmp_path / "a.pt", tokenizer)
-    plain = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert plain["model"]["shape"] == dataclasses.asdict(
-        models.build_model("llama-tiny", tokenizer.vocabulary_size).config
-    )
-
-
-def test_a_changed_weight_is_found(tmp_path, tokenizer):
-    path = tmp_path / "a.pt"
-    saved(path, tokenizer)
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["weights"]["norm.weight"][0] += 1e-3
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="damaged"):
-        models.load_checkpoint(path)
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "text"])
-def test_a_damaged_checkpoint_is_one_line(tmp_path, tokenizer, damage):
-    path = tmp_path / "a.pt"
-    saved(path, tokenizer)
-    whole = path.read_bytes()
-    half = len(whole) // 2
-    path.write_bytes(
-        {
-            "empty": b"",
-            "cut": whole[:half],
-            "zeros": whole[:half] + bytes(4096) + whole[half + 4096 :],
-            "text": b"hello, world",
-        }[damage]
-    )
-    with pytest.raises(UserError, match=r"a\.pt"):
-        models.load_checkpoint(path)
-
-
-class Payload:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
-    torch.save({"format": models.FORMAT, "weights": Payload()}, tmp_path / "a.pt")
-    with pytest.raises(UserError):
-        models.load_checkpoint(tmp_path / "a.pt")
-    assert "executed" not in capsys.readouterr().out
-
-
-def test_foreign_files_are_refused(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="does not exist"):
-        models.load_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(UserError, match=r"is a folder: give a checkpoint such as"):
-        models.load_checkpoint(tmp_path)
-    torch.save({"weights": {}}, tmp_path / "b.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        models.load_checkpoint(tmp_path / "b.pt")
-    torch.save({"format": models.FORMAT, "version": 99}, tmp_path / "c.pt")
-    with pytest.raises(UserError, match="version 99"):
-        models.load_checkpoint(tmp_path / "c.pt")
-
-
-def test_weights_of_another_shape_are_refused(tmp_path, tokenizer):
-    path = tmp_path / "a.pt"
-    saved(path, tokenizer)
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["model"]["shape"]["hidden_size"] *= 2
-    del checkpoint["digest"]
-    checkpoint["digest"] = models.content_digest(checkpoint)
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="do not fit"):
-        models.load_checkpoint(path)

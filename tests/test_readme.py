@@ -17,7 +17,7 @@ import model as models
 import reproduce
 import tokenize_corpus
 from conftest import write_text
-from files import run
+from harness.files import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_each_command_in_the_readme_runs(small_world):
             assert subprocess.run(run_help, capture_output=True, check=False).returncode == 0
         elif command.startswith("python "):
             program = importlib.import_module(name.removesuffix(".py"))
-            assert run(lambda p=program, a=arguments: p.main(a)) == 0, command
+            assert run_program(lambda p=program, a=arguments: p.main(a)) == 0, command
             programs.add(name)
     assert programs >= {
         "tokenize_corpus.py",

@@ -12,14 +12,16 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 import model as models
-from conftest import hf_twin
-from data import BOS, EOS, IGNORED, PAD, UNK, Batch
+from conftest import hf_twin, step_of
+from data import BOS, EOS, PAD, UNK, Batch
 from distill import EnsembleObjective
 from export_hf import hf_config, hf_name, is_transposed
 from generate import generate
-from gpt2 import GPT2, GPT2Config
-from llama import Llama, LlamaConfig
-from train import CrossEntropyObjective, TrainStep, autocast_for, build_optimizer, learning_rate
+from gpt2 import GPT2Config
+from llama import LlamaConfig
+from loss import IGNORED
+from model import architecture, build
+from train import CrossEntropyObjective, learning_rate
 
 V = 211
 SMALL = {
@@ -39,10 +41,10 @@ exact = pytest.mark.parametrize("config", [*SMALL.values(), *ONE_LAYER.values()]
 small = pytest.mark.parametrize("config", [SMALL["gpt2"], SMALL["llama"]], ids=["gpt2", "llama"])
 
 
-def build(config, seed=0, spread=0.05):
+def perturbed(config, seed=0, spread=0.05):
     """A model none of whose parameters is the constant that it was initialised with."""
     torch.manual_seed(seed)
-    model = GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+    model = build(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += spread * torch.randn_like(parameter)
@@ -55,7 +57,7 @@ def assert_equal_to_scale(ours, theirs, tolerance):
 
 
 def assert_equal_gradients(model, twin, tolerance):
-    kind, theirs = models.architecture(model), dict(twin.named_parameters())
+    kind, theirs = architecture(model.config), dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
         gradient = theirs[hf_name(kind, name)].grad
         gradient = gradient.T if is_transposed(kind, name) else gradient
@@ -65,7 +67,7 @@ def assert_equal_gradients(model, twin, tolerance):
 @exact
 def test_logits_and_all_gradients_are_the_references(config):
     config = dataclasses.replace(config, **({"dropout": 0.0} if hasattr(config, "dropout") else {}))
-    model = build(config)
+    model = perturbed(config)
     twin = hf_twin(model)
     tokens, targets = torch.randint(config.vocab_size, (2, 2, 33))
     ours, theirs = model(tokens), twin(tokens).logits
@@ -77,10 +79,8 @@ def test_logits_and_all_gradients_are_the_references(config):
 
 def train_both(objective, their_model, their_loss, batches, peak=1e-2, decay=0.1):
     """Losses and gradient norms of our loop and of the reference's parts, step by step."""
-    model, steps = objective.model, len(batches)
-    step = TrainStep(
-        objective, build_optimizer(model, decay), autocast_for(model.head.device, "fp32")
-    )
+    steps = len(batches)
+    step = step_of(objective, weight_decay=decay)
     decayed = get_parameter_names(their_model, [nn.LayerNorm])
     decayed = {name for name in decayed if "bias" not in name}
     named = list(their_model.named_parameters())
@@ -117,7 +117,7 @@ def random_batches(count, sequences=4, length=20):
 
 @small
 def test_ten_steps_of_training_are_the_references(config):
-    model = build(config)  # biases and gains too are to have something that could decay
+    model = perturbed(config)  # biases and gains too are to have something that could decay
     twin = hf_twin(model)
     twin.train()
 
@@ -135,7 +135,7 @@ def test_ten_steps_of_training_are_the_references(config):
 
 @small
 def test_the_likeliest_continuation_is_the_references(config):
-    model = build(config, spread=0.2)
+    model = perturbed(config, spread=0.2)
     prompt = torch.randint(4, V, (7,))
     ours = generate(model, prompt, 25, temperature=0)
     theirs = hf_twin(model).generate(
@@ -152,8 +152,8 @@ WIDE = [GPT2Config(1500, 192, 768, 4, 4, 512), LlamaConfig(1500, 192, 512, 4, 4)
 @pytest.mark.parametrize("config", WIDE, ids=["gpt2", "llama"])
 def test_initialisation_has_the_references_spread(config):
     torch.manual_seed(0)
-    model = build(config, spread=0.0)
-    kind = models.architecture(model)
+    model = perturbed(config, spread=0.0)
+    kind = architecture(model.config)
     twin = dict(hf_twin(model, weights=False).named_parameters())
     kinds = {}
     for name, ours in model.named_parameters():
@@ -183,7 +183,7 @@ SILENCED = {  # to leave dropout in one place alone to be seen
 def test_dropout_in_training_is_the_references(place):
     """Logits vary as much from one draw of masks to the next, element by element."""
     assert GPT2Config(V, 32, 128, 1, 4).dropout == transformers.GPT2Config().resid_pdrop == 0.1
-    model = build(GPT2Config(V, 32, 128, 1, 4, max_position_embeddings=40, dropout=0.5), 0, 0.3)
+    model = perturbed(GPT2Config(V, 32, 128, 1, 4, max_position_embeddings=40, dropout=0.5), 0, 0.3)
     for name, parameter in model.named_parameters():
         parameter.data *= not any(part in name for part in SILENCED[place])
     twin = hf_twin(model).train()
@@ -213,8 +213,8 @@ def original_loss(student, teachers, ids, alpha=0.5, temperature=2.0):
 @pytest.fixture
 def ensemble():
     """(our objective, the student's twin, the teachers' twins) with the same weights."""
-    student = build(SMALL["llama"], spread=0.0).train()
-    teachers = [build(SMALL["gpt2"], 1, 0.1), build(SMALL["llama, tied"], 2, 0.1)]
+    student = perturbed(SMALL["llama"], spread=0.0).train()
+    teachers = [perturbed(SMALL["gpt2"], 1, 0.1), perturbed(SMALL["llama, tied"], 2, 0.1)]
     options = types.SimpleNamespace(
         teacher_weights=None, alpha=0.5, temperature=2.0, kl_reduction="sequence"
     )
@@ -263,6 +263,6 @@ def test_a_mean_over_tokens_would_not_be_the_original(ensemble):
 
 
 def test_hf_configs_state_both_generations():
-    config = hf_config(build(SMALL["llama, other theta and eps"]), "llama")
+    config = hf_config(perturbed(SMALL["llama, other theta and eps"]), "llama")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
     assert config["torch_dtype"] == config["dtype"] == "float32"

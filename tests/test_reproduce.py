@@ -1,35 +1,35 @@
 """The whole recipe on a sliver of text: it ends with a report, resumes, says what it measured."""
 
 import json
-import re
-import sys
 from itertools import pairwise
 
 import pytest
 
+import make_toy_corpus
 import reproduce
 from conftest import interrupt_after, write_text
-from files import run
+from harness.files import run_program
 from model import PRESETS
-from reproduce import RECIPES, Recipe, sample_lines, text_chart
+from reproduce import RECIPES, Experiment, read_log, sample_lines
 
 
 @pytest.fixture
 def short_recipe(monkeypatch):
-    """The demo's recipe with models and steps for a test."""
-    recipe = Recipe(
+    """The demo's recipe with models, steps and minimal pairs for a test."""
+    experiment = Experiment(
         ("gpt2-tiny", "llama-tiny"), "llama-tiny-student", 400, words=1500,
         options=("--steps", "4", "--batch-size", "4", "--sequence-length", "32",
                  "--eval-sequences", "8", "--log-every", "2"),
     )  # fmt: skip
     for name in ("demo", "small"):
-        monkeypatch.setitem(RECIPES, name, recipe)
+        monkeypatch.setitem(RECIPES, name, experiment)
+    monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
 
 
 def test_the_demo_ends_with_a_report_and_is_not_done_twice(short_recipe, tmp_path, capsys):
     out = tmp_path / "demo"
     arguments = ["--recipe", "demo", "--out", str(out), "--seeds", "2", "--device", "cpu"]
-    assert run(lambda: reproduce.main(arguments)) == 0
+    assert run_program(lambda: reproduce.main(arguments)) == 0
     printed = capsys.readouterr().out
     for command in ("make_toy_corpus.py", "tokenize_corpus.py", "train.py", "distill.py"):
         assert f"$ python {command}" in printed
@@ -39,20 +39,16 @@ def test_the_demo_ends_with_a_report_and_is_not_done_twice(short_recipe, tmp_pat
     assert "±" in report and "of 2 seeds" in report
     # The numbers are those of the evaluation, not of anything else.
     scores = [
-        json.loads((out / f"seed-{seed}/scores.json").read_text())["checkpoints"][3]
+        json.loads((out / f"seed-{seed}/scores.json").read_text())["checkpoints"]
         for seed in range(2)
     ]
-    mean = sum(s["perplexity"] for s in scores) / 2
+    mean = sum(s[3]["perplexity"] for s in scores) / 2
     row = next(line for line in report.split("\n") if line.startswith("| student"))
     assert f"{mean:.2f} ±" in row
-    won = sum(
-        json.loads((out / f"seed-{s}/scores.json").read_text())["checkpoints"][3]["cross_entropy"]
-        < json.loads((out / f"seed-{s}/scores.json").read_text())["checkpoints"][2]["cross_entropy"]
-        for s in range(2)
-    )
+    won = sum(s[3]["cross_entropy"] < s[2]["cross_entropy"] for s in scores)
     assert f"dev cross-entropy: the student beats the control (alone) in {won} of 2 seeds" in report
     written = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
-    assert run(lambda: reproduce.main(arguments)) == 0
+    assert run_program(lambda: reproduce.main(arguments)) == 0
     assert written == {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
 
 
@@ -65,18 +61,18 @@ def test_a_given_corpus_is_sampled_and_resumed(short_recipe, tmp_path, monkeypat
     arguments += ["--dev", str(tmp_path / "dev"), "--out", str(tmp_path / "out")]
     arguments += ["--words", "3000"]
     for options in (["--stop-after", "0"], ["--stop-after", "1e-9"]):
-        assert run(lambda o=options: reproduce.main([*arguments, *o])) == 0
+        assert run_program(lambda o=options: reproduce.main([*arguments, *o])) == 0
         assert "the same command continues" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
-        assert run(lambda: reproduce.main(arguments)) == 143
+        assert run_program(lambda: reproduce.main(arguments)) == 143
     assert "stopped after step 2 of 4" in capsys.readouterr().out
     assert not (tmp_path / "out/report.md").exists()
-    assert run(lambda: reproduce.main(arguments)) == 0
+    assert run_program(lambda: reproduce.main(arguments)) == 0
     words = len((tmp_path / "out/corpus/train/qed.train").read_text().split())
     assert 2000 < words < 4000
     assert "| student" in (tmp_path / "out/report.md").read_text()
-    assert run(lambda: reproduce.main([*arguments[:-1], "2000"])) == 1
+    assert run_program(lambda: reproduce.main([*arguments[:-1], "2000"])) == 1
     assert "choose another --out" in capsys.readouterr().err
 
 
@@ -89,7 +85,7 @@ def test_wrong_usage_exits_with_2(arguments):
 
 def test_pairs_are_read_before_anything_is_trained(tmp_path, capsys):
     arguments = ["--recipe", "small", "--train", "a", "--dev", "b", "--pairs", str(tmp_path)]
-    assert run(lambda: reproduce.main(arguments)) == 1
+    assert run_program(lambda: reproduce.main(arguments)) == 1
     assert "minimal pairs" in capsys.readouterr().err
 
 
@@ -108,9 +104,32 @@ def test_a_sample_is_made_of_runs_of_lines_from_all_over():
     assert following > 900
 
 
-def test_without_matplotlib_the_curves_are_text(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not reproduce.draw_curves({"a": [(1, 2.0)]}, tmp_path / "c.png")
-    chart = "\n".join(text_chart({"GPT": [(10, 3.0), (20, 2.0)], "LLaMA": [(20, 1.5)]}))
-    assert "3.000" in chart and "1.500" in chart
-    assert len(re.findall("G", chart)) == 2 and "L" in chart
+def training_line(step):
+    """A log line of training with 5 steps an epoch, 8 tokens a step and 4 tokens a second."""
+    entry = {"step": step, "epoch": step / 5, "tokens": 8 * step, "tokens_per_second": 4.0}
+    return json.dumps(entry).encode()
+
+
+def test_a_log_tells_seconds_epochs_and_the_curve(tmp_path):
+    dev = [b'{"step": 5, "dev_cross_entropy": 3.5}', b'{"step": 10, "dev_cross_entropy": 3.25}']
+    lines = [b'{"config": {}}', training_line(5), dev[0], training_line(10), dev[1], b""]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    assert read_log(tmp_path / "log.jsonl") == {
+        "seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5), (10, 3.25)],
+    }  # fmt: skip
+
+
+def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
+    damage = [
+        b'{"step": 6, "dev_cross_en', b"\xff\x00\xfe", b"[1, 2]", b"7", b"null", b"[" * 100_000,
+        b'{"step": 7, "dev_cross_entropy": null}', b'{"step": "7", "dev_cross_entropy": 1}',
+        b'{"step": 8, "dev_cross_entropy": NaN}', b'{"dev_cross_entropy": 1}',
+        b'{"step": 9, "tokens_per_second": 4.0}', b'{"step": 1' + b"0" * 5000 + b"}",
+    ]  # fmt: skip
+    whole = [training_line(5), b'{"step": 5, "dev_cross_entropy": 3.5}', training_line(10)]
+    lines = [line for good in whole for line in (*damage, good)]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines + damage))
+    expected = {"seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5)]}
+    assert read_log(tmp_path / "log.jsonl") == expected
+    (tmp_path / "log.jsonl").write_bytes(whole[1])
+    assert read_log(tmp_path / "log.jsonl")["curve"] == []  # nothing tells the length of an epoch

@@ -10,7 +10,7 @@ import sentencepiece
 
 import tokenize_corpus
 from data import Tokenizer, TokenShard
-from files import UserError, run
+from harness.files import UserError, run_program
 from tokenize_corpus import clean, encode, line_blocks, main, train_tokenizer, training_pieces
 
 NASTY = [
@@ -287,7 +287,7 @@ def put_a_file_where_the_output_belongs(corpus):
 )
 def test_bad_input_is_one_line_and_nothing_is_written(corpus, capsys, spoil, message):
     spoil(corpus)
-    assert run(lambda: main(arguments(corpus))) == 1
+    assert run_program(lambda: main(arguments(corpus))) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)

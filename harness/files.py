@@ -1,4 +1,4 @@
-"""Atomic writes, digests, and the one error whose message a user sees."""
+"""Atomic writes, locks, digests, file headers, and the one error whose message a user sees."""
 
 import contextlib
 import errno
@@ -10,16 +10,19 @@ import shutil
 import sys
 from pathlib import Path
 
+PAGE_BYTES = 4096
+
 
 class UserError(Exception):
     """A failure that the user can mend: one line that names the file or flag and the remedy."""
 
 
-def run(main):
+def run_program(main):
     """The exit code of `main()`: 0 done, 1 a reported failure, 130 interrupted.
 
-    `main` returns an exit code or None. A `UserError`, or a file that the system does not let us
-    read, becomes one line on standard error. 141 says that whoever read the output left early.
+    `main` returns an exit code or None. A `UserError`, a file that the system does not let us read,
+    or the end of memory becomes one line on standard error. 141 says that whoever read the output
+    left early.
     """
     try:
         return main() or 0
@@ -34,6 +37,10 @@ def run(main):
     except OSError as error:
         print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"error: out of memory: {error or 'free some, or use a machine with more'}".rstrip(),
+              file=sys.stderr)  # fmt: skip
+        return 1
 
 
 def _discard_output():
@@ -46,6 +53,11 @@ def say(text):
         print(text, flush=True)
     except BrokenPipeError:
         _discard_output()
+
+
+def warn(text):
+    """Prints one line of warning on standard error."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -68,16 +80,21 @@ def atomic_write(path):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        fsync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
         if error.errno == errno.ENOSPC:
             reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
         raise UserError(f"cannot write {path}: {reason}; what stood there is untouched") from error
+
+
+def fsync_folder(path):
+    """Puts the names in a folder on disk, so that a rename outlives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -115,3 +132,35 @@ def write_json(path, value):
 def sha256(data):
     """The hexadecimal SHA-256 of a bytes-like object."""
     return hashlib.sha256(data).hexdigest()
+
+
+# ---- the header with which shards and teacher caches begin, plain text that `head` shows:
+#
+#     MAGIC VERSION HEADER_BYTES SHA256      one line of fixed width
+#     content                                covered by the digest, padded with blanks to the size
+
+
+def first_line_bytes(magic):
+    """The length of the header's first line."""
+    return len(magic) + len(" 00000001 0000000000 ") + 64 + 1
+
+
+def pack_header(magic, version, content):
+    """The header's bytes: a whole number of pages, with at least a newline after `content`."""
+    start = first_line_bytes(magic)
+    size = -(-(start + len(content) + 1) // PAGE_BYTES) * PAGE_BYTES
+    body = content.ljust(size - start - 1) + b"\n"
+    return f"{magic} {version:08d} {size:010d} {sha256(body)}\n".encode() + body
+
+
+def unpack_first_line(line, magic):
+    """(version, header's bytes, digest of the content), or None where `line` begins otherwise.
+
+    Raises ValueError if the magic is there and the rest is not.
+    """
+    fields = line.decode("ascii", "replace").split()
+    if not fields or fields[0] != magic:
+        return None
+    if len(fields) != 4:
+        raise ValueError("its first line is incomplete")
+    return int(fields[1]), int(fields[2]), fields[3]

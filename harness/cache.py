@@ -5,8 +5,8 @@ teacher twice on the same chunk; dense logits would take six times the space. On
 (chunks, positions, hidden size), addressed by chunk id, in the dtype that its head's product reads:
 nothing is rounded that would not have been. In GPU memory, host memory, or a file:
 
-    babyllama-cache VERSION HEADER_BYTES SHA256     as a shard begins; then, in JSON, what it is of
-    one SHA-256 a chunk                             zeros where the chunk is not filled
+    header (harness/files.py)       a JSON object that says what the states were made from
+    one SHA-256 a chunk             zeros where the chunk is not filled
     the arrays, one teacher after another
 
 Dimensions: N chunks, B sequences, T positions, C hidden.
@@ -17,19 +17,40 @@ import json
 import math
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import UserError, say, sha256
+from harness.files import UserError, pack_header, say
+from harness.plan import GIB
 
 MAGIC = "babyllama-cache"
 VERSION = 1
-HEADER_BYTES = 4096
-FIRST_LINE_BYTES = len(MAGIC) + len(" 00000001 0000004096 ") + 64 + 1
 DIGEST_BYTES = 32
+AUTO_SHARE = 0.7  # of the free memory that --cache-teachers auto may take: the rest is for training
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The arrays of a cache: N chunks of T positions, a hidden size per teacher, one dtype."""
+
+    num_chunks: int
+    sequence_length: int
+    hidden_sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def shapes(self):
+        """(N, T, C_k) of each teacher's array."""
+        return [(self.num_chunks, self.sequence_length, size) for size in self.hidden_sizes]
+
+    @property
+    def bytes(self):
+        """The size of all arrays."""
+        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize
 
 
 class TeacherCache:
@@ -42,42 +63,33 @@ class TeacherCache:
             self.filled = torch.from_numpy(digests.any(axis=1))
 
     @classmethod
-    def in_memory(cls, num_chunks, sequence_length, hidden_sizes, device, dtype):
-        """An empty cache on `device`. `hidden_sizes`: of each teacher."""
-        shapes = [(num_chunks, sequence_length, size) for size in hidden_sizes]
-        return cls([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
+    def in_memory(cls, layout, device):
+        """An empty cache on `device`."""
+        return cls([torch.empty(s, device=device, dtype=layout.dtype) for s in layout.shapes])
 
     @classmethod
-    def in_file(cls, path, num_chunks, sequence_length, hidden_sizes, dtype, made_from):
+    def in_file(cls, path, layout, made_from):
         """The cache in `path`, made where there is none; chunks that are damaged are empty again.
 
         Raises `UserError` if the file is of something else than `made_from`, a dict of JSON's
         types, or if the disk has no room.
         """
         path = Path(path)
-        shapes = [(num_chunks, sequence_length, size) for size in hidden_sizes]
-        described = {"shapes": shapes, "dtype": str(dtype)} | made_from
-        body = json.dumps(described).encode().ljust(HEADER_BYTES - FIRST_LINE_BYTES - 1) + b"\n"
-        header = f"{MAGIC} {VERSION:08d} {HEADER_BYTES:010d} {sha256(body)}\n".encode() + body
-        starts = [HEADER_BYTES + DIGEST_BYTES * num_chunks]
-        for shape in shapes:
-            starts.append(starts[-1] + dtype.itemsize * math.prod(shape))
+        described = {"shapes": layout.shapes, "dtype": str(layout.dtype)} | made_from
+        header = pack_header(MAGIC, VERSION, json.dumps(described).encode())
+        start = len(header) + DIGEST_BYTES * layout.num_chunks
         is_new = not path.exists()
         if is_new:
-            allocate(path, header, starts[-1])
+            allocate(path, header, start + layout.bytes)
         with open(path, "rb") as file:
-            if file.read(HEADER_BYTES) != header or path.stat().st_size != starts[-1]:
+            if file.read(len(header)) != header or path.stat().st_size != start + layout.bytes:
                 raise UserError(
                     f"{path} is damaged, or was made with other teachers, tokenizer, data, "
                     "--sequence-length or --precision: choose another file, or delete it"
                 )
-        whole = np.memmap(path, np.uint8, mode="r+")
-        digests = whole[HEADER_BYTES : starts[0]].reshape(num_chunks, DIGEST_BYTES)
-        arrays = [
-            torch.from_numpy(whole[start:stop]).view(dtype).view(shape)
-            for start, stop, shape in zip(starts, starts[1:], shapes)
-        ]
-        cache = cls(arrays, digests)
+        mapped = np.memmap(path, np.uint8, mode="r+")
+        digests = mapped[len(header) : start].reshape(layout.num_chunks, DIGEST_BYTES)
+        cache = cls(_arrays(mapped[start:], layout), digests)
         if not is_new:
             cache.drop_damaged(path)
         return cache
@@ -92,7 +104,8 @@ class TeacherCache:
     def write(self, chunk_ids, states):
         """Keeps `states`, [(B, T, C_k)], of the chunks `chunk_ids` (B,) on the CPU."""
         for array, state in zip(self.arrays, states):
-            array[chunk_ids.to(array.device)] = state.to(array.device, array.dtype)
+            ids = chunk_ids.to(array.device, non_blocking=True)
+            array[ids] = state.to(array.device, array.dtype)
         if self.digests is not None:
             for i in chunk_ids.tolist():  # after the states: a chunk without a digest is empty
                 self.digests[i] = self.digest(i)
@@ -113,6 +126,57 @@ class TeacherCache:
         if damaged:
             self.filled[damaged] = False
             say(f"warning: {path}: {len(damaged)} chunks are damaged and will be made again")
+
+
+def _arrays(payload, layout):
+    """The teachers' arrays as views of the file's bytes."""
+    arrays, start = [], 0
+    for shape in layout.shapes:
+        stop = start + layout.dtype.itemsize * math.prod(shape)
+        arrays.append(torch.from_numpy(payload[start:stop]).view(layout.dtype).view(shape))
+        start = stop
+    return arrays
+
+
+def open_cache(place, layout, made_from, device, dry_run=False):
+    """The cache that --cache-teachers asks for, or None: `place` is off, auto, gpu, host or a file.
+
+    Prints where it is and its size. Raises `UserError` where it does not fit.
+    """
+    if place == "off":
+        return None
+    if place == "gpu" and device.type != "cuda":
+        raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
+    place, free = _choose_place(place, layout.bytes, device)
+    if place is None:
+        print(f"cache      none: {layout.bytes / GIB:.2f} GiB do not fit")
+        return None
+    room = "" if free is None else f", {free / GIB:.1f} GiB free"
+    print(
+        f"cache      {layout.bytes / GIB:.2f} GiB of the teachers' hidden states in {place}{room}"
+    )
+    if dry_run:
+        return None
+    if place in ("gpu", "host"):
+        return TeacherCache.in_memory(layout, device if place == "gpu" else "cpu")
+    return TeacherCache.in_file(place, layout, made_from)
+
+
+def _choose_place(place, needed, device):
+    """The place that has room, with its free bytes; (None, None) where auto finds none.
+
+    Raises `UserError` if a place was asked for by name and has too little.
+    """
+    candidates, share = [place], 1.0
+    if place == "auto":
+        candidates, share = ["gpu", "host"] if device.type == "cuda" else ["host"], AUTO_SHARE
+    for candidate in candidates:
+        free = free_bytes(candidate, device)
+        if free is None or needed < share * free:
+            return candidate, free
+    if place != "auto":
+        raise UserError(f"--cache-teachers {place}: {needed} bytes needed, {free} free")
+    return None, None
 
 
 def allocate(path, header, size):

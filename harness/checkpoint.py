@@ -1,0 +1,186 @@
+"""The checkpoint format: one dict of primitives and tensors, written atomically, with a digest.
+
+`torch.load(path, weights_only=True)` reads it:
+
+    format, version   "babyllama-checkpoint", 1
+    model             {"name", "architecture", "shape": the fields of its config}
+    weights           {parameter name: float32 tensor}
+    config            the run's conditions: its options as used, and digests of what it read
+    tokenizer         {"identity", "model": the SentencePiece file as a uint8 tensor}
+    progress          {"step", "steps", "words", "dev_cross_entropy", ...}
+    teachers          [{"name", "digest"}], empty unless distilled
+    commit            the project's commit when it was written
+    training          optimizer states by parameter name, random states; None in best.pt
+    digest            SHA-256 of all of the above: torch.load itself verifies nothing
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from harness.files import UserError, atomic_write
+
+FORMAT, VERSION = "babyllama-checkpoint", 1
+
+
+class DamagedFile(UserError):
+    """The file could be read, and is not what was written."""
+
+
+def content_digest(value):
+    """The SHA-256 of nested dicts, lists, primitives and tensors: names, types, shapes, bytes.
+
+    Raises ValueError for what is not stored as it reads: tensors that repeat their elements, and
+    containers that repeat each other, which could be of any size.
+    """
+    digest, count = hashlib.sha256(), 0
+
+    def add(value):
+        nonlocal count
+        count += 1
+        if count > 1_000_000:
+            raise ValueError("too many values")
+        if isinstance(value, dict):
+            digest.update(f"dict {len(value)}\n".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list {len(value)}\n".encode())
+            for item in value:
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
+            if not value.is_contiguous():
+                raise ValueError("a tensor is not contiguous")
+            flat = value.detach().cpu().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        else:
+            digest.update(f"{type(value).__name__} {value!r}\n".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    path, *, model, weights, config, tokenizer, progress, teachers=(), commit="unknown",
+    training=None,
+):  # fmt: skip
+    """Writes a checkpoint atomically; the fields are those of this module's docstring.
+
+    `weights` is a state dict, `tokenizer` has `identity` and `model_bytes`. Raises `UserError` if
+    it cannot be written; what stood there is then untouched.
+    """
+    checkpoint = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "weights": {key: value.detach().cpu() for key, value in weights.items()},
+        "config": config,
+        "tokenizer": {
+            "identity": tokenizer.identity,
+            "model": torch.from_numpy(np.frombuffer(tokenizer.model_bytes, np.uint8).copy()),
+        },
+        "progress": progress,
+        "teachers": list(teachers),
+        "commit": commit,
+        "training": training,
+    }
+    checkpoint["digest"] = content_digest(checkpoint)
+    with atomic_write(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # how torch reports that a write failed
+            free = shutil.disk_usage(Path(path).parent).free
+            raise UserError(
+                f"cannot write {path}: is the disk full? {_tensor_bytes(checkpoint)} bytes needed, "
+                f"{free} free; what stood there is untouched"
+            ) from error
+
+
+def _tensor_bytes(value):
+    """Bytes of all tensors in nested dicts."""
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in value.values())
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+
+def read_checkpoint(path):
+    """The checkpoint's dict, verified.
+
+    Raises `UserError` if there is none or it is of another version, `DamagedFile` if its bytes are
+    not those of a checkpoint, and OSError or MemoryError where it cannot be read: no damage.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder: give a checkpoint such as {path / 'best.pt'}, or make one of a "
+            "Hugging Face folder with export_hf.py --import"
+        )
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: train.py and distill.py write checkpoints")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler given foreign bytes may raise anything at all
+        _raise_unless_damaged(path, error)
+        raise DamagedFile(
+            f"{path} ({path.stat().st_size} bytes) is damaged or no checkpoint: use another of the "
+            "same run"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise DamagedFile(f"{path} is not a checkpoint of this project")
+    version = checkpoint.get("version")
+    if type(version) is not int or version != VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {VERSION}")
+    digest = checkpoint.pop("digest", None)
+    try:
+        whole = content_digest(checkpoint) == digest
+    except (ValueError, RuntimeError, NotImplementedError):  # tensors such as we never save
+        whole = False
+    if not whole:
+        raise DamagedFile(f"{path} is damaged (its digest differs): use another of the same run")
+    if not _has_expected_types(checkpoint):
+        raise DamagedFile(f"{path} is not a checkpoint of this project: something in it is missing")
+    checkpoint["digest"] = digest
+    return checkpoint
+
+
+def _raise_unless_damaged(path, error):
+    """Raises what is no damage: the system refuses to read the file, or memory is at its end."""
+    if isinstance(error, MemoryError):
+        raise error
+    with open(path, "rb") as file:  # an OSError of torch's may be a seek to a damaged offset
+        while file.read(1 << 20):
+            pass
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    if asked and int(asked[1]) <= path.stat().st_size:  # more than the file has is made up
+        raise MemoryError(f"{path} does not fit") from error
+
+
+def _has_expected_types(checkpoint):
+    """Whether all fields have the expected types. The digest proves integrity, not origin."""
+    sections = ("model", "weights", "config", "tokenizer", "progress")
+    if not all(type(checkpoint.get(key)) is dict for key in sections):
+        return False
+    try:
+        config, tokenizer = checkpoint["config"], checkpoint["tokenizer"]
+        length, pieces = config["sequence_length"], tokenizer["model"]
+        json.dumps(config)
+        texts = [checkpoint["model"]["name"], tokenizer["identity"], config.get("train_shard", "")]
+        texts += [t[key] for t in checkpoint["teachers"] for key in ("name", "digest")]
+        return (
+            all(isinstance(text, str) for text in (*texts, *checkpoint["weights"], *config))
+            and all(w.dtype == torch.float32 for w in checkpoint["weights"].values())
+            and (pieces.dtype, pieces.dim()) == (torch.uint8, 1)
+            and type(length) is int
+            and 0 < length < 1 << 20
+            and all(type(value) in (int, float) for value in checkpoint["progress"].values())
+            and isinstance(checkpoint["training"], (dict, type(None)))
+        )
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        return False

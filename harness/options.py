@@ -1,0 +1,98 @@
+"""A dataclass becomes a command line: each option is a field, with its default beside its help."""
+
+import argparse
+import dataclasses
+import types
+import typing
+
+REQUIRED = dataclasses.MISSING
+
+
+def option(default, help, **details):
+    """A dataclass field that is also a command-line option.
+
+    A default of None means that the value is decided later, as the help says; `REQUIRED` that there
+    is none. Details: `minimum`, `maximum` and `above` bound a number; `choices` lists the values;
+    of the options with `either=True` only one may be given; `may_change=True` marks what may differ
+    when a run is continued.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **details})
+
+
+def may_change(config_class):
+    """The names of the options that may differ when a run is continued."""
+    return {f.name for f in dataclasses.fields(config_class) if f.metadata.get("may_change")}
+
+
+def defaults(config_class):
+    """{name: default}: what an option of today means for a run that was written before it."""
+    fields = dataclasses.fields(config_class)
+    return {f.name: None if f.default is REQUIRED else f.default for f in fields}
+
+
+def parse(config_class, description, argv=None, epilog="", check=lambda config: None):
+    """The config that the command line describes; wrong usage ends the program with exit code 2.
+
+    `check(config)` returns what is wrong with options that are right one by one, or None.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    either = parser.add_mutually_exclusive_group()
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        place = either if field.metadata.get("either") else parser
+        place.add_argument(_flag(field.name), **_argument(field, hints[field.name]))
+    config = config_class(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(config):
+        problem = _out_of_range(getattr(config, field.name), **field.metadata)
+        if problem:
+            parser.error(f"{_flag(field.name)} must be {problem}")
+    if problem := check(config):
+        parser.error(problem)
+    return config
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def _argument(field, hint):
+    """How argparse is told of a field whose type is `hint`."""
+    if isinstance(hint, types.UnionType):  # X | None
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    help = field.metadata["help"].replace("%", "%%")
+    if field.default is REQUIRED:
+        argument = {"required": True}
+    else:
+        argument = {"default": field.default}
+        if field.default is not None and hint is not bool:
+            help += f" (default: {field.default})"
+    if hint is bool:
+        undecided = field.default is None
+        return argument | {
+            "help": help,
+            "action": argparse.BooleanOptionalAction if undecided else "store_true",
+        }
+    choices = field.metadata.get("choices")
+    argument |= {"help": help, "metavar": None if choices else field.name.upper()}
+    if typing.get_origin(hint) in (list, tuple):
+        return argument | {"nargs": "+", "type": typing.get_args(hint)[0]}
+    return argument | {"type": hint, "choices": choices}
+
+
+def _out_of_range(value, minimum=None, above=None, maximum=None, **_):
+    """What a number must be and is not, or None."""
+    if not isinstance(value, (int, float)):
+        return None
+    if not abs(value) < 1 << 63:
+        return "a number of reasonable size"
+    if minimum is not None and value < minimum:
+        return f"at least {minimum}"
+    if above is not None and value <= above:
+        return f"above {above}"
+    if maximum is not None and value > maximum:
+        return f"at most {maximum}"
+    return None

@@ -1,0 +1,130 @@
+"""The arithmetic of a run, in one place: steps, epochs, words, marks, memory, disk."""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.files import UserError, say
+from harness.states import STATES
+
+GIB = 1 << 30
+MILLION = 1_000_000
+WORD_MARKS = (
+    "write the weights as chck_1M.pt and so on when that many words have been seen: numbers such "
+    "as 500k or 1M, or babylm (1M to 10M by 1M, then every 10M)"
+)
+SPARE_BYTES = 64 << 20  # room on the disk for what is small: log, folder, tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of `steps` steps over epochs of `num_chunks` chunks that hold `words` words.
+
+    `marks` is {file name: words seen after which the weights are kept under that name}; dev is
+    evaluated where an epoch ends and, unless it is 0, every `eval_every` steps.
+    """
+
+    steps: int
+    batch_size: int
+    sequence_length: int
+    num_chunks: int
+    words: int
+    marks: dict
+    eval_every: int
+
+    def epochs(self, step):
+        """Passes over the data after `step` steps."""
+        return step * self.batch_size / self.num_chunks
+
+    def words_seen(self, step):
+        """Chunks seen times the words of an average chunk."""
+        return round(self.epochs(step) * self.words)
+
+    def tokens_seen(self, step):
+        """Targets that were trained on after `step` steps."""
+        return step * self.batch_size * self.sequence_length
+
+    def evaluates_at(self, step):
+        """Whether dev is evaluated after that step."""
+        epoch_ends = int(self.epochs(step)) > int(self.epochs(step - 1))
+        return epoch_ends or bool(self.eval_every and step % self.eval_every == 0)
+
+    def marks_passed(self, step):
+        """The marks that are reached with that step."""
+        before, now = self.words_seen(step - 1), self.words_seen(step)
+        return [name for name, words in self.marks.items() if before < words <= now]
+
+
+def plan_run(config, num_chunks, words):
+    """The plan of a config over data of so many chunks and words an epoch.
+
+    Its number of steps is that of --steps, or round(num_chunks x epochs / batch size).
+    """
+    steps = config.steps or max(1, round(num_chunks * config.epochs / config.batch_size))
+    total_words = round(steps * config.batch_size / num_chunks * words)
+    marks = word_marks(config.save_at_words, total_words)
+    return Plan(
+        steps, config.batch_size, config.sequence_length, num_chunks, words, marks,
+        config.eval_every,
+    )  # fmt: skip
+
+
+def word_marks(names, total_words):
+    """{file name: words} of --save-at-words, as far as the run goes.
+
+    Raises `UserError` for what is no number of words.
+    """
+    marks = []
+    for name in names or ():
+        number, unit = (name[:-1], name[-1]) if name[-1:] in ("k", "M") else (name, "")
+        if name == "babylm":
+            marks += [*range(MILLION, 10 * MILLION, MILLION)]
+            marks += range(10 * MILLION, total_words + 1, 10 * MILLION)
+        elif number.isascii() and number.isdigit() and len(number) < 16 and int(number):
+            marks.append(int(number) * {"": 1, "k": 1000, "M": MILLION}[unit])
+        else:
+            raise UserError(f"--save-at-words {name}: give babylm, or numbers such as 500k or 1M")
+
+    def label(mark):
+        for unit, size in (("M", MILLION), ("k", 1000)):
+            if mark % size == 0:
+                return f"{mark // size}{unit}"
+        return str(mark)
+
+    return {f"chck_{label(mark)}.pt": mark for mark in sorted(set(marks)) if mark <= total_words}
+
+
+def print_plan(plan, out, provenance, objective, num_tokens, compute):
+    """Prints what a run will do and need. Raises `UserError` where the disk of `out` is too small.
+
+    `num_tokens` is the length of the training data.
+    """
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    tokens = plan.tokens_seen(1)
+    say(f"model      {provenance.name}: {trained:,} parameters; {compute}")
+    shape = dataclasses.asdict(provenance.shape)
+    say(f"shape      {', '.join(f'{key}={value}' for key, value in shape.items())}")
+    if frozen:
+        say(f"teachers   {frozen:,} parameters, frozen")
+    say(f"data       {num_tokens:,} tokens, {plan.words:,} words")
+    say(f"step       {plan.batch_size} sequences x {plan.sequence_length} = {tokens:,} tokens")
+    epochs = f"{plan.epochs(plan.steps):.2f} epochs of {plan.num_chunks:,} chunks"
+    say(f"run        {plan.steps:,} steps = {epochs}")
+    if plan.marks:
+        say(f"marks      {', '.join(plan.marks)}")
+    say(f"memory     {(16 * trained + 4 * frozen) / GIB:.2f} GiB of state, plus activations")
+    _check_disk(plan, Path(out), trained)
+
+
+def _check_disk(plan, out, trained):
+    # Two full states and a third on its way; best.pt and the word marks are weights alone.
+    needed = (3 * 12 + 4 * (1 + len(plan.marks))) * trained + SPARE_BYTES
+    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
+    written = [out / name for name in (*STATES, "best.pt", *plan.marks)]
+    there = sum(path.stat().st_size for path in written if path.exists())
+    free = shutil.disk_usage(folder).free
+    say(f"disk       {needed / GIB:.2f} GiB in {out}, {free / GIB:.1f} GiB free")
+    if needed - there > free:
+        raise UserError(f"{out}: {needed - there} bytes needed, {free} free: choose another --out")

@@ -1,0 +1,237 @@
+"""All that a run writes: log lines, dev evaluations, checkpoints; and how it is asked to stop."""
+
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from harness.checkpoint import write_checkpoint
+from harness.files import UserError, say, warn, write_text
+from harness.states import STATES, promote, training_state
+
+NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
+
+
+def commit():
+    """The project's git commit, "-dirty" where files other than results differ, or "unknown".
+
+    The environment variable BABYLLAMA_COMMIT stands for it where .git was left behind.
+    """
+    if given := os.environ.get("BABYLLAMA_COMMIT"):
+        return given
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        found = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    except OSError:
+        return "unknown"
+    return found + ("-dirty" if changed else "") if found else "unknown"
+
+
+class StopSignal:
+    """Within its `with`, SIGTERM and SIGINT are remembered, so that a step can be finished first.
+
+    `number` is the signal's, or None. A second signal acts at once.
+    """
+
+    def __enter__(self):
+        self.number = None
+        self.previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for number in self.previous:
+            signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number, _frame):
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def exit_code(progress):
+    """The exit code of a run that ended with this progress: 0, or 143 / 130 after a signal."""
+    return 128 + progress["stopped_by"] if progress.get("stopped_by") else 0
+
+
+class RunLog:
+    """log.jsonl: one JSON object a line, the run first, then training and evaluation lines."""
+
+    def __init__(self, path, first, from_step):
+        """Continues the log in `path` after a step; lines of later steps and damage are dropped."""
+        kept = _lines_until(path, from_step) if from_step and path.exists() else []
+        write_text(path, "\n".join([*kept, json.dumps(first)]) + "\n")
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, entry):
+        """Appends one object; numbers that JSON does not have become null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
+        try:
+            print(json.dumps(finite), file=self.file, flush=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
+
+
+def _lines_until(path, last_step):
+    """The lines of a log that are whole and of no later step than that, as text."""
+    kept, damaged = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            text = line.decode("utf-8")
+            entry = json.loads(text) if text else None
+            step = 0 if entry is None else entry.get("step", 0)
+        except (ValueError, AttributeError, RecursionError):
+            step = None
+        if type(step) is not int:
+            damaged += 1
+        elif step <= last_step and text:
+            kept.append(text)
+    if damaged:
+        warn(f"{path}: {damaged} damaged lines are left out")
+    return kept
+
+
+class Recorder:
+    """Writes a run's log and checkpoints, keeps its progress, and stops the clock meanwhile."""
+
+    def __init__(self, train_step, config, plan, provenance, progress, found):
+        """`progress` is a dict that this object keeps up to date; `found` the state's path."""
+        self.train_step, self.config, self.plan = train_step, config, plan
+        self.provenance, self.progress, self.out = provenance, progress, Path(config.out)
+        self.conditions = provenance.conditions(config)
+        self.model = train_step.objective.model
+        for debris in self.out.glob("*.tmp"):  # left by a write during which the process was killed
+            debris.unlink()
+        self.current_is_whole = found == self.out / "checkpoint.pt"
+        self.commit = commit()
+        first = {
+            "config": self.conditions,
+            "model": provenance.name,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "tokenizer": provenance.tokenizer.identity,
+            "commit": self.commit,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "device": str(train_step.nonfinite_steps.device),
+        }
+        self.log = RunLog(self.out / "log.jsonl", first, progress["step"])
+        self.bar = tqdm(
+            total=plan.steps, initial=progress["step"], unit="step", disable=None, leave=True
+        )
+        self.started = self.clock = time.perf_counter()
+        self.clock_step = progress["step"]
+
+    def count(self, step):
+        """Notes that a step was taken; where it passes a word mark, the weights are kept."""
+        self.progress["step"], self.progress["words"] = step, self.plan.words_seen(step)
+        self.bar.update()
+        for name in self.plan.marks_passed(step):
+            self._write(name)
+
+    def out_of_time(self):
+        """Whether the minutes of --stop-after are over."""
+        limit = self.config.stop_after
+        return limit is not None and (time.perf_counter() - self.started) / 60 > limit
+
+    def log_step(self, terms, rate):
+        """One line of the log; the only place where a step waits for the device."""
+        values = {key: value.item() for key, value in terms.items()}
+        step, now = self.progress["step"], time.perf_counter()
+        tokens = self.plan.tokens_seen(step) - self.plan.tokens_seen(self.clock_step)
+        speed = round(tokens / (now - self.clock), 1)
+        self.clock, self.clock_step = now, step
+        epochs = self.plan.epochs(step)
+        self.log.write(
+            {
+                "step": step,
+                "epoch": round(epochs, 4),
+                "tokens": self.plan.tokens_seen(step),
+                "words": self.progress["words"],
+                **values,
+                "learning_rate": rate,
+                "tokens_per_second": speed,
+            }
+        )
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
+        if self.bar.disable:
+            say(
+                f"step {step}/{self.plan.steps}  epoch {epochs:.2f}  loss {values['loss']:.4f}  "
+                f"cross-entropy {values['cross_entropy']:.4f}  {speed:,.0f} tokens/s"
+            )
+        self._check_finite()
+
+    def _check_finite(self):
+        """Raises `UserError` where no step has had a finite gradient for long."""
+        if self.train_step.nonfinite_in_a_row.item() < NONFINITE_LIMIT:
+            return
+        present = [self.out / name for name in STATES if (self.out / name).exists()]
+        where = f"{present[0]} holds the weights as they were" if present else "nothing was saved"
+        raise UserError(
+            f"no finite gradient in the last {NONFINITE_LIMIT} steps; {where}: "
+            "lower --learning-rate or use --precision fp32"
+        )
+
+    def evaluate(self, evaluate):
+        """Logs what `evaluate(model, autocast)` returns: {"dev_cross_entropy": nats a token, ...}.
+
+        best.pt is written where the dev cross-entropy is the lowest so far.
+        """
+        paused, progress = time.perf_counter(), self.progress
+        values = evaluate(self.model, self.train_step.autocast)
+        progress.update(values)
+        self.log.write({"step": progress["step"], **values})
+        self.clock += time.perf_counter() - paused
+        value = values["dev_cross_entropy"]
+        with tqdm.external_write_mode():
+            say(f"step {progress['step']}: dev cross-entropy {value:.4f} nats per token")
+        if value < progress["best_dev_cross_entropy"]:
+            progress.update(best_dev_cross_entropy=value, best_step=progress["step"])
+            self._write("best.pt")
+
+    def save(self):
+        """checkpoint.pt; the one before it, unless it was found damaged, becomes previous.pt."""
+        self._write("checkpoint.new", training_state(self.train_step))
+        promote(self.out, rotate=self.current_is_whole)
+        self.current_is_whole = True
+
+    def _write(self, name, training=None):
+        paused = time.perf_counter()
+        write_checkpoint(
+            self.out / name,
+            model=self.provenance.model,
+            weights=self.model.state_dict(),
+            config=self.conditions,
+            tokenizer=self.provenance.tokenizer,
+            progress=dict(self.progress),
+            teachers=self.provenance.teachers,
+            commit=self.commit,
+            training=training,
+        )
+        self.clock += time.perf_counter() - paused
+
+    def say_finished(self):
+        """Says which model is the best."""
+        best = f"dev cross-entropy {self.progress['best_dev_cross_entropy']:.4f}"
+        where = f"{self.out / 'best.pt'} has step {self.progress['best_step']}"
+        say(f"finished: {where}, {best}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self.bar.close()
+        self.log.file.close()

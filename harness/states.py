@@ -1,0 +1,292 @@
+"""State that outlives the process: what resuming needs, and which state a run continues from."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from harness import options
+from harness.checkpoint import DamagedFile, read_checkpoint
+from harness.files import UserError, fsync_folder, say, warn
+
+STATES = ("checkpoint.new", "checkpoint.pt", "previous.pt")  # the newest first
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint says of its origin, besides the options.
+
+    `shape` is the model's config, a dataclass; `tokenizer` has `identity` and `model_bytes`;
+    `digests` are those of the data and of --init; `teachers` [{"name", "digest"}].
+    """
+
+    name: str
+    architecture: str
+    shape: object
+    tokenizer: object
+    digests: dict
+    teachers: tuple = ()
+
+    @property
+    def model(self):
+        """The checkpoint's section of that name."""
+        shape = dataclasses.asdict(self.shape)
+        return {"name": self.name, "architecture": self.architecture, "shape": shape}
+
+    def conditions(self, config):
+        """What makes a run this run, as checkpoints and the log keep it: options and digests."""
+        return dataclasses.asdict(config) | {
+            **self.digests,
+            "shape": self.model["shape"],
+            "teacher_digests": [teacher["digest"] for teacher in self.teachers],
+        }
+
+
+# ---- what is saved and put back
+
+
+def trained_parameters(objective):
+    """{name: parameter} of all that require gradients, in the objective's order.
+
+    Those of `objective.model` have their names in the model, others begin with "objective.".
+    """
+    return {
+        name.removeprefix("model.") if name.startswith("model.") else f"objective.{name}": parameter
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def training_state(train_step):
+    """What resuming needs besides the model's weights.
+
+    The optimizers' states and the objective's own parameters by parameter name; random states.
+    """
+    parameters, device = train_step.parameters, train_step.nonfinite_steps.device
+    states = {name: {} for name in parameters}
+    for optimizer in train_step.optimizers:
+        for name, parameter in parameters.items():
+            states[name] |= optimizer.state.get(parameter, {})
+    return {
+        "optimizer": states,
+        "objective": {name: p.detach().cpu() for name, p in _own(parameters).items()},
+        "nonfinite": [train_step.nonfinite_in_a_row.item(), train_step.nonfinite_steps.item()],
+        "random": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        },
+    }
+
+
+def _own(parameters):
+    """The parameters that belong to the objective and not to its model."""
+    return {name: p for name, p in parameters.items() if name.startswith("objective.")}
+
+
+def restore(train_step, checkpoint, path):
+    """Puts a full checkpoint's weights, optimizer states and random states in place.
+
+    Raises `UserError` if they are not of this objective and these optimizers: a fused optimizer
+    trusts the sizes that it is told.
+    """
+    state, device = checkpoint["training"], train_step.nonfinite_steps.device
+    try:
+        _take_an_empty_step(train_step)
+        train_step.objective.model.load_state_dict(checkpoint["weights"])
+        own = _own(train_step.parameters)
+        saved = state.get("objective", {})  # older checkpoints have none
+        if saved.keys() != own.keys():
+            raise ValueError("the objective has other parameters")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                _copy(saved[name], parameter)
+        _restore_optimizers(train_step, state["optimizer"])
+        in_a_row, in_all = state.get("nonfinite", (0, 0))  # older checkpoints did not count them
+        train_step.nonfinite_in_a_row.fill_(in_a_row)
+        train_step.nonfinite_steps.fill_(in_all)
+        torch.set_rng_state(state["random"]["cpu"])
+        if device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what someone made up may raise anything at all
+        raise UserError(f"{path} holds no state of this run's model: use another") from error
+
+
+def _take_an_empty_step(train_step):
+    """A step with gradients of zero: the optimizers show which state they keep, in which sizes.
+
+    What it does to the weights does not matter: they are overwritten.
+    """
+    for parameter in train_step.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in train_step.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _restore_optimizers(train_step, saved):
+    """Fills the optimizers' states from {parameter name: {key: tensor or number}}."""
+    if saved.keys() != train_step.parameters.keys():
+        raise ValueError("there are other parameters")
+    names = {parameter: name for name, parameter in train_step.parameters.items()}
+    for optimizer in train_step.optimizers:
+        for parameter, state in optimizer.state.items():
+            found = saved[names[parameter]]
+            if not found:  # it had never had a gradient
+                state.clear()
+            elif found.keys() != state.keys():
+                raise ValueError(f"{names[parameter]} has another state")
+            for key, value in found.items():
+                if isinstance(state[key], torch.Tensor):
+                    _copy(value, state[key])
+                elif type(value) is type(state[key]):
+                    state[key] = value
+                else:
+                    raise ValueError(f"{key} of {names[parameter]} has another type")
+
+
+def _copy(value, place):
+    if (value.shape, value.dtype) != (place.shape, place.dtype):
+        raise ValueError("a tensor has another shape or type")
+    place.copy_(value)
+
+
+# ---- which state a run continues from
+
+
+def new_progress(steps):
+    """The progress of a run that has not begun."""
+    return {"step": 0, "steps": steps, "best_dev_cross_entropy": math.inf, "best_step": 0}
+
+
+def start(train_step, config, provenance, steps):
+    """The progress that a run starts with, and the path of its state or None for a new run.
+
+    A state that is found is put in place, unless its run is finished.
+    """
+    checkpoint, found = find_checkpoint(config, provenance)
+    if not checkpoint:
+        return new_progress(steps), None
+    progress = checkpoint["progress"]
+    if progress["step"] >= steps:
+        say(f"{config.out} is finished at {steps} steps; a new run needs another --out")
+    else:
+        restore(train_step, checkpoint, found)
+        say(f"continuing after step {progress['step']} of {found}")
+    return progress, found
+
+
+def find_checkpoint(config, provenance):
+    """The checkpoint that the run starts from and its path, or (None, None) for a new run.
+
+    The folder must be locked: a save that a kill interrupted is completed here. Raises `UserError`
+    if --resume forbids it, or if what there is cannot be continued.
+    """
+    out = Path(config.out)
+    present = [out / name for name in STATES if (out / name).exists()]
+    if config.resume == "never" and (present or (out / "log.jsonl").exists()):
+        raise UserError(
+            f"{out} holds a run: continue it with --resume auto, or choose another --out"
+        )
+    for path in present:
+        try:
+            checkpoint = read_checkpoint(path)
+        except DamagedFile as error:
+            if path == present[-1]:
+                raise UserError(
+                    f"{out} holds no state that can be read ({path.name} is damaged too): delete "
+                    "it, or choose another --out"
+                ) from error
+            warn(f"{path} is damaged; falling back to an older state")
+            continue
+        check_continues(checkpoint, config, provenance, path)
+        if path.name == "checkpoint.new":  # a kill came between a save's renames
+            path = out / "checkpoint.pt"
+            promote(out, rotate=path.exists() and _is_whole(path))
+        _check_best(checkpoint["progress"], out / "best.pt")
+        return checkpoint, path
+    if config.resume not in ("auto", "never"):
+        checkpoint = read_checkpoint(config.resume)
+        check_continues(checkpoint, config, provenance, config.resume)
+        progress = checkpoint["progress"]
+        if progress["step"] >= progress["steps"]:
+            raise UserError(f"{config.resume} is of a finished run: there is nothing to continue")
+        _forget_best(progress)  # the new folder is to have a best.pt of its own
+        return checkpoint, Path(config.resume)
+    best = out / "best.pt"
+    if best.exists():  # left by a run that was killed before its first checkpoint
+        check_continues(read_checkpoint(best), config, provenance, best, full=False)
+    return None, None
+
+
+def promote(out, rotate):
+    """The last stage of a save: checkpoint.new becomes checkpoint.pt.
+
+    With `rotate` what was checkpoint.pt becomes previous.pt; a damaged one must not. At every
+    moment there is a checkpoint.pt, if there was one before.
+    """
+    current, previous = out / "checkpoint.pt", out / "previous.pt"
+    if rotate and not (previous.exists() and os.path.samefile(current, previous)):
+        second_name = out / "previous.pt.tmp"
+        second_name.unlink(missing_ok=True)
+        try:
+            os.link(current, second_name)
+        except OSError:  # a file system without hard links
+            second_name = current
+        os.replace(second_name, previous)
+    os.replace(out / "checkpoint.new", current)
+    fsync_folder(out)
+
+
+def _is_whole(path):
+    try:
+        read_checkpoint(path)
+    except DamagedFile:
+        return False
+    return True
+
+
+def _check_best(progress, best):
+    """Forgets the best evaluation of an unfinished run whose best.pt is damaged or gone."""
+    if progress["step"] < progress["steps"] and progress["best_step"]:
+        try:
+            read_checkpoint(best)
+        except UserError as error:
+            warn(f"{error}; the next evaluation writes it anew")
+            _forget_best(progress)
+
+
+def _forget_best(progress):
+    progress.update(best_dev_cross_entropy=math.inf, best_step=0)
+
+
+def check_continues(checkpoint, config, provenance, path, full=True):
+    """Raises `UserError`, listing what differs, unless the checkpoint is of this very run.
+
+    An option or a field of the shape that it does not have means what was so before it existed:
+    the default. `full` asks for a state that can be resumed, and not for weights alone.
+    """
+    progress = checkpoint["progress"]
+    counts = [progress.get(key) for key in ("step", "steps", "best_step")]
+    whole = "best_dev_cross_entropy" in progress and all(type(n) is int and n >= 0 for n in counts)
+    if full and not (checkpoint["training"] and whole):
+        raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
+    saved = options.defaults(type(config)) | checkpoint["config"]
+    if isinstance(saved.get("shape"), dict):
+        saved["shape"] = options.defaults(type(provenance.shape)) | saved["shape"]
+    conditions = provenance.conditions(config)
+    differing = []
+    for key in sorted((saved.keys() | conditions.keys()) - options.may_change(type(config))):
+        there, now = saved.get(key), conditions.get(key)
+        if there != now:
+            short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader
+            differing.append(f"{key} ({there} there, {now} now)" if short else key)
+    if differing:
+        raise UserError(
+            f"{path} is of another run: {', '.join(differing)}; give the same options, or another "
+            "--out for a new run"
+        )

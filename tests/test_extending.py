@@ -1,0 +1,477 @@
+"""What someone who changes the project does, as examples: each takes one place and a few lines."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import distill
+import evaluate
+import export_hf
+import generate
+import model as models
+import train
+from conftest import interrupt_after, step_of
+from data import Batch, BatchStream, open_corpus
+from distill import DistillConfig, EnsembleObjective, PlainObjective
+from harness.checkpoint import content_digest, read_checkpoint
+from harness.files import UserError, run_program
+from test_train import config_for, fitted, trained
+from train import CrossEntropyObjective, build_optimizer
+
+OPTIONS = ["--steps", "6", "--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
+OPTIONS += ["--precision", "fp32", "--eval-sequences", "8", "--log-every", "2"]
+
+
+def run_train(data_folder, out, *more):
+    arguments = ["--data", str(data_folder), "--out", str(out), *OPTIONS, *map(str, more)]
+    return run_program(lambda: train.main(arguments))
+
+
+def state_digest(path):
+    checkpoint = read_checkpoint(path)
+    return content_digest([checkpoint["weights"], checkpoint["training"]])
+
+
+# ---- an objective with parameters of its own
+
+
+class MatchingObjective(CrossEntropyObjective):
+    """Cross-entropy, and the squared distance of projected hidden states to a frozen teacher's."""
+
+    def __init__(self, model, teacher):
+        super().__init__(model)
+        self.teacher = teacher.eval().requires_grad_(False)
+        sizes = model.config.hidden_size, teacher.config.hidden_size
+        self.projection = nn.Linear(*sizes, bias=False)
+
+    def forward(self, batch):
+        hidden, states = self.model.hidden_states(batch.tokens, layers=(1,))
+        ce = F.cross_entropy(F.linear(hidden, self.model.head).mT, batch.targets)
+        with torch.no_grad():
+            theirs = self.teacher.hidden_states(batch.tokens)
+        distance = F.mse_loss(self.projection(states[1]), theirs)
+        return {"loss": ce + 0.5 * distance, "cross_entropy": ce, "distance": distance}
+
+
+def matching_run(data_folder, out):
+    torch.manual_seed(0)
+    model, teacher = (models.build_model(n, 300) for n in ("llama-tiny-student", "gpt2-tiny"))
+    objective = MatchingObjective(model, teacher)
+    start = objective.projection.weight.detach().clone()
+    progress = fitted(objective, config_for(data_folder, out, model="llama-tiny-student"))
+    return objective, start, progress
+
+
+def test_an_objectives_own_parameters_are_trained_clipped_and_resumed(
+    data_folder, tmp_path, monkeypatch
+):
+    objective, start, _ = matching_run(data_folder, tmp_path / "whole")
+    assert not torch.equal(objective.projection.weight, start)
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    step = step_of(objective)
+    assert "objective.projection.weight" in step.parameters  # what is clipped
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        assert matching_run(data_folder, tmp_path / "cut")[2]["step"] == 8
+    matching_run(data_folder, tmp_path / "cut")
+    whole, cut = (state_digest(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    assert whole == cut
+    weights = read_checkpoint(tmp_path / "whole" / "checkpoint.pt")["weights"]
+    assert not any("projection" in name for name in weights)  # they are the model's alone
+
+
+def test_a_state_without_the_objectives_own_parameters_is_refused(
+    data_folder, tmp_path, monkeypatch
+):
+    config = config_for(data_folder, tmp_path / "r", model="llama-tiny-student")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        trained(config)
+    with pytest.raises(UserError, match="no state of this run's model"):
+        matching_run(data_folder, tmp_path / "r")
+
+
+def test_the_gradient_of_everything_that_is_trained_is_clipped_together(train_shard):
+    model, teacher = (models.build_model(n, 300) for n in ("llama-tiny-student", "gpt2-tiny"))
+    step = step_of(MatchingObjective(model, teacher))
+    batch, seen = BatchStream(train_shard, 4, 32, seed=0)(0), []
+    step.clip = 1e-3
+    for parameter in step.parameters.values():  # what the optimizer is given
+        parameter.register_post_accumulate_grad_hook(seen.append)
+    step.optimizers[0].register_step_pre_hook(
+        lambda optimizer, *_: norms.append(nn.utils.get_total_norm([p.grad for p in seen]))
+    )
+    norms = []
+    step(batch, 1e-3)
+    assert len(seen) == len(step.parameters)
+    torch.testing.assert_close(norms[0], torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+# ---- another architecture: a file, and a line in a table
+
+
+@dataclasses.dataclass(frozen=True)
+class AveragerConfig:
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 1
+    max_position_embeddings: int = 256
+    dropout: float = 0.0
+
+
+class Averager(nn.Module):
+    """Each position sees the mean of all embeddings up to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.hidden_size)
+            for _ in range(config.num_hidden_layers)
+        )
+
+    @property
+    def head(self):
+        return self.embedding.weight
+
+    def hidden_states(self, tokens, layers=()):
+        x = self.embedding(tokens).cumsum(1)
+        x = x / torch.arange(1, tokens.shape[1] + 1, device=tokens.device)[:, None]
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return x
+
+    def forward(self, tokens):
+        return F.linear(self.hidden_states(tokens), self.head)
+
+
+@pytest.fixture
+def averager(monkeypatch):
+    monkeypatch.setitem(models.ARCHITECTURES, "averager", (Averager, AveragerConfig))
+    preset = models.Preset(AveragerConfig(16_000, 24), models.Recipe(3e-3, 4, 1, 2))
+    monkeypatch.setitem(models.PRESETS, "averager-tiny", preset)
+
+
+def test_a_third_architecture_is_trained_scored_and_taught_by(
+    averager, data_folder, tmp_path, capsys
+):
+    assert run_train(data_folder, tmp_path / "a", "--model", "averager-tiny") == 0
+    best = tmp_path / "a" / "best.pt"
+    model, checkpoint = models.load_checkpoint(best)
+    assert isinstance(model, Averager) and checkpoint["model"]["architecture"] == "averager"
+    data = ["--data", str(data_folder)]
+    assert run_program(lambda: evaluate.main([str(best), *data, "--device", "cpu"])) == 0
+    assert run_program(lambda: generate.main([str(best), "--prompt", "the", "--tokens", "3"])) == 0
+    student = ["--teachers", str(best), "--model", "averager-tiny", *data, *OPTIONS]
+    assert run_program(lambda: distill.main([*student, "--out", str(tmp_path / "s")])) == 0
+    capsys.readouterr()
+    assert run_program(lambda: export_hf.main([str(best), "--out", str(tmp_path / "e")])) == 1
+    error = capsys.readouterr().err
+    assert "averager" in error and "llama and gpt2" in error and error.count("\n") == 1
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_checkpoint_of_an_unknown_architecture_says_so(
+    averager, data_folder, tmp_path, monkeypatch
+):
+    run_train(data_folder, tmp_path / "a", "--model", "averager-tiny")
+    monkeypatch.delitem(models.ARCHITECTURES, "averager")
+    with pytest.raises(UserError, match=r"'averager'.*only gpt2, llama are known"):
+        models.load_checkpoint(tmp_path / "a" / "best.pt")
+
+
+# ---- another optimizer: `build_optimizer`, and nothing else
+
+
+def sgd_with_momentum(objective, weight_decay, name, beta2):
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    half = len(parameters) // 2
+    groups = [{"params": parameters[:half], "lr": 0.5}, {"params": parameters[half:]}]
+    return [torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=weight_decay)]
+
+
+def adagrad(objective, weight_decay, name, beta2):
+    return [torch.optim.Adagrad(objective.model.parameters(), lr=1.0, weight_decay=weight_decay)]
+
+
+def lion_like(objective, weight_decay, name, beta2):
+    """An optimizer nobody has heard of, whose state is a tensor and a whole number."""
+
+    class Sign(torch.optim.Optimizer):
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    state.setdefault("mean", torch.zeros_like(p))
+                    state["count"] = state.get("count", 0) + 1
+                    state["mean"].lerp_(p.grad, 1 / state["count"])
+                    p.data.sub_(state["mean"].sign(), alpha=0.1 * group["lr"])
+
+    return [Sign(objective.model.parameters(), {"lr": 1.0})]
+
+
+@pytest.mark.parametrize("build", ["adamw", "muon", sgd_with_momentum, adagrad, lion_like])
+def test_any_optimizer_is_resumed_with_the_same_bits(data_folder, tmp_path, monkeypatch, build):
+    name = build if isinstance(build, str) else "adamw"
+    if not isinstance(build, str):
+        monkeypatch.setattr(train, "build_optimizer", build)
+    whole, cut = (
+        config_for(data_folder, tmp_path / folder, optimizer=name) for folder in ("whole", "cut")
+    )
+    first = trained(whole)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        assert trained(cut)["step"] == 8
+    assert trained(cut)["dev_cross_entropy"] == first["dev_cross_entropy"]
+    digests = [state_digest(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "cut")]
+    assert digests[0] == digests[1]
+
+
+def test_a_state_of_another_optimizer_is_refused(data_folder, tmp_path, monkeypatch):
+    config = config_for(data_folder, tmp_path / "r")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        trained(config)
+    with pytest.raises(UserError, match=r"optimizer \(adamw there, muon now\)"):
+        trained(dataclasses.replace(config, optimizer="muon"))
+    monkeypatch.setattr(train, "build_optimizer", sgd_with_momentum)
+    with pytest.raises(UserError, match="no state of this run's model"):
+        trained(config)
+
+
+@pytest.mark.parametrize("build", [build_optimizer, sgd_with_momentum])
+def test_a_group_keeps_its_ratio_to_the_scheduled_rate(build):
+    objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300))
+    optimizers = build(objective, 0.1, "muon", 0.9)
+    ratios = [g["lr"] for o in optimizers for g in o.param_groups]
+    step = train.TrainStep(objective, optimizers, torch.autocast("cpu", enabled=False))
+    tokens = torch.zeros(2, 2, 8, dtype=torch.long)
+    for rate in (0.25, 0.125):
+        step(Batch.whole(torch.arange(2), *tokens), rate)
+        assert [g["lr"] for o in optimizers for g in o.param_groups] == [rate * r for r in ratios]
+
+
+def test_muon_gets_the_layers_matrices_and_adamw_the_rest():
+    for name in ("gpt2-tiny", "llama-tiny"):
+        model = models.build_model(name, 300)
+        adamw, muon = build_optimizer(CrossEntropyObjective(model), 0.1, "muon")
+        matrices = {p for b in model.blocks for p in b.parameters() if p.dim() == 2}
+        assert {p for g in muon.param_groups for p in g["params"]} == matrices
+        others = {p for g in adamw.param_groups for p in g["params"]}
+        assert others == set(model.parameters()) - matrices and model.head in others
+
+
+@pytest.mark.parametrize("build", ["muon", sgd_with_momentum, lion_like])
+def test_any_optimizer_skips_a_gradient_that_is_not_finite(train_shard, build):
+    objective = CrossEntropyObjective(models.build_model("llama-tiny", 300))
+    make = build_optimizer if build == "muon" else build
+    optimizers = make(objective, 0.1, "muon", 0.99)
+    step = train.TrainStep(objective, optimizers, torch.autocast("cpu", enabled=False))
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
+    step(batch, 1e-3)
+    states = [o.state_dict()["state"] for o in optimizers]
+    before = content_digest([dict(objective.state_dict()), *states])
+    hook = objective.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+    step(batch, 1e-3)
+    states = [o.state_dict()["state"] for o in optimizers]
+    assert content_digest([dict(objective.state_dict()), *states]) == before
+    assert step.nonfinite_steps == 1
+    hook.remove()
+    step(batch, 1e-3)
+    assert step.nonfinite_in_a_row == 0
+
+
+# ---- another loss, by autograd
+
+
+def teachers_and_student():
+    torch.manual_seed(0)
+    names = ("llama-tiny-student", "gpt2-tiny", "llama-tiny")
+    student, *teachers = (models.build_model(name, 300) for name in names)
+    return student, teachers
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_the_plain_objective_equals_the_fused_one(train_shard, reduction):
+    student, teachers = teachers_and_student()
+    config = DistillConfig(teachers=[], kl_reduction=reduction, teacher_weights=[1, 3])
+    batch, found = BatchStream(train_shard, 4, 32, seed=0)(0), []
+    for objective_class in (EnsembleObjective, PlainObjective):
+        objective = objective_class(student, teachers, config).train()
+        terms = objective(objective.prepare(batch))
+        gradients = torch.autograd.grad(terms["loss"], list(student.parameters()))
+        found.append(({k: v.detach() for k, v in terms.items()}, gradients))
+    (fused, ours), (plain, theirs) = found
+    assert fused.keys() == plain.keys()
+    for key in fused:
+        torch.testing.assert_close(fused[key], plain[key], rtol=1e-5, atol=1e-7)
+    for a, b in zip(ours, theirs):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_distill_trains_with_the_plain_objective(data_folder, tmp_path, capsys):
+    run_train(data_folder, tmp_path / "t", "--model", "gpt2-tiny")
+    arguments = ["--teachers", str(tmp_path / "t" / "best.pt"), "--model", "llama-tiny-student"]
+    arguments += ["--data", str(data_folder), *OPTIONS, "--cache-teachers", "host"]
+    ends = []
+    for name in ("plain", "fused"):
+        out = ["--out", str(tmp_path / name), "--objective", name]
+        assert run_program(lambda o=out: distill.main([*arguments, *o])) == 0
+        ends.append(read_checkpoint(tmp_path / name / "checkpoint.pt")["progress"])
+    values = [end["dev_cross_entropy"] for end in ends]
+    assert abs(values[0] - values[1]) < 1e-3
+
+
+class ReverseObjective(PlainObjective):
+    """KL(student ‖ teachers), the other direction: a few lines of autograd."""
+
+    def forward(self, batch):
+        batch = batch if batch.teacher_states else self.prepare(batch)
+        log_p = self.model(batch.tokens).log_softmax(-1)
+        with torch.no_grad():
+            logits = [s @ t.head.T for s, t in zip(batch.teacher_states, self.teachers)]
+            log_q = (sum(logits) / len(logits)).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        ce = F.nll_loss(log_p.mT, batch.targets)
+        return {"loss": 0.5 * ce + 0.5 * kl, "cross_entropy": ce.detach(), "kl": kl.detach()}
+
+
+def test_a_changed_loss_trains(train_shard):
+    student, teachers = teachers_and_student()
+    objective = ReverseObjective(student, teachers, DistillConfig(teachers=[])).train()
+    step, batch = step_of(objective), BatchStream(train_shard, 4, 32, seed=0)(0)
+    losses = [step(batch, 3e-3)["loss"].item() for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# ---- states of every layer
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
+def test_hidden_states_of_any_layer_are_the_residual_stream(name):
+    torch.manual_seed(0)
+    model = models.build_model(name, 300).eval()
+    tokens, inputs = torch.randint(300, (2, 9)), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    final, states = model.hidden_states(tokens, layers=(0, 2, 3))
+    assert list(states) == [0, 2, 3] and torch.equal(final, model.hidden_states(tokens))
+    assert torch.equal(states[0], inputs[0]) and torch.equal(states[2], inputs[2])
+    norm = model.ln_f if name.startswith("gpt2") else model.norm
+    assert torch.equal(norm(states[3]), final)
+
+
+# ---- shapes of one's own
+
+
+def test_a_shape_of_ones_own_is_printed_trained_and_saved(data_folder, tmp_path, capsys):
+    shape = "hidden_size=32, num_hidden_layers=1,num_attention_heads=2"
+    options = ["--model", "llama-tiny", "--shape", shape, "--dropout", "0.25"]
+    assert run_train(data_folder, tmp_path / "r", *options, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "hidden_size=32" in printed and "dropout=0.25" in printed
+    assert run_train(data_folder, tmp_path / "r", *options) == 0
+    model, _ = models.load_checkpoint(tmp_path / "r" / "best.pt")
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.dropout) == (32, 1, 0.25)
+    assert config.intermediate_size == models.PRESETS["llama-tiny"].config.intermediate_size
+    assert run_train(data_folder, tmp_path / "r", *options) == 0  # is finished
+    assert run_train(data_folder, tmp_path / "r", *options[:4], "--dropout", "0") == 1
+    assert "shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ("hiden_size=3", "choose from hidden_size"),
+        ("vocab_size=9", "choose from hidden_size"),
+        ("num_attention_heads=5", "5 attention heads do not divide hidden_size 96"),
+        ("num_attention_heads=32", "heads of an even size, here 3"),
+        ("hidden_size=big", "give name=value"),
+        ("hidden_size", "give name=value"),
+        ("num_hidden_layers=0", "num_hidden_layers cannot be 0"),
+        ("dropout=1", "dropout cannot be 1.0"),
+        ("num_hidden_layers=5000", "at most 1000"),
+    ],
+)
+def test_an_impossible_shape_is_one_line(data_folder, tmp_path, capsys, shape, message):
+    assert run_train(data_folder, tmp_path / "r", "--model", "llama-tiny", "--shape", shape) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: --shape") and error.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_dropout_in_a_llama_acts_where_gpt2s_does():
+    """The embeddings and both residual branches lose their share, and attention varies."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(models.PRESETS["llama-tiny"].config, vocab_size=300, dropout=0.5)
+    model, tokens = models.build(config), torch.randint(300, (4, 64))
+    shares = {}
+
+    def count(name):
+        def hook(module, inputs, output):
+            shares[name] = (output == 0).float().mean().item()
+
+        return hook
+
+    block = model.blocks[0]
+    block.self_attn.register_forward_hook(count("attention"))
+    block.mlp.register_forward_hook(count("feed-forward"))
+    block.register_forward_pre_hook(
+        lambda module, inputs: shares.update(embedding=(inputs[0] == 0).float().mean().item())
+    )
+    model(tokens)
+    assert all(abs(share - 0.5) < 0.02 for share in shares.values()) and len(shares) == 3
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_dropout_goes_with_an_initial_checkpoint(data_folder, tmp_path, capsys):
+    run_train(data_folder, tmp_path / "a", "--model", "gpt2-tiny")
+    more = ["--model", "gpt2-tiny", "--init", tmp_path / "a" / "best.pt"]
+    assert run_train(data_folder, tmp_path / "b", *more, "--dropout", "0.3") == 0
+    model, _ = models.load_checkpoint(tmp_path / "b" / "best.pt")
+    assert model.config.dropout == 0.3
+    assert run_train(data_folder, tmp_path / "c", *more, "--shape", "hidden_size=8") == 1
+    assert "leave one of the two out" in capsys.readouterr().err
+
+
+# ---- recipe options
+
+
+def test_the_end_of_the_schedule_can_be_above_zero():
+    rates = [train.learning_rate(s, 100, 1.0, 10, 0.1) for s in (10, 55, 100)]
+    assert rates == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_clipping_and_beta2_are_options(data_folder, tmp_path):
+    found = []
+    for name, more in (("a", {}), ("b", {"clip": 0.0}), ("c", {"beta2": 0.9}), ("d", {})):
+        config = config_for(data_folder, tmp_path / name, steps=3, **more)
+        trained(config)
+        found.append(state_digest(tmp_path / name / "checkpoint.pt"))
+    assert found[0] == found[3] and len(set(found)) == 3
+    objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300))
+    (optimizer,) = build_optimizer(objective, 0.1, beta2=0.95)
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_an_ensemble_is_scored_with_its_weights(data_folder, tmp_path, capsys):
+    for name in ("gpt2-tiny", "llama-tiny"):
+        run_train(data_folder, tmp_path / name, "--model", name)
+    paths = [str(tmp_path / name / "best.pt") for name in ("gpt2-tiny", "llama-tiny")]
+    both = [models.load_checkpoint(path)[0] for path in paths]
+    tokens = torch.randint(4, 300, (2, 9))
+    expected = (3 * both[0](tokens) + both[1](tokens)) / 4
+    torch.testing.assert_close(evaluate.Ensemble(both, [3.0, 1.0])(tokens), expected)
+    arguments = ["--ensemble", *paths, "--data", str(data_folder), "--device", "cpu"]
+    assert run_program(lambda: evaluate.main([*arguments, "--teacher-weights", "1", "0"])) == 0
+    alone = evaluate.corpus_scores(both[0], open_corpus(data_folder).dev, 32)
+    assert f"{alone['cross_entropy']:.4g}" in capsys.readouterr().out
+    assert run_program(lambda: evaluate.main([*arguments, "--teacher-weights", "1"])) == 1
+    assert "--teacher-weights: 1 given for 2 teachers" in capsys.readouterr().err
