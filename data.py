@@ -63,11 +63,11 @@ class Tokenizer:
             raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
 
     def _identity(self):
-        kinds = ("is_control", "is_unknown", "is_byte", "is_unused")
+        flags = ("is_control", "is_unknown", "is_byte", "is_unused")
         digest = hashlib.sha256()
         for i in range(self.vocabulary_size):
-            kind = [int(getattr(self.processor, k)(i)) for k in kinds]
-            piece = [self.processor.id_to_piece(i), kind, repr(self.processor.get_score(i))]
+            type_of = [int(getattr(self.processor, flag)(i)) for flag in flags]
+            piece = [self.processor.id_to_piece(i), type_of, repr(self.processor.get_score(i))]
             digest.update(json.dumps(piece).encode())
         return digest.hexdigest()
 

@@ -12,6 +12,7 @@ Dimensions: N tokens, C hidden, V vocabulary, K teachers.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,8 +113,8 @@ def join_heads(heads, weights, dtype):
 
 def matmul_dtype(tensor):
     """The type that matrix products read here: autocast's where it is on, else the tensor's own."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def ensemble_kl(
@@ -190,44 +191,53 @@ class Teachers:
         return self.hidden[rows] @ self.head.T, None if self.mask is None else self.mask[rows]
 
 
+@dataclass(frozen=True)
+class Passage:
+    """How the tokens are passed over: so many at a time, products in `dtype`, by which function."""
+
+    chunk_tokens: int
+    dtype: torch.dtype
+    gradients_wanted: bool
+    row_function: Callable
+
+    def chunks(self, num_tokens):
+        """The slices of the tokens, in order."""
+        return [slice(i, i + self.chunk_tokens) for i in range(0, num_tokens, self.chunk_tokens)]
+
+
 def _fused(hidden, head, targets, teachers, terms, chunk_tokens, compiled):
     if chunk_tokens is None:
         # Few, large chunks keep a GPU busy; a CPU is as fast with smaller ones, in less memory.
         chunk_tokens = 4096 if hidden.is_cuda else 512
-    dtype = matmul_dtype(hidden)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    row_function = _row_function(hidden.is_cuda, compiled)
+    passage = Passage(chunk_tokens, matmul_dtype(hidden), wanted, row_function)
     with torch.autocast(hidden.device.type, enabled=False):
         return _FusedLoss.apply(
-            hidden.flatten(0, -2), head, targets.flatten(), teachers, terms, chunk_tokens, dtype,
-            wanted, _row_function(hidden.is_cuda, compiled),
-        )  # fmt: skip
+            hidden.flatten(0, -2), head, targets.flatten(), teachers, terms, passage
+        )
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, head, targets, teachers, terms, chunk_tokens, dtype, wanted, row_function
-    ):
-        want_hidden, want_head = (wanted and needed for needed in ctx.needs_input_grad[:2])
-        head_cast = centred(head).to(dtype)  # (V, C)
-        d_hidden = torch.empty_like(hidden) if want_hidden else None
-        d_head = torch.zeros_like(head) if want_head else None
-        zero = torch.zeros((), dtype=_row_dtype(dtype), device=hidden.device)
-        sums = zero, zero  # CE, KL
-        for start in range(0, len(hidden), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            hidden_cast = hidden[rows].to(dtype)  # (N, C)
+    def forward(ctx, hidden, head, targets, teachers, terms, passage):
+        wanted = [passage.gradients_wanted and needed for needed in ctx.needs_input_grad[:2]]
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_head = torch.zeros_like(head) if wanted[1] else None
+        head_cast = centred(head).to(passage.dtype)  # (V, C)
+        ce = kl = torch.zeros((), dtype=_row_dtype(passage.dtype), device=hidden.device)
+        for rows in passage.chunks(len(hidden)):
+            hidden_cast = hidden[rows].to(passage.dtype)  # (N, C)
             logits = hidden_cast @ head_cast.T  # (N, V)
-            taught, mask = (None, None) if teachers is None else teachers.rows(rows)
-            *terms_here, dz = row_function(
-                logits, taught, targets[rows], mask, terms, want_hidden or want_head
+            taught = (None, None) if teachers is None else teachers.rows(rows)
+            chunk_ce, chunk_kl, dz = passage.row_function(
+                logits, targets[rows], *taught, terms, any(wanted)
             )
-            sums = [total + term for total, term in zip(sums, terms_here)]
-            if want_hidden:
+            ce, kl = ce + chunk_ce, kl + chunk_kl
+            if wanted[0]:
                 d_hidden[rows] = dz @ head_cast
-            if want_head:
+            if wanted[1]:
                 d_head += _product_in_float32(dz.T, hidden_cast)
-        ce, kl = sums
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
         return mixed_loss(ce, kl, terms.alpha, terms.temperature), ce, kl
@@ -237,7 +247,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, d_loss, _d_ce, _d_kl):
         # A device scalar times a tensor: the caller's scale costs no synchronisation.
         gradients = [None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors]
-        return (*gradients, *[None] * 7)
+        return (*gradients, *[None] * 4)
 
 
 def _row_dtype(dtype):
@@ -251,7 +261,7 @@ def _product_in_float32(a, b):
     return a @ b
 
 
-def _rows(logits, teacher_logits, targets, kl_mask, terms, want_gradient):
+def _rows(logits, targets, teacher_logits, kl_mask, terms, want_gradient):
     """One chunk's Σ CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None.
 
     Row arithmetic is in float32 whatever the logits are in; dz is rounded at the very end.
@@ -284,13 +294,13 @@ def _rows(logits, teacher_logits, targets, kl_mask, terms, want_gradient):
     return ce, kl, dz
 
 
-def _rows_in_blocks(logits, teacher_logits, targets, kl_mask, terms, want_gradient):
+def _rows_in_blocks(logits, targets, teacher_logits, kl_mask, terms, want_gradient):
     """`_rows`, a few rows at a time: what a processor's cache holds, it passes over cheaply."""
     ce = kl = 0
     dz = torch.empty_like(logits) if want_gradient else None
     for start in range(0, len(logits), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
-        parts = [None if x is None else x[rows] for x in (teacher_logits, targets, kl_mask)]
+        parts = [None if x is None else x[rows] for x in (targets, teacher_logits, kl_mask)]
         block_ce, block_kl, block_dz = _rows(logits[rows], *parts, terms, want_gradient)
         ce, kl = ce + block_ce, kl + block_kl
         if want_gradient:

@@ -96,7 +96,7 @@ def with_recipe(config, out_prefix=""):
 
 def architecture(config):
     """The key of a config's class in `ARCHITECTURES`."""
-    return next(name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind)
+    return next(name for name, (_, c) in ARCHITECTURES.items() if type(config) is c)
 
 
 def build(config):

@@ -1,6 +1,8 @@
 """What someone who changes the project does, as examples: each takes one place and a few lines."""
 
 import dataclasses
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,17 +330,22 @@ def test_distill_trains_with_the_plain_objective(data_folder, tmp_path, capsys):
 
 
 class ReverseObjective(PlainObjective):
-    """KL(student ‖ teachers), the other direction: a few lines of autograd."""
+    """KL(student ‖ teachers), averaged over tokens, beside the cross-entropy."""
 
     def forward(self, batch):
         batch = batch if batch.teacher_states else self.prepare(batch)
-        log_p = self.model(batch.tokens).log_softmax(-1)
+        log_p = self.model(batch.tokens).log_softmax(-1)  # (B, T, V)
         with torch.no_grad():
             logits = [s @ t.head.T for s, t in zip(batch.teacher_states, self.teachers)]
             log_q = (sum(logits) / len(logits)).log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        ce = F.nll_loss(log_p.mT, batch.targets)
+        kl = (log_p.exp() * (log_p - log_q)).sum() / (batch.num_sequences * batch.tokens.shape[1])
+        ce = F.nll_loss(log_p.mT, batch.targets, reduction="sum") / batch.num_targets
         return {"loss": 0.5 * ce + 0.5 * kl, "cross_entropy": ce.detach(), "kl": kl.detach()}
+
+
+def test_the_example_in_the_contributors_page_is_this_one():
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert inspect.getsource(ReverseObjective) in page
 
 
 def test_a_changed_loss_trains(train_shard):
