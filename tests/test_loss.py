@@ -138,10 +138,10 @@ def test_products_read_bfloat16_under_autocast_and_rows_do_not(monkeypatch):
     seen = []
     rows = module._rows
 
-    def spy(logits, teacher_logits, *rest):
+    def spy(logits, targets, teacher_logits, *rest):
         seen.append((logits.dtype, teacher_logits.dtype))
-        result = rows(logits, teacher_logits, *rest)
-        exact = rows(logits.double(), teacher_logits.double(), *rest)[2]
+        result = rows(logits, targets, teacher_logits, *rest)
+        exact = rows(logits.double(), targets, teacher_logits.double(), *rest)[2]
         seen.append(torch.equal(result[2], exact.float().bfloat16()))
         return result
 
