@@ -66,8 +66,8 @@ class Tokenizer:
         flags = ("is_control", "is_unknown", "is_byte", "is_unused")
         digest = hashlib.sha256()
         for i in range(self.vocabulary_size):
-            type_of = [int(getattr(self.processor, flag)(i)) for flag in flags]
-            piece = [self.processor.id_to_piece(i), type_of, repr(self.processor.get_score(i))]
+            properties = [int(getattr(self.processor, flag)(i)) for flag in flags]
+            piece = [self.processor.id_to_piece(i), properties, repr(self.processor.get_score(i))]
             digest.update(json.dumps(piece).encode())
         return digest.hexdigest()
 

@@ -27,31 +27,12 @@ from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype, plain_ensemb
 from train import TrainConfig, fit_corpus
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainConfig):
-    teachers: list[str] = option(
-        REQUIRED, "checkpoints of the teachers, of any architecture", may_change=True
-    )
-    teacher_weights: list[float] | None = option(
-        None, "one weight for each teacher's logits; default: all equal"
-    )
-    alpha: float = option(0.5, "weight of the cross-entropy, from 0 to 1", minimum=0, maximum=1)
-    temperature: float = option(2.0, "softens teachers and student alike", above=0)
-    kl_reduction: str = option(
-        "sequence", "what the KL is averaged over; see above", choices=REDUCTIONS
-    )
-    objective: str = option(
-        "fused", "plain: the formula in autograd, slower and larger", choices=("fused", "plain")
-    )
-    cache_teachers: str = option(
-        "off",
-        "run the teachers once per chunk and keep their states: off, auto, gpu, host, or a FILE",
-        may_change=True,
-    )
+class PlainObjective(nn.Module):
+    """Cross-entropy and KL to an ensemble of frozen teachers, as the paper writes it.
 
-
-class EnsembleObjective(nn.Module):
-    """The ensemble objective of a student and its frozen teachers; `forward(batch)` is the loss."""
+    `forward(batch)` works on whole logits and leaves the gradient to autograd: slower and larger
+    than `EnsembleObjective`, and the place to change the formula.
+    """
 
     compiled = False
 
@@ -63,7 +44,6 @@ class EnsembleObjective(nn.Module):
         self.alpha, self.temperature = config.alpha, config.temperature
         self.kl_reduction = config.kl_reduction
         self.cache = cache
-        self.joined_head = None
 
     def train(self, mode=True):
         """Puts the student in that mode; the teachers stay in eval mode, without dropout."""
@@ -79,16 +59,18 @@ class EnsembleObjective(nn.Module):
         is computed whole, always in the same shape, so that what the cache holds does not depend on
         what else it held.
         """
+        if batch.teacher_states:
+            return batch
         states = self.cache.read(batch.chunk_ids) if self.cache else None
         if states is None:
             states = [teacher.hidden_states(batch.tokens) for teacher in self.teachers]
             if self.cache:
-                self.cache.write(batch.chunk_ids, states)
+                states = self.cache.write(batch.chunk_ids, states)
         states = tuple(s.to(batch.tokens.device, non_blocking=True) for s in states)
         return dataclasses.replace(batch, teacher_states=states)
 
-    def terms(self, batch):
-        """The constants of the formula for this batch; the counts are those of the whole step."""
+    def constants(self, batch):
+        """The formula's constants for this batch; the counts are those of the whole step."""
         positions = batch.tokens.shape[1] if self.kl_reduction == "token" else 1
         return {
             "alpha": self.alpha,
@@ -98,7 +80,25 @@ class EnsembleObjective(nn.Module):
         }
 
     def forward(self, batch):
-        batch = batch if batch.teacher_states else self.prepare(batch)
+        batch = self.prepare(batch)
+        student_logits = self.model(batch.tokens).float()  # (B, T, V)
+        with torch.no_grad():
+            teacher_logits = [
+                nn.functional.linear(hidden, teacher.head).float()  # (B, T, V)
+                for hidden, teacher in zip(batch.teacher_states, self.teachers)
+            ]
+        return plain_ensemble_kl(
+            student_logits, teacher_logits, self.weights, batch.targets, **self.constants(batch)
+        )
+
+
+class EnsembleObjective(PlainObjective):
+    """The same loss, fused: no logits are kept, and all teachers are one matrix product."""
+
+    joined_head = None
+
+    def forward(self, batch):
+        batch = self.prepare(batch)
         hidden = self.model.hidden_states(batch.tokens)  # (B, T, C)
         heads = [teacher.head for teacher in self.teachers]
         dtype = matmul_dtype(hidden)
@@ -112,32 +112,34 @@ class EnsembleObjective(nn.Module):
             batch.targets,
             joined_head=self.joined_head,
             compiled=self.compiled,
-            **self.terms(batch),
+            **self.constants(batch),
         )
-
-
-class PlainObjective(EnsembleObjective):
-    """The same objective as the paper writes it, from whole logits, differentiated by autograd.
-
-    Slower and larger than the fused one, and the place to change the formula without deriving a
-    gradient: `loss` may be any tensor () that depends on the student's logits.
-    """
-
-    def forward(self, batch):
-        batch = batch if batch.teacher_states else self.prepare(batch)
-        student_logits = self.model(batch.tokens).float()  # (B, T, V)
-        with torch.no_grad():
-            teacher_logits = [
-                nn.functional.linear(hidden, teacher.head).float()  # (B, T, V)
-                for hidden, teacher in zip(batch.teacher_states, self.teachers)
-            ]
-        terms = plain_ensemble_kl(
-            student_logits, teacher_logits, self.weights, batch.targets, **self.terms(batch)
-        )
-        return terms | {key: value.detach() for key, value in terms.items() if key != "loss"}
 
 
 OBJECTIVES = {"fused": EnsembleObjective, "plain": PlainObjective}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    teachers: list[str] = option(
+        REQUIRED, "checkpoints of the teachers, of any architecture", may_change=True
+    )
+    teacher_weights: list[float] | None = option(
+        None, "one weight for each teacher's logits; default: all equal"
+    )
+    alpha: float = option(0.5, "weight of the cross-entropy, from 0 to 1", minimum=0, maximum=1)
+    temperature: float = option(2.0, "softens teachers and student alike", above=0)
+    kl_reduction: str = option(
+        "sequence", "what the KL is averaged over; see above", choices=REDUCTIONS
+    )
+    objective: str = option(
+        "fused", "plain: the formula in autograd, slower and larger", choices=OBJECTIVES
+    )
+    cache_teachers: str = option(
+        "off",
+        "run the teachers once per chunk and keep their states: off, auto, gpu, host, or a FILE",
+        may_change=True,
+    )
 
 
 def load_teachers(config, corpus):

@@ -332,7 +332,7 @@ def parse_arguments(argv):
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Entry:
     """A model to score: where it is from, its name, and the length of the chunks it reads."""
 
     path: str
@@ -341,8 +341,8 @@ class Contestant:
     sequence_length: int
 
 
-def contestants(args, loaded):
-    """A `Contestant` for each checkpoint of the command line, the ensemble last.
+def entries_of(args, loaded):
+    """An `Entry` for each checkpoint of the command line, the ensemble last.
 
     `loaded` is {path: (model, checkpoint)}.
     """
@@ -350,11 +350,11 @@ def contestants(args, loaded):
     entries = []
     for path in args.checkpoints:
         model, checkpoint = loaded[path]
-        entries.append(Contestant(path, checkpoint["model"]["name"], model, lengths[path]))
+        entries.append(Entry(path, checkpoint["model"]["name"], model, lengths[path]))
     if args.ensemble:
         members = [loaded[path][0] for path in args.ensemble]
         entries.append(
-            Contestant(
+            Entry(
                 " + ".join(args.ensemble),
                 "ensemble",
                 Ensemble(members, args.teacher_weights).eval(),
@@ -396,7 +396,7 @@ def main(argv=None):
     tokenizer = Tokenizer.of_checkpoint(loaded[paths[0]][1], paths[0])
     shard = open_shard(args, tokenizer, paths[0])
     results, scores = [], []
-    for entry in contestants(args, loaded):
+    for entry in entries_of(args, loaded):
         result = {"path": entry.path, "model": entry.name}
         result |= {"parameters": count_parameters(entry.model)}
         result |= dict.fromkeys(TEXT_SCORES) | {"per_file": {}}

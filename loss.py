@@ -27,9 +27,10 @@ BLOCK_ROWS = 32  # rows of 16,000 float32 logits are two megabytes: a processor'
 def cross_entropy(logits, targets, num_targets):
     """Σ -log softmax(logits)[target] / num_targets: (..., V), (...) → ().
 
-    Targets of -100 count nothing. In nats per token where `num_targets` is their number.
+    Targets below 0 count nothing. In nats per token where `num_targets` is the number of others.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()
+    targets = targets.masked_fill(targets < 0, IGNORED)
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_targets
 
 
@@ -142,21 +143,21 @@ def ensemble_kl(
     """
     dtype = matmul_dtype(student_hidden)
     joined = Teachers.join(teachers, dtype, joined_head, kl_mask)
-    terms = Terms(alpha, temperature, len(teachers), num_targets, kl_denominator)
+    constants = Constants(alpha, temperature, len(teachers), num_targets, kl_denominator)
     loss, ce, kl = _fused(
-        student_hidden, student_head, targets, joined, terms, chunk_tokens, compiled
+        student_hidden, student_head, targets, joined, constants, chunk_tokens, compiled
     )
     return {"loss": loss, "cross_entropy": ce, "kl": kl}
 
 
 def fused_cross_entropy(hidden, head, targets, num_targets, chunk_tokens=None, compiled=False):
     """`cross_entropy` of hidden states (..., C) through a head (V, C), without keeping logits."""
-    terms = Terms(1.0, 1.0, 0, num_targets, 1)
-    return _fused(hidden, head, targets, None, terms, chunk_tokens, compiled)[0]
+    constants = Constants(1.0, 1.0, 0, num_targets, 1)
+    return _fused(hidden, head, targets, None, constants, chunk_tokens, compiled)[0]
 
 
 @dataclass(frozen=True)
-class Terms:
+class Constants:
     """The constants of one step's objective; without teachers there is no KL."""
 
     alpha: float
@@ -192,7 +193,7 @@ class Teachers:
 
 
 @dataclass(frozen=True)
-class Passage:
+class Chunking:
     """How the tokens are passed over: so many at a time, products in `dtype`, by which function."""
 
     chunk_tokens: int
@@ -205,33 +206,33 @@ class Passage:
         return [slice(i, i + self.chunk_tokens) for i in range(0, num_tokens, self.chunk_tokens)]
 
 
-def _fused(hidden, head, targets, teachers, terms, chunk_tokens, compiled):
+def _fused(hidden, head, targets, teachers, constants, chunk_tokens, compiled):
     if chunk_tokens is None:
         # Few, large chunks keep a GPU busy; a CPU is as fast with smaller ones, in less memory.
         chunk_tokens = 4096 if hidden.is_cuda else 512
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     row_function = _row_function(hidden.is_cuda, compiled)
-    passage = Passage(chunk_tokens, matmul_dtype(hidden), wanted, row_function)
+    gradients = torch.is_grad_enabled()
+    chunking = Chunking(chunk_tokens, matmul_dtype(hidden), gradients, row_function)
     with torch.autocast(hidden.device.type, enabled=False):
         return _FusedLoss.apply(
-            hidden.flatten(0, -2), head, targets.flatten(), teachers, terms, passage
+            hidden.flatten(0, -2), head, targets.flatten(), teachers, constants, chunking
         )
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, teachers, terms, passage):
-        wanted = [passage.gradients_wanted and needed for needed in ctx.needs_input_grad[:2]]
+    def forward(ctx, hidden, head, targets, teachers, constants, chunking):
+        wanted = [chunking.gradients_wanted and needed for needed in ctx.needs_input_grad[:2]]
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_head = torch.zeros_like(head) if wanted[1] else None
-        head_cast = centred(head).to(passage.dtype)  # (V, C)
-        ce = kl = torch.zeros((), dtype=_row_dtype(passage.dtype), device=hidden.device)
-        for rows in passage.chunks(len(hidden)):
-            hidden_cast = hidden[rows].to(passage.dtype)  # (N, C)
+        head_cast = centred(head).to(chunking.dtype)  # (V, C)
+        ce = kl = torch.zeros((), dtype=_row_dtype(chunking.dtype), device=hidden.device)
+        for rows in chunking.chunks(len(hidden)):
+            hidden_cast = hidden[rows].to(chunking.dtype)  # (N, C)
             logits = hidden_cast @ head_cast.T  # (N, V)
             taught = (None, None) if teachers is None else teachers.rows(rows)
-            chunk_ce, chunk_kl, dz = passage.row_function(
-                logits, targets[rows], *taught, terms, any(wanted)
+            chunk_ce, chunk_kl, dz = chunking.row_function(
+                logits, targets[rows], *taught, constants, any(wanted)
             )
             ce, kl = ce + chunk_ce, kl + chunk_kl
             if wanted[0]:
@@ -240,7 +241,7 @@ class _FusedLoss(torch.autograd.Function):
                 d_head += _product_in_float32(dz.T, hidden_cast)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
-        return mixed_loss(ce, kl, terms.alpha, terms.temperature), ce, kl
+        return mixed_loss(ce, kl, constants.alpha, constants.temperature), ce, kl
 
     @staticmethod
     @once_differentiable
@@ -261,47 +262,47 @@ def _product_in_float32(a, b):
     return a @ b
 
 
-def _rows(logits, targets, teacher_logits, kl_mask, terms, want_gradient):
+def _rows(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
     """One chunk's Σ CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None.
 
     Row arithmetic is in float32 whatever the logits are in; dz is rounded at the very end.
     """
     z = logits.to(_row_dtype(logits.dtype))
-    valid = targets != IGNORED
+    valid = targets >= 0
     index = targets.clamp(min=0)[:, None]
     log_p = F.log_softmax(z, dim=-1)
-    num_targets = max(terms.num_targets, 1)  # a step without any target has a CE of 0, not 0 / 0
+    num_targets = max(constants.num_targets, 1)  # no target at all: 0, not 0 / 0
     ce = -(log_p.gather(1, index).squeeze(1) * valid).sum() / num_targets
     dz = None
     if want_gradient:
         onehot = torch.arange(z.shape[1], device=z.device) == index
-        weight = valid[:, None].to(z.dtype) * (terms.alpha / num_targets)
+        weight = valid[:, None].to(z.dtype) * (constants.alpha / num_targets)
         dz = (log_p.exp() - onehot.to(z.dtype)) * weight
     if teacher_logits is None:
         return ce, torch.zeros_like(ce), None if dz is None else dz.to(logits.dtype)
-    T = terms.temperature
+    T = constants.temperature
     log_student = F.log_softmax(z / T, dim=-1)
-    log_teacher = F.log_softmax(teacher_logits.to(z.dtype) / (terms.num_teachers * T), dim=-1)
+    log_teacher = F.log_softmax(teacher_logits.to(z.dtype) / (constants.num_teachers * T), dim=-1)
     p_teacher = log_teacher.exp()
     per_row = (p_teacher * (log_teacher - log_student)).sum(-1)
-    weight = (1 - terms.alpha) * T / terms.kl_denominator
+    weight = (1 - constants.alpha) * T / constants.kl_denominator
     if kl_mask is not None:
         per_row = per_row * kl_mask
         weight = weight * kl_mask[:, None].to(z.dtype)
-    kl = per_row.sum() / terms.kl_denominator
+    kl = per_row.sum() / constants.kl_denominator
     if want_gradient:
         dz = (dz + weight * (log_student.exp() - p_teacher)).to(logits.dtype)
     return ce, kl, dz
 
 
-def _rows_in_blocks(logits, targets, teacher_logits, kl_mask, terms, want_gradient):
+def _rows_in_blocks(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
     """`_rows`, a few rows at a time: what a processor's cache holds, it passes over cheaply."""
     ce = kl = 0
     dz = torch.empty_like(logits) if want_gradient else None
     for start in range(0, len(logits), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         parts = [None if x is None else x[rows] for x in (targets, teacher_logits, kl_mask)]
-        block_ce, block_kl, block_dz = _rows(logits[rows], *parts, terms, want_gradient)
+        block_ce, block_kl, block_dz = _rows(logits[rows], *parts, constants, want_gradient)
         ce, kl = ce + block_ce, kl + block_kl
         if want_gradient:
             dz[rows] = block_dz

@@ -1,7 +1,8 @@
 """Presets with their recipes; a model by name, from a config, or from a checkpoint.
 
 A new architecture is a file of its own beside `llama.py` and one line in `ARCHITECTURES`. Its
-config is a dataclass with the fields that `check_shape` names; its model has `config`, `blocks`,
+config is a dataclass with the fields that `check_shape` reads and `max_position_embeddings`, whole
+numbers above 0, fractions or other primitives; its model has `config`, `blocks`,
 `head`, `hidden_states(tokens, layers)` and `forward(tokens)` as the two that are here.
 """
 
@@ -168,7 +169,7 @@ def check_shape(config):
             valid = type(value) in (int, float) and 0 <= value < math.inf
             valid = valid and not (field.name == "dropout" and value >= 1)
         else:
-            valid = type(value) is bool
+            valid = type(value) is field.type
         if not valid:
             raise ValueError(f"{field.name} cannot be {value!r}")
     hidden_size, heads = config.hidden_size, config.num_attention_heads
@@ -191,6 +192,8 @@ def rebuilt(config, weights):
     with torch.device("meta"):
         model = build(config)
     model.load_state_dict(weights, assign=True)
+    if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise AssertionError(f"{lost} must be made with device='cpu', as llama.py's tables are")
     return model
 
 

@@ -91,7 +91,7 @@ class Measure:
     value: Callable[[dict], float]  # from a model's result
     lower_is_better: bool
     digits: int  # after the decimal point
-    unit: str  # of a difference
+    unit: str  # in which a difference is given
 
     def wins(self, seeds, one, other):
         """The number of seeds in which the role `one` is better than the role `other`."""
@@ -244,7 +244,7 @@ def value_range(curves):
     room for the rest. There is at least one curve, and none is empty.
     """
     values = [v for curve in curves for epoch, v in curve if epoch >= curve[-1][0] / 2]
-    low, high = min(values), max(values)
+    low, high = min(v for curve in curves for _, v in curve), max(values)
     margin = 0.05 * (high - low) or 0.01
     return low - margin, high + margin
 
@@ -277,7 +277,7 @@ def plot(grid, letter, points):
     """
     for right, down in points:
         row = round(down * (len(grid) - 1))
-        if row >= 0:
+        if 0 <= row < len(grid):
             grid[row][round(right * (len(grid[0]) - 1))] = letter
 
 

@@ -16,23 +16,32 @@ from torch import nn
 
 import model as models
 from data import BatchStream, dev_subset, open_corpus
-from harness.devices import GraphedStep, check_graph, choose_compute, compile_blocks
+from harness.devices import (
+    GraphedStep,
+    check_graph,
+    choose_compute,
+    compile_blocks,
+    skips_on_device,
+)
 from harness.files import locked, run_program, say
-from harness.options import option, parse
-from harness.plan import WORD_MARKS, plan_run, print_plan
+from harness.options import RunConfig, option, parse
+from harness.plan import plan_run, print_plan
 from harness.record import Recorder, StopSignal, exit_code
-from harness.states import Provenance, new_progress, start, trained_parameters
+from harness.states import (
+    Provenance,
+    begin_or_continue,
+    check_resume,
+    new_progress,
+    trained_parameters,
+)
 from loss import fused_cross_entropy
 
 EVAL_BATCH_SIZE = 32  # sequences
 OPTIMIZERS = ("adamw", "muon")
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Default and help of each option; `may_change`: when a run is continued."""
-
+class TrainConfig(RunConfig):
     model: str = option("llama-58m", "preset, from the list below")
     init: str | None = option(
         None, "start from this checkpoint; --model then names the recipe alone", may_change=True
@@ -46,55 +55,38 @@ class TrainConfig:
     data: str = option(
         "data/babylm", "folder of train.bin, dev.bin and tokenizer.model", may_change=True
     )
-    out: str | None = option(
-        None,
-        "folder of the run; default: runs/ and [distilled-] the preset's name",
-        may_change=True,
-    )
     epochs: float | None = option(
-        None, "passes over the data; default: the preset's", either=True, above=0
+        None, "passes over the data; default: the preset's", exclusive=True, above=0
     )
     steps: int | None = option(
-        None, "number of optimizer steps (give this or --epochs)", either=True, minimum=1
+        None, "number of optimizer steps (give this or --epochs)", exclusive=True, minimum=1
     )
     batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
     micro_batch_size: int | None = option(
         None, "sequences at a time, to bound memory; default: all", minimum=1, may_change=True
     )
     sequence_length: int = option(128, "tokens of a chunk, T", minimum=1)
-    random_offset: bool = option(False, "shift each chunk by 0 to T-1 tokens, anew each epoch")
+    random_offset: bool = option(
+        False, "shift every chunk by a random 0 to T-1 tokens, redrawn each epoch"
+    )
     optimizer: str = option(
         "adamw", "muon: Muon for the layers' matrices, AdamW for the rest", choices=OPTIMIZERS
     )
-    learning_rate: float | None = option(None, "peak rate; default: the preset's", minimum=0)
-    min_lr_ratio: float = option(0.0, "the schedule's end over its peak", minimum=0, maximum=1)
+    learning_rate: float | None = option(
+        None, "peak of the schedule; default: the preset's", minimum=0
+    )
+    min_lr_ratio: float = option(
+        0.0, "the schedule's last rate as a share of its peak", minimum=0, maximum=1
+    )
     warmup_steps: int | None = option(
         None, "steps to the peak, at most a tenth of all; default: the preset's", minimum=0
     )
-    weight_decay: float | None = option(None, "decoupled; default: the preset's", minimum=0)
+    weight_decay: float | None = option(
+        None, "decay of the weights, decoupled; default: the preset's", minimum=0
+    )
     beta2: float = option(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", minimum=0)
-    seed: int = option(0, "random seed for initialisation, batch order and dropout", minimum=0)
-    resume: str = option(
-        "auto", "auto: continue if there is a run; never; or a checkpoint's path", may_change=True
-    )
-    save_every: int = option(
-        500, "steps between checkpoints; the last step has one", minimum=1, may_change=True
-    )
-    save_at_words: list[str] | None = option(None, WORD_MARKS, may_change=True)
-    log_every: int = option(20, "steps between lines of log.jsonl", minimum=1, may_change=True)
-    eval_every: int = option(0, "steps between evaluations within an epoch; 0: none", minimum=0)
     eval_sequences: int = option(1024, "dev chunks of an evaluation, the same always", minimum=1)
-    stop_after: float | None = option(
-        None, "minutes after which to save and stop; default: never", minimum=0, may_change=True
-    )
-    device: str = option("auto", "auto, cuda, mps or cpu", may_change=True)
-    precision: str = option(
-        "auto", "type of matrix products; auto: bf16 where native", choices=PRECISIONS
-    )
-    compile: bool | None = option(None, "compile the layers; default: on CUDA", may_change=True)
-    cuda_graph: bool = option(False, "replay the step as one CUDA graph", may_change=True)
-    dry_run: bool = option(False, "print the arithmetic of the run and stop", may_change=True)
 
 
 # ---- objective, schedule, optimizer, step
@@ -137,7 +129,8 @@ def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0):
 def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999):
     """The optimizers, a list, of all parameters that require gradients. Another one goes here.
 
-    `lr` of a group is its ratio to the scheduled rate. AdamW 0.9 / beta2 / 1e-8 decays all but
+    `lr` of a group is its ratio to the scheduled rate; what an optimizer keeps by parameter is
+    saved and resumed. AdamW 0.9 / beta2 / 1e-8 decays all but
     biases and LayerNorm; RMSNorm gains and embeddings decay, as in the version that the paper ran
     (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`). Muon's updates have AdamW's size
     ("match_rms_adamw"), so that both take the same rate.
@@ -150,15 +143,15 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999):
         if isinstance(module, nn.LayerNorm) or key == "bias"
     }
     blocks = objective.model.blocks if name == "muon" else ()
-    matrices = {p for block in blocks for p in block.parameters() if p.dim() == 2}
-    decayed = [p for p in trained if p not in exempt | matrices]
+    matrices = {p for block in blocks for p in block.parameters() if p.dim() == 2} - exempt
+    others = [p for p in trained if p not in matrices]
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in trained if p in exempt], "weight_decay": 0.0},
+        {"params": [p for p in others if p not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in others if p in exempt], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=1.0, betas=(0.9, beta2), eps=1e-8, fused=True)]
-    if name == "muon":
+    if matrices:
         muon = {"lr": 1.0, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(torch.optim.Muon([p for p in trained if p in matrices], **muon))
     return optimizers
@@ -176,14 +169,17 @@ class TrainStep:
         self.objective, self.optimizers, self.autocast = objective, optimizers, autocast
         self.micro_batch_size, self.clip = micro_batch_size, clip or math.inf
         self.parameters = trained_parameters(objective)
-        self.rate_ratios = [g["lr"] for o in optimizers for g in o.param_groups]
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.rate_ratios = [group["lr"] for group in self.groups]
+        optimized = [id(p) for group in self.groups for p in group["params"]]
+        if sorted(optimized) != sorted(map(id, self.parameters.values())):
+            raise ValueError("each parameter that is trained must be in one group of an optimizer")
         device = next(iter(self.parameters.values())).device
         self.nonfinite_in_a_row = torch.zeros((), device=device)
         self.nonfinite_steps = torch.zeros((), device=device)
 
     def __call__(self, batch, learning_rate):
-        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
-        for group, ratio in zip(groups, self.rate_ratios):
+        for group, ratio in zip(self.groups, self.rate_ratios):
             group["lr"] = learning_rate * ratio
         return self.update(self.prepare(batch))
 
@@ -207,8 +203,7 @@ class TrainStep:
         self.nonfinite_in_a_row.add_(1).mul_(nonfinite)
         self.nonfinite_steps.add_(nonfinite)
         for optimizer in self.optimizers:
-            if optimizer.defaults.get("fused"):
-                # Read on the device; leaves weights, moments and count as they are.
+            if skips_on_device(optimizer):
                 optimizer.found_inf = nonfinite
                 optimizer.step()
             elif not nonfinite:
@@ -239,8 +234,9 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
 def fit(objective, config, stream, evaluate, provenance):
     """Trains `objective`, and returns its progress: step, steps, dev cross-entropies, ...
 
-    `objective(batch)` returns a dict of tensors, `loss` and whatever else is to be logged; all its
-    parameters that require gradients are trained. `stream(step)` is a batch, and says
+    `objective.prepare(batch)` does what needs no gradient, `objective(batch)` returns a dict of
+    tensors, `loss` and whatever else is to be logged; `objective.model` is evaluated and exported,
+    and all parameters that require gradients are trained. `stream(step)` is a batch, and says
     `num_chunks`, `num_tokens` and `words` of an epoch. `evaluate(model, autocast)` returns
     {"dev_cross_entropy": ..., whatever else}. The config is complete (`with_recipe`). "stopped_by"
     in the result is the signal that ended the run early. Raises `UserError` before the first step
@@ -248,18 +244,19 @@ def fit(objective, config, stream, evaluate, provenance):
     """
     compute = choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words)
-    check_graph(config.cuda_graph, compute.device, config.optimizer == "adamw")
+    check_resume(config.resume)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
     if config.dry_run:
         return new_progress(plan.steps)
     objective.to(compute.device).train()
     optimizers = build_optimizer(objective, config.weight_decay, config.optimizer, config.beta2)
+    check_graph(config.cuda_graph, compute.device, optimizers)
     train_step = TrainStep(
         objective, optimizers, compute.autocast, config.micro_batch_size, config.clip
     )
     schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio
     with locked(config.out):
-        progress, found = start(train_step, config, provenance, plan.steps)
+        progress, found = begin_or_continue(train_step, config, provenance, plan.steps)
         if progress["step"] >= plan.steps:
             return progress
         if config.compile or (config.compile is None and compute.device.type == "cuda"):

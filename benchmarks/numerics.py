@@ -36,7 +36,9 @@ class ExactObjective(PlainObjective):
         batch = self.prepare(batch)
         taught = [F.linear(h, t.head) for h, t in zip(batch.teacher_states, self.teachers)]
         logits = self.model(batch.tokens)
-        return plain_ensemble_kl(logits, taught, self.weights, batch.targets, **self.terms(batch))
+        return plain_ensemble_kl(
+            logits, taught, self.weights, batch.targets, **self.constants(batch)
+        )
 
 
 def outcome(objective, batch, autocast, micro_batch=SEQUENCES):

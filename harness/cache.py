@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness.files import UserError, pack_header, say
+from harness.files import UserError, pack_header, warn
 from harness.plan import GIB
 
 MAGIC = "babyllama-cache"
@@ -102,14 +102,19 @@ class TeacherCache:
         return [array[chunk_ids.to(array.device, non_blocking=True)] for array in self.arrays]
 
     def write(self, chunk_ids, states):
-        """Keeps `states`, [(B, T, C_k)], of the chunks `chunk_ids` (B,) on the CPU."""
+        """Keeps `states`, [(B, T, C_k)], of the chunks `chunk_ids` (B,) on the CPU.
+
+        Returns them in the dtype in which they will be read.
+        """
+        states = [state.to(array.dtype) for array, state in zip(self.arrays, states)]
         for array, state in zip(self.arrays, states):
             ids = chunk_ids.to(array.device, non_blocking=True)
-            array[ids] = state.to(array.device, array.dtype)
+            array[ids] = state.to(array.device)
         if self.digests is not None:
             for i in chunk_ids.tolist():  # after the states: a chunk without a digest is empty
                 self.digests[i] = self.digest(i)
         self.filled[chunk_ids] = True
+        return states
 
     def digest(self, chunk):
         """The SHA-256 of all teachers' states of a chunk, as 32 bytes."""
@@ -125,7 +130,7 @@ class TeacherCache:
         damaged = [i for i in bar if not np.array_equal(self.digest(i), self.digests[i])]
         if damaged:
             self.filled[damaged] = False
-            say(f"warning: {path}: {len(damaged)} chunks are damaged and will be made again")
+            warn(f"{path}: {len(damaged)} chunks are damaged and will be made again")
 
 
 def _arrays(payload, layout):

@@ -14,6 +14,7 @@
     digest            SHA-256 of all of the above: torch.load itself verifies nothing
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -67,20 +68,19 @@ def content_digest(value):
     return digest.hexdigest()
 
 
-def write_checkpoint(
-    path, *, model, weights, config, tokenizer, progress, teachers=(), commit="unknown",
-    training=None,
-):  # fmt: skip
-    """Writes a checkpoint atomically; the fields are those of this module's docstring.
+def make_checkpoint(
+    *, model, weights, config, tokenizer, progress, teachers=(), commit="unknown", training=None
+):
+    """The dict of this module's docstring, but for its digest.
 
-    `weights` is a state dict, `tokenizer` has `identity` and `model_bytes`. Raises `UserError` if
-    it cannot be written; what stood there is then untouched.
+    `weights` is a state dict, `tokenizer` has `identity` and `model_bytes`. Raises TypeError for
+    what `read_checkpoint` would refuse.
     """
     checkpoint = {
         "format": FORMAT,
         "version": VERSION,
         "model": model,
-        "weights": {key: value.detach().cpu() for key, value in weights.items()},
+        "weights": {key: value.detach().cpu().contiguous() for key, value in weights.items()},
         "config": config,
         "tokenizer": {
             "identity": tokenizer.identity,
@@ -91,6 +91,20 @@ def write_checkpoint(
         "commit": commit,
         "training": training,
     }
+    if not _has_expected_types(checkpoint):
+        raise TypeError(
+            "a checkpoint holds float32 weights, whole and fractional numbers as progress, and "
+            "primitives as config: something here is of another type"
+        )
+    return checkpoint
+
+
+def write_checkpoint(path, **fields):
+    """Writes `make_checkpoint` of the fields atomically.
+
+    Raises `UserError` if it cannot be written; what stood there is then untouched.
+    """
+    checkpoint = make_checkpoint(**fields)
     checkpoint["digest"] = content_digest(checkpoint)
     with atomic_write(path) as file:
         try:
@@ -154,7 +168,10 @@ def _raise_unless_damaged(path, error):
     """Raises what is no damage: the system refuses to read the file, or memory is at its end."""
     if isinstance(error, MemoryError):
         raise error
-    with open(path, "rb") as file:  # an OSError of torch's may be a seek to a damaged offset
+    # A seek to a damaged offset is an invalid argument; any other refusal is the system's.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
+    with open(path, "rb") as file:  # torch may report a failed read as a failed parse
         while file.read(1 << 20):
             pass
     asked = re.search(r"tried to allocate (\d+) bytes", str(error))

@@ -28,6 +28,8 @@ def choose_device(name):
     if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
         raise UserError(f"--device {name}: this machine has none; try --device auto")
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
         torch.backends.cuda.enable_cudnn_sdp(False)
         if device.index is not None:
             torch.cuda.set_device(device)  # where streams and graphs are made
@@ -125,11 +127,8 @@ class GraphedStep:
     def __init__(self, train_step):
         self.train_step = train_step
         device = train_step.nonfinite_steps.device
-        self.rates = []
-        for optimizer in train_step.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"], group["capturable"] = torch.zeros((), device=device), True
-                self.rates.append(group["lr"])
+        for group in train_step.groups:
+            group["lr"], group["capturable"] = torch.zeros((), device=device), True
         self.warm_up, self.cuda_stream = GRAPH_WARM_UP, None
         self.parts = self.graph = self.terms = None
 
@@ -161,15 +160,25 @@ class GraphedStep:
                 raise ValueError(f"a batch of {new.counts()} after one of {mine.counts()}")
             for place, value in zip(mine.tensors(), new.tensors(), strict=True):
                 place.copy_(value)
-        for place, ratio in zip(self.rates, self.train_step.rate_ratios, strict=True):
-            place.fill_(learning_rate * ratio)
+        for group, ratio in zip(self.train_step.groups, self.train_step.rate_ratios):
+            group["lr"].fill_(learning_rate * ratio)
 
 
-def check_graph(wanted, device, is_fused):
+def skips_on_device(optimizer):
+    """Whether the optimizer reads `found_inf` on the device and then changes nothing.
+
+    Fused SGD does too, but makes its first momentum of what was in memory.
+    """
+    return bool(optimizer.defaults.get("fused")) and isinstance(
+        optimizer, (torch.optim.Adam, torch.optim.AdamW)
+    )
+
+
+def check_graph(wanted, device, optimizers):
     """Raises `UserError` where --cuda-graph is asked for and cannot be had."""
     if wanted and device.type != "cuda":
         raise UserError(f"--cuda-graph needs a GPU of CUDA; training is on {device}: leave it out")
-    if wanted and not is_fused:
+    if wanted and not all(map(skips_on_device, optimizers)):
         raise UserError(
             "--cuda-graph needs an optimizer that skips a step on the device, as --optimizer adamw "
             "does: leave one of the two out"

@@ -110,10 +110,13 @@ def locked(folder):
     except OSError as error:
         raise UserError(f"cannot use {folder}: {error.strerror}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder} is in use by another run: wait, or choose another"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder} is in use by another run: wait, or choose another") from error
     finally:
         os.close(handle)
 

@@ -13,10 +13,52 @@ def option(default, help, **details):
 
     A default of None means that the value is decided later, as the help says; `REQUIRED` that there
     is none. Details: `minimum`, `maximum` and `above` bound a number; `choices` lists the values;
-    of the options with `either=True` only one may be given; `may_change=True` marks what may differ
+    options with `exclusive=True` exclude each other; `may_change=True` marks what may differ
     when a run is continued.
     """
     return dataclasses.field(default=default, metadata={"help": help, **details})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The options of any run, whatever it trains: where to, how often, on what device."""
+
+    out: str | None = option(
+        None, "folder of the run; default: runs/PRESET, or runs/distilled-PRESET", may_change=True
+    )
+    resume: str = option(
+        "auto",
+        "auto: continue if there is a run; never; or the path of a checkpoint to continue from",
+        may_change=True,
+    )
+    seed: int = option(0, "random seed for initialisation, batch order and dropout", minimum=0)
+    save_every: int = option(
+        500, "steps between checkpoints; the last step has one", minimum=1, may_change=True
+    )
+    save_at_words: list[str] | None = option(
+        None,
+        "write the weights as chck_1M.pt and so on when that many words have been seen: numbers "
+        "such as 500k or 1M, or babylm (1M to 10M by 1M, then every 10M)",
+        may_change=True,
+    )
+    log_every: int = option(20, "steps between lines of log.jsonl", minimum=1, may_change=True)
+    eval_every: int = option(
+        0, "steps between dev evaluations besides each epoch's; 0: none", minimum=0
+    )
+    stop_after: float | None = option(
+        None, "minutes after which to save and stop; default: never", minimum=0, may_change=True
+    )
+    device: str = option("auto", "auto, cuda, mps or cpu", may_change=True)
+    precision: str = option(
+        "auto",
+        "precision of matrix products; auto: bf16 where the chip multiplies it natively",
+        choices=("auto", "fp32", "bf16"),
+    )
+    compile: bool | None = option(
+        None, "torch.compile the layers; default: on CUDA only", may_change=True
+    )
+    cuda_graph: bool = option(False, "replay the training step as one CUDA graph", may_change=True)
+    dry_run: bool = option(False, "print the arithmetic of the run and stop", may_change=True)
 
 
 def may_change(config_class):
@@ -40,10 +82,10 @@ def parse(config_class, description, argv=None, epilog="", check=lambda config: 
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    either = parser.add_mutually_exclusive_group()
+    exclusive = parser.add_mutually_exclusive_group()
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        place = either if field.metadata.get("either") else parser
+        place = exclusive if field.metadata.get("exclusive") else parser
         place.add_argument(_flag(field.name), **_argument(field, hints[field.name]))
     config = config_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(config):

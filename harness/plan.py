@@ -10,10 +10,6 @@ from harness.states import STATES
 
 GIB = 1 << 30
 MILLION = 1_000_000
-WORD_MARKS = (
-    "write the weights as chck_1M.pt and so on when that many words have been seen: numbers such "
-    "as 500k or 1M, or babylm (1M to 10M by 1M, then every 10M)"
-)
 SPARE_BYTES = 64 << 20  # room on the disk for what is small: log, folder, tokenizer
 
 
@@ -107,7 +103,7 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     shape = dataclasses.asdict(provenance.shape)
     say(f"shape      {', '.join(f'{key}={value}' for key, value in shape.items())}")
     if frozen:
-        say(f"teachers   {frozen:,} parameters, frozen")
+        say(f"frozen     {frozen:,} parameters")
     say(f"data       {num_tokens:,} tokens, {plan.words:,} words")
     say(f"step       {plan.batch_size} sequences x {plan.sequence_length} = {tokens:,} tokens")
     epochs = f"{plan.epochs(plan.steps):.2f} epochs of {plan.num_chunks:,} chunks"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from harness.checkpoint import write_checkpoint
+from harness.checkpoint import make_checkpoint, write_checkpoint
 from harness.files import UserError, say, warn, write_text
 from harness.states import STATES, promote, training_state
 
@@ -24,8 +24,7 @@ def commit():
 
     The environment variable BABYLLAMA_COMMIT stands for it where .git was left behind.
     """
-    if given := os.environ.get("BABYLLAMA_COMMIT"):
-        return given
+    unknown = os.environ.get("BABYLLAMA_COMMIT", "unknown")
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
@@ -35,8 +34,8 @@ def commit():
         found = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
     except OSError:
-        return "unknown"
-    return found + ("-dirty" if changed else "") if found else "unknown"
+        return unknown
+    return found + ("-dirty" if changed else "") if found else unknown
 
 
 class StopSignal:
@@ -128,6 +127,7 @@ class Recorder:
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "device": str(train_step.nonfinite_steps.device),
         }
+        make_checkpoint(**self._fields())  # what cannot be saved is to be known before training
         self.log = RunLog(self.out / "log.jsonl", first, progress["step"])
         self.bar = tqdm(
             total=plan.steps, initial=progress["step"], unit="step", disable=None, leave=True
@@ -168,10 +168,11 @@ class Recorder:
         )
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
         if self.bar.disable:
-            say(
-                f"step {step}/{self.plan.steps}  epoch {epochs:.2f}  loss {values['loss']:.4f}  "
-                f"cross-entropy {values['cross_entropy']:.4f}  {speed:,.0f} tokens/s"
-            )
+            shown = [f"step {step}/{self.plan.steps}", f"epoch {epochs:.2f}"]
+            for key in ("loss", "cross_entropy"):
+                if key in values:
+                    shown.append(f"{key.replace('_', '-')} {values[key]:.4f}")
+            say("  ".join([*shown, f"{speed:,.0f} tokens/s"]))
         self._check_finite()
 
     def _check_finite(self):
@@ -191,7 +192,8 @@ class Recorder:
         best.pt is written where the dev cross-entropy is the lowest so far.
         """
         paused, progress = time.perf_counter(), self.progress
-        values = evaluate(self.model, self.train_step.autocast)
+        found = evaluate(self.model, self.train_step.autocast)
+        values = {key: float(value) for key, value in found.items()}
         progress.update(values)
         self.log.write({"step": progress["step"], **values})
         self.clock += time.perf_counter() - paused
@@ -210,18 +212,20 @@ class Recorder:
 
     def _write(self, name, training=None):
         paused = time.perf_counter()
-        write_checkpoint(
-            self.out / name,
-            model=self.provenance.model,
-            weights=self.model.state_dict(),
-            config=self.conditions,
-            tokenizer=self.provenance.tokenizer,
-            progress=dict(self.progress),
-            teachers=self.provenance.teachers,
-            commit=self.commit,
-            training=training,
-        )
+        write_checkpoint(self.out / name, training=training, **self._fields())
         self.clock += time.perf_counter() - paused
+
+    def _fields(self):
+        """What all checkpoints of the run hold."""
+        return {
+            "model": self.provenance.model,
+            "weights": self.model.state_dict(),
+            "config": self.conditions,
+            "tokenizer": self.provenance.tokenizer,
+            "progress": dict(self.progress),
+            "teachers": self.provenance.teachers,
+            "commit": self.commit,
+        }
 
     def say_finished(self):
         """Says which model is the best."""

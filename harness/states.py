@@ -72,7 +72,7 @@ def training_state(train_step):
             states[name] |= optimizer.state.get(parameter, {})
     return {
         "optimizer": states,
-        "objective": {name: p.detach().cpu() for name, p in _own(parameters).items()},
+        "objective": {n: p.detach().cpu().contiguous() for n, p in _own(parameters).items()},
         "nonfinite": [train_step.nonfinite_in_a_row.item(), train_step.nonfinite_steps.item()],
         "random": {
             "cpu": torch.get_rng_state(),
@@ -93,8 +93,8 @@ def restore(train_step, checkpoint, path):
     trusts the sizes that it is told.
     """
     state, device = checkpoint["training"], train_step.nonfinite_steps.device
+    _take_an_empty_step(train_step)
     try:
-        _take_an_empty_step(train_step)
         train_step.objective.model.load_state_dict(checkpoint["weights"])
         own = _own(train_step.parameters)
         saved = state.get("objective", {})  # older checkpoints have none
@@ -110,7 +110,7 @@ def restore(train_step, checkpoint, path):
         torch.set_rng_state(state["random"]["cpu"])
         if device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], device)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what someone made up may raise anything at all
         raise UserError(f"{path} holds no state of this run's model: use another") from error
@@ -163,21 +163,27 @@ def new_progress(steps):
     return {"step": 0, "steps": steps, "best_dev_cross_entropy": math.inf, "best_step": 0}
 
 
-def start(train_step, config, provenance, steps):
+def begin_or_continue(train_step, config, provenance, steps):
     """The progress that a run starts with, and the path of its state or None for a new run.
 
-    A state that is found is put in place, unless its run is finished.
+    A state that is found is put in place.
     """
     checkpoint, found = find_checkpoint(config, provenance)
     if not checkpoint:
         return new_progress(steps), None
     progress = checkpoint["progress"]
+    restore(train_step, checkpoint, found)
     if progress["step"] >= steps:
         say(f"{config.out} is finished at {steps} steps; a new run needs another --out")
     else:
-        restore(train_step, checkpoint, found)
         say(f"continuing after step {progress['step']} of {found}")
     return progress, found
+
+
+def check_resume(resume):
+    """Raises `UserError` where --resume names a checkpoint that is not there."""
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise UserError(f"--resume {resume}: there is no such checkpoint")
 
 
 def find_checkpoint(config, provenance):
@@ -226,8 +232,8 @@ def find_checkpoint(config, provenance):
 def promote(out, rotate):
     """The last stage of a save: checkpoint.new becomes checkpoint.pt.
 
-    With `rotate` what was checkpoint.pt becomes previous.pt; a damaged one must not. At every
-    moment there is a checkpoint.pt, if there was one before.
+    With `rotate` what was checkpoint.pt becomes previous.pt; a damaged one must not. Where the
+    file system has hard links there is a checkpoint.pt at every moment, if there was one before.
     """
     current, previous = out / "checkpoint.pt", out / "previous.pt"
     if rotate and not (previous.exists() and os.path.samefile(current, previous)):
@@ -282,7 +288,10 @@ def check_continues(checkpoint, config, provenance, path, full=True):
     differing = []
     for key in sorted((saved.keys() | conditions.keys()) - options.may_change(type(config))):
         there, now = saved.get(key), conditions.get(key)
-        if there != now:
+        if key == "shape" and isinstance(there, dict):
+            changed = [f for f in now if there.get(f) != now[f]]
+            differing += [f"shape: {f} ({there.get(f)} there, {now[f]} now)" for f in changed]
+        elif there != now:
             short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader
             differing.append(f"{key} ({there} there, {now} now)" if short else key)
     if differing:

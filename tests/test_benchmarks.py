@@ -46,7 +46,7 @@ FAILS = "import sys; print('half'); sys.exit('it broke')"
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Makes a suite called fake of {phase: text of a program}, and returns its command line."""
-    monkeypatch.setenv("BABYLLAMA_COMMIT", "0123456789ab")
+    monkeypatch.setattr(suite, "commit", lambda: "0123456789ab")
 
     def make(**programs):
         phases = {}
@@ -119,7 +119,7 @@ def test_what_is_complete_at_this_commit_is_not_repeated_unless_asked_for(
     assert suite.main(arguments) == 0 and count() == 1
     assert suite.main([*arguments, "--again"]) == 0 and count() == 2
     for name in ("0123456789ab-dirty", "unknown", "another"):
-        monkeypatch.setenv("BABYLLAMA_COMMIT", name)
+        monkeypatch.setattr(suite, "commit", lambda n=name: n)
         before = count()
         assert suite.main(arguments) == 0 and count() == before + 1
     assert suite.main(arguments) == 0 and count() == 5  # another commit, but a clean one

@@ -106,7 +106,7 @@ def test_any_changed_byte_of_a_chunk_is_found_and_the_chunk_made_again(tmp_path,
         path.write_bytes(changed)
         again = open_file(path)
         assert again.filled.sum() == N - 1, position
-        assert "1 chunks are damaged" in capsys.readouterr().out
+        assert "1 chunks are damaged" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -145,12 +145,15 @@ def test_a_kill_within_a_save_loses_nothing(data_folder, tmp_path, whole_run):
 
 @pytest.mark.faults
 def test_a_kill_at_every_stage_of_a_save_loses_nothing(data_folder, tmp_path, whole_run):
-    """fsync: of the file, not renamed yet, and of the folder; replace: before each rename."""
-    stages = [("fsync", n) for n in range(1, 19)] + [("replace", n) for n in range(1, 14)]
+    """Before each fsync, link and rename of a whole run, to the last rename of its last save."""
+    last = {"fsync": 23, "link": 4, "replace": 18}  # log, three best.pt, five states
+    stages = [(name, n) for name, count in last.items() for n in range(1, count + 1)]
     killed = kill_at_stages(data_folder, tmp_path, whole_run, stages)
-    assert killed > 25
+    assert killed == len(stages)
+    for name, count in last.items():
+        assert not kill_at_stages(data_folder, tmp_path, whole_run, [(name, count + 1)])
     FIGURES["kills at a stage"] = (
-        f"SIGKILL before the n-th fsync or rename of a run, {killed} times",
+        f"SIGKILL before each fsync, link and rename of a run, {killed} of them",
         "every run continued and ended with the same weights, moments, best.pt and log; no debris",
     )
 

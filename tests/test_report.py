@@ -186,3 +186,9 @@ def test_rows_become_aligned_columns_or_markdown():
     rows = [["model", "score"], ["a", "10.5"], ["longer name", "9"]]
     assert aligned(rows) == ["model        score", "a             10.5", "longer name      9"]
     assert markdown(rows)[:3] == ["| model | score |", "|---|---|", "| a | 10.5 |"]
+
+
+def test_a_curve_that_rises_in_its_second_half_is_drawn():
+    """As that of a teacher that overfits."""
+    curves = {"gpt2-teacher": ([(1, 3.0), (2, 1.0), (3, 1.5), (4, 2.0)], [])}
+    assert any("G" in line for line in report.text_chart(curves))
