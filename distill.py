@@ -42,7 +42,7 @@ class PlainObjective(nn.Module):
         self.teachers = nn.ModuleList(teachers).requires_grad_(False)
         self.weights = config.teacher_weights or [1.0] * len(teachers)
         self.alpha, self.temperature = config.alpha, config.temperature
-        self.kl_reduction = config.kl_reduction
+        self.kl_reduction, self.label_smoothing = config.kl_reduction, config.label_smoothing
         self.cache = cache
 
     def train(self, mode=True):
@@ -77,6 +77,7 @@ class PlainObjective(nn.Module):
             "temperature": self.temperature,
             "num_targets": batch.num_targets,
             "kl_denominator": batch.num_sequences * positions,
+            "label_smoothing": self.label_smoothing,
         }
 
     def forward(self, batch):
@@ -130,14 +131,17 @@ class DistillConfig(TrainConfig):
     alpha: float = option(0.5, "weight of the cross-entropy, from 0 to 1", minimum=0, maximum=1)
     temperature: float = option(2.0, "softens teachers and student alike", above=0)
     kl_reduction: str = option(
-        "sequence", "what the KL is averaged over; see above", choices=REDUCTIONS
+        "sequence",
+        "the KL is averaged over sequences or over tokens; see above",
+        choices=REDUCTIONS,
     )
     objective: str = option(
         "fused", "plain: the formula in autograd, slower and larger", choices=OBJECTIVES
     )
     cache_teachers: str = option(
         "off",
-        "run the teachers once per chunk and keep their states: off, auto, gpu, host, or a FILE",
+        "run the teachers once per chunk and keep their states: off, gpu, host, a FILE, or auto "
+        "(gpu or host where they fit, else off)",
         may_change=True,
     )
 

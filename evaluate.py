@@ -304,7 +304,11 @@ def parse_arguments(argv):
     )
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     parser.add_argument(
-        "--ensemble", nargs="+", default=[], metavar="CHECKPOINT", help="averaged as one more row"
+        "--ensemble",
+        nargs="+",
+        default=[],
+        metavar="CHECKPOINT",
+        help="score these together, logits averaged, as one more row",
     )
     parser.add_argument(
         "--teacher-weights", nargs="+", type=float, metavar="WEIGHT",

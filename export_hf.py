@@ -483,7 +483,8 @@ def main(argv=None):
     parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
     parser.add_argument(
         "--start-token", choices=("as-trained", "newline"), default="as-trained",
-        help="input embedding of <s> and </s>, which training never saw (default: as-trained)",
+        help="newline: give <s> and </s>, which training never saw, the newline's input embedding "
+        "(default: as-trained)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.folder is None):

@@ -50,7 +50,10 @@ def main(argv=None):
         "--tokens", type=int, default=100, help="number of tokens to write (default: 100)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)"
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0: always the likeliest token (default: 0.8)",
     )
     parser.add_argument(
         "--top-k", type=int, default=0, help="draw from the k likeliest; 0: all (default: 0)"

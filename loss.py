@@ -34,6 +34,19 @@ def cross_entropy(logits, targets, num_targets):
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_targets
 
 
+def smoothed_cross_entropy(logits, targets, num_targets, label_smoothing):
+    """Cross-entropy against (1 - ε) of the target and ε spread evenly over the vocabulary.
+
+    (Szegedy et al. 2016.) Same shapes as `cross_entropy`, which this is at ε = 0.
+    """
+    if not label_smoothing:
+        return cross_entropy(logits, targets, num_targets)
+    spread = -F.log_softmax(logits, dim=-1).mean(-1)
+    spread = (spread * (targets >= 0)).sum() / num_targets
+    ce = cross_entropy(logits, targets, num_targets)
+    return (1 - label_smoothing) * ce + label_smoothing * spread
+
+
 def ensemble_logits(teacher_logits, weights):
     """The weighted mean of the teachers' logits: K × (..., V) → (..., V)."""
     return sum(w * z for w, z in zip(weights, teacher_logits)) / sum(weights)
@@ -68,6 +81,7 @@ def plain_ensemble_kl(
     num_targets,
     kl_denominator,
     kl_mask=None,
+    label_smoothing=0.0,
 ):
     """The objective as the paper writes it, from logits: what `ensemble_kl` must equal.
 
@@ -77,7 +91,8 @@ def plain_ensemble_kl(
     ce = cross_entropy(student_logits, targets, num_targets)
     teacher = ensemble_logits(teacher_logits, weights)
     kl = kl_divergence(student_logits, teacher, temperature, kl_denominator, kl_mask)
-    return {"loss": mixed_loss(ce, kl, alpha, temperature), "cross_entropy": ce, "kl": kl}
+    smoothed = smoothed_cross_entropy(student_logits, targets, num_targets, label_smoothing)
+    return {"loss": mixed_loss(smoothed, kl, alpha, temperature), "cross_entropy": ce, "kl": kl}
 
 
 # ---- the fused objective
@@ -129,6 +144,7 @@ def ensemble_kl(
     num_targets,
     kl_denominator,
     kl_mask=None,
+    label_smoothing=0.0,
     joined_head=None,
     chunk_tokens=None,
     compiled=False,
@@ -143,17 +159,24 @@ def ensemble_kl(
     """
     dtype = matmul_dtype(student_hidden)
     joined = Teachers.join(teachers, dtype, joined_head, kl_mask)
-    constants = Constants(alpha, temperature, len(teachers), num_targets, kl_denominator)
+    constants = Constants(
+        alpha, temperature, len(teachers), num_targets, kl_denominator, label_smoothing
+    )
     loss, ce, kl = _fused(
         student_hidden, student_head, targets, joined, constants, chunk_tokens, compiled
     )
     return {"loss": loss, "cross_entropy": ce, "kl": kl}
 
 
-def fused_cross_entropy(hidden, head, targets, num_targets, chunk_tokens=None, compiled=False):
-    """`cross_entropy` of hidden states (..., C) through a head (V, C), without keeping logits."""
-    constants = Constants(1.0, 1.0, 0, num_targets, 1)
-    return _fused(hidden, head, targets, None, constants, chunk_tokens, compiled)[0]
+def fused_cross_entropy(
+    hidden, head, targets, num_targets, label_smoothing=0.0, chunk_tokens=None, compiled=False
+):
+    """`smoothed_cross_entropy` and `cross_entropy`, fused, of hidden states through a head.
+
+    (..., C), (V, C) → (), (). No logits are kept. Only the first has a gradient.
+    """
+    constants = Constants(1.0, 1.0, 0, num_targets, 1, label_smoothing)
+    return _fused(hidden, head, targets, None, constants, chunk_tokens, compiled)[:2]
 
 
 @dataclass(frozen=True)
@@ -165,6 +188,7 @@ class Constants:
     num_teachers: int
     num_targets: int
     kl_denominator: float
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -226,22 +250,23 @@ class _FusedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_head = torch.zeros_like(head) if wanted[1] else None
         head_cast = centred(head).to(chunking.dtype)  # (V, C)
-        ce = kl = torch.zeros((), dtype=_row_dtype(chunking.dtype), device=hidden.device)
+        zero = torch.zeros((), dtype=_row_dtype(chunking.dtype), device=hidden.device)
+        smoothed = ce = kl = zero
         for rows in chunking.chunks(len(hidden)):
             hidden_cast = hidden[rows].to(chunking.dtype)  # (N, C)
             logits = hidden_cast @ head_cast.T  # (N, V)
             taught = (None, None) if teachers is None else teachers.rows(rows)
-            chunk_ce, chunk_kl, dz = chunking.row_function(
+            *sums, dz = chunking.row_function(
                 logits, targets[rows], *taught, constants, any(wanted)
             )
-            ce, kl = ce + chunk_ce, kl + chunk_kl
+            smoothed, ce, kl = smoothed + sums[0], ce + sums[1], kl + sums[2]
             if wanted[0]:
                 d_hidden[rows] = dz @ head_cast
             if wanted[1]:
                 d_head += _product_in_float32(dz.T, hidden_cast)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
-        return mixed_loss(ce, kl, constants.alpha, constants.temperature), ce, kl
+        return mixed_loss(smoothed, kl, constants.alpha, constants.temperature), ce, kl
 
     @staticmethod
     @once_differentiable
@@ -263,7 +288,7 @@ def _product_in_float32(a, b):
 
 
 def _rows(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
-    """One chunk's Σ CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None.
+    """One chunk's smoothed CE and CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None.
 
     Row arithmetic is in float32 whatever the logits are in; dz is rounded at the very end.
     """
@@ -272,14 +297,19 @@ def _rows(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
     index = targets.clamp(min=0)[:, None]
     log_p = F.log_softmax(z, dim=-1)
     num_targets = max(constants.num_targets, 1)  # no target at all: 0, not 0 / 0
-    ce = -(log_p.gather(1, index).squeeze(1) * valid).sum() / num_targets
+    ce = smoothed = -(log_p.gather(1, index).squeeze(1) * valid).sum() / num_targets
+    epsilon = constants.label_smoothing
+    if epsilon:
+        smoothed = (1 - epsilon) * ce - epsilon * (log_p.mean(-1) * valid).sum() / num_targets
     dz = None
     if want_gradient:
-        onehot = torch.arange(z.shape[1], device=z.device) == index
+        wanted = (torch.arange(z.shape[1], device=z.device) == index).to(z.dtype)
+        if epsilon:
+            wanted = (1 - epsilon) * wanted + epsilon / z.shape[1]
         weight = valid[:, None].to(z.dtype) * (constants.alpha / num_targets)
-        dz = (log_p.exp() - onehot.to(z.dtype)) * weight
+        dz = (log_p.exp() - wanted) * weight
     if teacher_logits is None:
-        return ce, torch.zeros_like(ce), None if dz is None else dz.to(logits.dtype)
+        return smoothed, ce, torch.zeros_like(ce), None if dz is None else dz.to(logits.dtype)
     T = constants.temperature
     log_student = F.log_softmax(z / T, dim=-1)
     log_teacher = F.log_softmax(teacher_logits.to(z.dtype) / (constants.num_teachers * T), dim=-1)
@@ -292,21 +322,21 @@ def _rows(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
     kl = per_row.sum() / constants.kl_denominator
     if want_gradient:
         dz = (dz + weight * (log_student.exp() - p_teacher)).to(logits.dtype)
-    return ce, kl, dz
+    return smoothed, ce, kl, dz
 
 
 def _rows_in_blocks(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
     """`_rows`, a few rows at a time: what a processor's cache holds, it passes over cheaply."""
-    ce = kl = 0
+    sums = 0, 0, 0
     dz = torch.empty_like(logits) if want_gradient else None
     for start in range(0, len(logits), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         parts = [None if x is None else x[rows] for x in (targets, teacher_logits, kl_mask)]
-        block_ce, block_kl, block_dz = _rows(logits[rows], *parts, constants, want_gradient)
-        ce, kl = ce + block_ce, kl + block_kl
+        *block, block_dz = _rows(logits[rows], *parts, constants, want_gradient)
+        sums = [total + part for total, part in zip(sums, block)]
         if want_gradient:
             dz[rows] = block_dz
-    return ce, kl, dz
+    return *sums, dz
 
 
 @functools.cache

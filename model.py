@@ -269,5 +269,8 @@ def initial_model(config, corpus):
             model = rebuilt(shaped(model.config, dropout), model.state_dict())
     positions = model.config.max_position_embeddings
     if config.sequence_length > positions:
-        raise UserError(f"--sequence-length {config.sequence_length}: {name} reads {positions}")
+        raise UserError(
+            f"--sequence-length {config.sequence_length}: {name} reads at most {positions}: "
+            "lower it"
+        )
     return model, name, digest

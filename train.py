@@ -16,41 +16,31 @@ from torch import nn
 
 import model as models
 from data import BatchStream, dev_subset, open_corpus
-from harness.devices import (
-    GraphedStep,
-    check_graph,
-    choose_compute,
-    compile_blocks,
-    skips_on_device,
-)
+from harness import devices, states
 from harness.files import locked, run_program, say
 from harness.options import RunConfig, option, parse
 from harness.plan import plan_run, print_plan
 from harness.record import Recorder, StopSignal, exit_code
-from harness.states import (
-    Provenance,
-    begin_or_continue,
-    check_resume,
-    new_progress,
-    trained_parameters,
-)
 from loss import fused_cross_entropy
 
 EVAL_BATCH_SIZE = 32  # sequences
 OPTIMIZERS = ("adamw", "muon")
+NO_DECAY = ("layernorm", "norms", "norms+embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(RunConfig):
     model: str = option("llama-58m", "preset, from the list below")
     init: str | None = option(
-        None, "start from this checkpoint; --model then names the recipe alone", may_change=True
+        None,
+        "start from this checkpoint's weights and shape; --model then only gives the recipe",
+        may_change=True,
     )
     shape: str | None = option(
         None, "change the preset's shape: hidden_size=384,num_hidden_layers=10 and so on"
     )
     dropout: float | None = option(
-        None, "probability of dropout; default: the shape's", minimum=0, may_change=True
+        None, "probability; default: the shape's", minimum=0, maximum=0.999, may_change=True
     )
     data: str = option(
         "data/babylm", "folder of train.bin, dev.bin and tokenizer.model", may_change=True
@@ -84,9 +74,15 @@ class TrainConfig(RunConfig):
     weight_decay: float | None = option(
         None, "decay of the weights, decoupled; default: the preset's", minimum=0
     )
+    no_decay: str = option(
+        "layernorm", "exempt from decay, with all biases; RMSNorm is among norms", choices=NO_DECAY
+    )
+    label_smoothing: float = option(
+        0.0, "share of the target spread over the vocabulary", minimum=0, maximum=0.999
+    )
     beta2: float = option(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", minimum=0)
-    eval_sequences: int = option(1024, "dev chunks of an evaluation, the same always", minimum=1)
+    eval_sequences: int = option(1024, "dev chunks of an evaluation, always the same", minimum=1)
 
 
 # ---- objective, schedule, optimizer, step
@@ -97,9 +93,9 @@ class CrossEntropyObjective(nn.Module):
 
     compiled = False
 
-    def __init__(self, model):
+    def __init__(self, model, label_smoothing=0.0):
         super().__init__()
-        self.model = model
+        self.model, self.label_smoothing = model, label_smoothing
 
     def prepare(self, batch):
         """Plain training needs nothing more; the ensemble objective adds the teachers' states."""
@@ -107,10 +103,11 @@ class CrossEntropyObjective(nn.Module):
 
     def forward(self, batch):
         hidden = self.model.hidden_states(batch.tokens)
-        loss = fused_cross_entropy(
-            hidden, self.model.head, batch.targets, batch.num_targets, compiled=self.compiled
-        )
-        return {"loss": loss, "cross_entropy": loss.detach()}
+        loss, cross_entropy = fused_cross_entropy(
+            hidden, self.model.head, batch.targets, batch.num_targets, self.label_smoothing,
+            compiled=self.compiled,
+        )  # fmt: skip
+        return {"loss": loss, "cross_entropy": cross_entropy}
 
 
 def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0):
@@ -126,21 +123,24 @@ def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0):
     return peak * (min_ratio + (1 - min_ratio) * cosine)
 
 
-def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999):
+def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay="layernorm"):
     """The optimizers, a list, of all parameters that require gradients. Another one goes here.
 
     `lr` of a group is its ratio to the scheduled rate; what an optimizer keeps by parameter is
-    saved and resumed. AdamW 0.9 / beta2 / 1e-8 decays all but
-    biases and LayerNorm; RMSNorm gains and embeddings decay, as in the version that the paper ran
-    (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`). Muon's updates have AdamW's size
-    ("match_rms_adamw"), so that both take the same rate.
+    saved and resumed. AdamW 0.9 / beta2 / 1e-8 decays all but biases and what `no_decay` says: only
+    LayerNorm in the version that the paper ran (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`), but
+    strong decay needs `norms`, as it takes RMSNorm's gains to zero. Muon's updates have AdamW's
+    size ("match_rms_adamw"), so that both take the same rate.
     """
-    trained = trained_parameters(objective).values()
+    trained = states.trained_parameters(objective).values()
     exempt = {
         parameter
         for module in objective.modules()
         for key, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, nn.LayerNorm) or key == "bias"
+        if isinstance(module, nn.LayerNorm)
+        or key == "bias"
+        or (parameter.dim() < 2 and no_decay != "layernorm")
+        or (isinstance(module, nn.Embedding) and no_decay == "norms+embeddings")
     }
     blocks = objective.model.blocks if name == "muon" else ()
     matrices = {p for block in blocks for p in block.parameters() if p.dim() == 2} - exempt
@@ -168,7 +168,7 @@ class TrainStep:
     def __init__(self, objective, optimizers, autocast, micro_batch_size=None, clip=1.0):
         self.objective, self.optimizers, self.autocast = objective, optimizers, autocast
         self.micro_batch_size, self.clip = micro_batch_size, clip or math.inf
-        self.parameters = trained_parameters(objective)
+        self.parameters = states.trained_parameters(objective)
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.rate_ratios = [group["lr"] for group in self.groups]
         optimized = [id(p) for group in self.groups for p in group["params"]]
@@ -203,7 +203,7 @@ class TrainStep:
         self.nonfinite_in_a_row.add_(1).mul_(nonfinite)
         self.nonfinite_steps.add_(nonfinite)
         for optimizer in self.optimizers:
-            if skips_on_device(optimizer):
+            if devices.skips_on_device(optimizer):
                 optimizer.found_inf = nonfinite
                 optimizer.step()
             elif not nonfinite:
@@ -223,7 +223,7 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
         tokens, targets = shard.chunks(starts[i : i + EVAL_BATCH_SIZE], sequence_length)
         with autocast:
             hidden = model.hidden_states(tokens.to(device))
-            total += fused_cross_entropy(hidden, model.head, targets.to(device), 1).item()
+            total += fused_cross_entropy(hidden, model.head, targets.to(device), 1)[1].item()
     model.train(training)
     return total / (len(starts) * sequence_length)
 
@@ -242,26 +242,28 @@ def fit(objective, config, stream, evaluate, provenance):
     in the result is the signal that ended the run early. Raises `UserError` before the first step
     for all that can be known before it.
     """
-    compute = choose_compute(config.device, config.precision)
+    compute = devices.choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words)
-    check_resume(config.resume)
+    states.check_resume(config.resume)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
     if config.dry_run:
-        return new_progress(plan.steps)
+        return states.new_progress(plan.steps)
     objective.to(compute.device).train()
-    optimizers = build_optimizer(objective, config.weight_decay, config.optimizer, config.beta2)
-    check_graph(config.cuda_graph, compute.device, optimizers)
+    optimizers = build_optimizer(
+        objective, config.weight_decay, config.optimizer, config.beta2, config.no_decay
+    )
+    devices.check_graph(config.cuda_graph, compute.device, optimizers)
     train_step = TrainStep(
         objective, optimizers, compute.autocast, config.micro_batch_size, config.clip
     )
     schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio
     with locked(config.out):
-        progress, found = begin_or_continue(train_step, config, provenance, plan.steps)
+        progress, found = states.begin_or_continue(train_step, config, provenance, plan.steps)
         if progress["step"] >= plan.steps:
             return progress
         if config.compile or (config.compile is None and compute.device.type == "cuda"):
-            compile_blocks(objective)
-        take_step = GraphedStep(train_step) if config.cuda_graph else train_step
+            devices.compile_blocks(objective)
+        take_step = devices.GraphedStep(train_step) if config.cuda_graph else train_step
         recorder = Recorder(train_step, config, plan, provenance, progress, found)
         with recorder, StopSignal() as stop:
             for step in range(progress["step"] + 1, plan.steps + 1):
@@ -288,7 +290,7 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
 
     `name` is what checkpoints call the model; `teachers` are [{"name", "digest"}].
     """
-    length, device = config.sequence_length, choose_compute(config.device).device
+    length, device = config.sequence_length, devices.choose_compute(config.device).device
     chunks = (corpus.train, config.batch_size, length, config.seed, config.random_offset)
     stream = BatchStream(*chunks, device)
     starts = dev_subset(corpus.dev, length, config.eval_sequences)
@@ -300,7 +302,7 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
     shape = objective.model.config
     digests = {"train_shard": corpus.train.digest, "dev_shard": corpus.dev.digest}
     digests["init_digest"] = init_digest
-    provenance = Provenance(
+    provenance = states.Provenance(
         name, models.architecture(shape), shape, corpus.tokenizer, digests, tuple(teachers)
     )
     return fit(objective, config, stream, evaluate, provenance)
@@ -310,7 +312,8 @@ def main(argv=None):
     config = models.with_recipe(parse(TrainConfig, __doc__, argv, models.listing()))
     corpus = open_corpus(config.data)
     model, name, init_digest = models.initial_model(config, corpus)
-    return exit_code(fit_corpus(CrossEntropyObjective(model), config, corpus, name, init_digest))
+    objective = CrossEntropyObjective(model, config.label_smoothing)
+    return exit_code(fit_corpus(objective, config, corpus, name, init_digest))
 
 
 if __name__ == "__main__":

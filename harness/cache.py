@@ -30,7 +30,7 @@ from harness.plan import GIB
 MAGIC = "babyllama-cache"
 VERSION = 1
 DIGEST_BYTES = 32
-AUTO_SHARE = 0.7  # of the free memory that --cache-teachers auto may take: the rest is for training
+AUTO_SHARE = 0.7  # the share of free memory that --cache-teachers auto may take
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ class TeacherCache:
         if is_new:
             allocate(path, header, start + layout.bytes)
         with open(path, "rb") as file:
-            if file.read(len(header)) != header or path.stat().st_size != start + layout.bytes:
+            found = file.read(len(header))
+            if not found.startswith(MAGIC.encode()):
+                raise UserError(f"{path} is no teacher cache, or damaged: choose another name")
+            if found != header or path.stat().st_size != start + layout.bytes:
                 raise UserError(
                     f"{path} is damaged, or was made with other teachers, tokenizer, data, "
                     "--sequence-length or --precision: choose another file, or delete it"

@@ -27,6 +27,7 @@ import torch
 from harness.files import UserError, atomic_write
 
 FORMAT, VERSION = "babyllama-checkpoint", 1
+OTHERS = b"babyllama-"  # how this project's other files begin
 
 
 class DamagedFile(UserError):
@@ -131,13 +132,21 @@ def read_checkpoint(path):
     not those of a checkpoint, and OSError or MemoryError where it cannot be read: no damage.
     """
     path = Path(path)
-    if path.is_dir():
+    if (path / "config.json").is_file():
         raise UserError(
-            f"{path} is a folder: give a checkpoint such as {path / 'best.pt'}, or make one of a "
-            "Hugging Face folder with export_hf.py --import"
+            f"{path} is a Hugging Face folder: make a checkpoint of it with "
+            f"export_hf.py --import {path} --out FILE"
         )
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a checkpoint such as {path / 'best.pt'}")
     if not path.is_file():
         raise UserError(f"{path} does not exist: train.py and distill.py write checkpoints")
+    with open(path, "rb") as file:
+        if file.read(len(OTHERS)) == OTHERS:
+            raise DamagedFile(
+                f"{path} is a token shard or a teacher cache, no checkpoint: give a best.pt that "
+                "train.py or distill.py wrote"
+            )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler given foreign bytes may raise anything at all

@@ -228,7 +228,12 @@ class Recorder:
         }
 
     def say_finished(self):
-        """Says which model is the best."""
+        """Says which model is the best. Raises `UserError` where no evaluation was finite."""
+        if not self.progress["best_step"]:
+            raise UserError(
+                f"no dev evaluation was finite, so there is no {self.out / 'best.pt'}: lower "
+                "--learning-rate or use --precision fp32, and choose another --out"
+            )
         best = f"dev cross-entropy {self.progress['best_dev_cross_entropy']:.4f}"
         where = f"{self.out / 'best.pt'} has step {self.progress['best_step']}"
         say(f"finished: {where}, {best}")

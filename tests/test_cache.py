@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 OPTIONS = ["--model", "llama-tiny-student", "--batch-size", "8", "--sequence-length", "32"]
 OPTIONS += ["--device", "cpu", "--eval-sequences", "8", "--log-every", "100", "--save-every", "60"]
-STEPS = ["--steps", "160"]  # of 525 chunks and 8 a step: two epochs and a half
+STEPS = ["--steps", "160"]  # 525 chunks at 8 a step: about two and a half epochs
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_the_exported_tokenizer_gives_our_ids(checkpoint, tokenizer):
 
 
 def test_a_tokenizer_with_long_merges_is_the_same_too(checkpoint):
-    """Of a larger vocabulary, with pieces that can be split in several ways."""
+    """A tokenizer with a larger vocabulary, whose pieces can be split in several ways."""
     text = write_text(4000, seed=11) + "banana bandana cabana anagram aaaa aaaaaaa abab " * 50
     tokenizer = train_tokenizer(text, 400)
     theirs = tokenizers_of(tokenizer)

@@ -193,18 +193,18 @@ def test_a_checkpoint_of_an_unknown_architecture_says_so(
 # ---- another optimizer: `build_optimizer`, and nothing else
 
 
-def sgd_with_momentum(objective, weight_decay, name, beta2):
+def sgd_with_momentum(objective, weight_decay, *_):
     parameters = [p for p in objective.parameters() if p.requires_grad]
     half = len(parameters) // 2
     groups = [{"params": parameters[:half], "lr": 0.5}, {"params": parameters[half:]}]
     return [torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=weight_decay)]
 
 
-def adagrad(objective, weight_decay, name, beta2):
+def adagrad(objective, weight_decay, *_):
     return [torch.optim.Adagrad(objective.model.parameters(), lr=1.0, weight_decay=weight_decay)]
 
 
-def lion_like(objective, weight_decay, name, beta2):
+def lion_like(objective, weight_decay, *_):
     """An optimizer nobody has heard of, whose state is a tensor and a whole number."""
 
     class Sign(torch.optim.Optimizer):
@@ -271,7 +271,7 @@ def test_muon_gets_the_layers_matrices_and_adamw_the_rest():
         assert others == set(model.parameters()) - matrices and model.head in others
 
 
-def fused_sgd(objective, weight_decay, name, beta2):
+def fused_sgd(objective, weight_decay, *_):
     return [torch.optim.SGD(objective.parameters(), lr=1.0, momentum=0.9, fused=True)]
 
 
@@ -537,6 +537,48 @@ def test_dropout_goes_with_an_initial_checkpoint(data_folder, tmp_path, capsys):
 def test_the_end_of_the_schedule_can_be_above_zero():
     rates = [train.learning_rate(s, 100, 1.0, 10, 0.1) for s in (10, 55, 100)]
     assert rates == pytest.approx([1.0, 0.55, 0.1])
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
+def test_what_decays_is_an_option(name):
+    model = models.build_model(name, 300)
+    names = {p: n for n, p in model.named_parameters()}
+    vectors = {n for p, n in names.items() if p.dim() < 2}
+    embeddings = {n for n in names.values() if n.split(".")[0] in ("wte", "wpe", "embed_tokens")}
+    layernorm = {n for n in vectors if n.endswith("bias") or ".ln_" in n or "ln_f" in n}
+    expected = {"layernorm": layernorm, "norms": vectors, "norms+embeddings": vectors | embeddings}
+    for choice, exempt in expected.items():
+        (optimizer,) = build_optimizer(CrossEntropyObjective(model), 0.1, no_decay=choice)
+        groups = [g for g in optimizer.param_groups if not g["weight_decay"]]
+        assert {names[p] for g in groups for p in g["params"]} == exempt
+
+
+def test_smoothed_labels_are_trained_with_and_cross_entropy_is_logged(data_folder, tmp_path):
+    """The dev cross-entropy too is that of the text itself."""
+    for name, more in (("plain", []), ("smooth", ["--label-smoothing", "0.2"])):
+        out = tmp_path / name
+        assert run_train(data_folder, out, "--model", "llama-tiny-student", *more) == 0
+    plain, smooth = (log_lines(tmp_path / name / "log.jsonl") for name in ("plain", "smooth"))
+    assert all(e["loss"] == e["cross_entropy"] for e in plain)
+    assert all(e["loss"] != e["cross_entropy"] for e in smooth)
+    model, checkpoint = models.load_checkpoint(tmp_path / "smooth" / "best.pt")
+    corpus = open_corpus(data_folder)
+    starts = train.dev_subset(corpus.dev, 32, 8)
+    autocast = torch.autocast("cpu", enabled=False)
+    value = train.dev_cross_entropy(model, corpus.dev, starts, 32, autocast)
+    assert value == pytest.approx(checkpoint["progress"]["dev_cross_entropy"], rel=1e-6)
+
+
+def test_smoothed_labels_of_a_student_are_those_of_the_plain_formula(train_shard):
+    student, teachers = teachers_and_student()
+    config, found = DistillConfig(teachers=[], label_smoothing=0.1, kl_reduction="token"), []
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
+    for objective_class in (EnsembleObjective, PlainObjective):
+        terms = objective_class(student, teachers, config).train()(batch)
+        found.append((terms, torch.autograd.grad(terms["loss"], list(student.parameters()))))
+    (fused, ours), (plain, theirs) = found
+    assert torch.isclose(fused["loss"], plain["loss"], rtol=1e-5)
+    assert all((a - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(ours, theirs))
 
 
 def test_clipping_and_beta2_are_options(data_folder, tmp_path):

@@ -13,6 +13,7 @@ from loss import (
     join_heads,
     kl_divergence,
     plain_ensemble_kl,
+    smoothed_cross_entropy,
 )
 
 B, T, C, V = 3, 7, 8, 29
@@ -58,11 +59,19 @@ def test_fused_equals_plain_in_value_and_gradient(dtype, tolerance, num_teachers
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-def test_fused_cross_entropy_equals_torch():
+@pytest.mark.parametrize("smoothing", [0.0, 0.03, 0.5])
+def test_fused_cross_entropy_equals_torch(smoothing):
+    """With smoothed labels or without; what is logged is the cross-entropy of the text alone."""
     hidden, head, _, targets = problem(torch.float64, 1)
-    ours = fused_cross_entropy(hidden, head, targets, B * T - 1, chunk_tokens=5)
+    ours, logged = fused_cross_entropy(hidden, head, targets, B * T - 1, smoothing, chunk_tokens=5)
     logits = (hidden @ head.T).flatten(0, 1)
-    theirs = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+    plain = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+    torch.testing.assert_close(logged, plain.detach(), rtol=1e-12, atol=0)
+    theirs = nn.functional.cross_entropy(
+        logits, targets.flatten(), ignore_index=-100, label_smoothing=smoothing
+    )
+    formula = smoothed_cross_entropy(logits, targets.flatten(), B * T - 1, smoothing)
+    torch.testing.assert_close(formula, theirs, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     gradients = torch.autograd.grad(ours, (hidden, head))
     for a, b in zip(gradients, torch.autograd.grad(theirs, (hidden, head))):
@@ -141,8 +150,8 @@ def test_products_read_bfloat16_under_autocast_and_rows_do_not(monkeypatch):
     def spy(logits, targets, teacher_logits, *rest):
         seen.append((logits.dtype, teacher_logits.dtype))
         result = rows(logits, targets, teacher_logits, *rest)
-        exact = rows(logits.double(), targets, teacher_logits.double(), *rest)[2]
-        seen.append(torch.equal(result[2], exact.float().bfloat16()))
+        exact = rows(logits.double(), targets, teacher_logits.double(), *rest)[-1]
+        seen.append(torch.equal(result[-1], exact.float().bfloat16()))
         return result
 
     monkeypatch.setattr(module, "_rows", spy)

@@ -165,7 +165,7 @@ def test_initialisation_has_the_references_spread(config):
         ours, theirs = torch.cat(ours), torch.cat(theirs)
         if theirs.std() == 0:
             assert torch.equal(ours, theirs), name
-        else:  # of N values the deviation is known to 1 / sqrt(2 N)
+        else:  # the deviation of N values is known to 1 / sqrt(2 N)
             error = 5 * math.sqrt(2 / (2 * len(ours)))
             assert abs(ours.std() / theirs.std() - 1) < error < 0.02, name
             assert abs(ours.mean()) < 5 * ours.std() / math.sqrt(len(ours)), name
@@ -216,7 +216,11 @@ def ensemble():
     student = perturbed(SMALL["llama"], spread=0.0).train()
     teachers = [perturbed(SMALL["gpt2"], 1, 0.1), perturbed(SMALL["llama, tied"], 2, 0.1)]
     options = types.SimpleNamespace(
-        teacher_weights=None, alpha=0.5, temperature=2.0, kl_reduction="sequence"
+        teacher_weights=None,
+        alpha=0.5,
+        temperature=2.0,
+        kl_reduction="sequence",
+        label_smoothing=0.0,
     )
     objective = EnsembleObjective(student, teachers, options)
     return objective, hf_twin(student).train(), [hf_twin(t) for t in teachers]
