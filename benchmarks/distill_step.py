@@ -48,8 +48,9 @@ from model import PRESETS, build  # noqa: E402
 
 GRAPHED = ("ours_graph", "ours_cached_graph")
 HUGGING_FACE = ("huggingface", "huggingface_compiled")
-ON_A_CPU = ("ours", "ours_eager", "ours_cached", "ours_plain", *HUGGING_FACE)
-ON_A_GPU = (*ON_A_CPU[:-2], *GRAPHED, *HUGGING_FACE)
+# On a CPU all contestants are in memory at once: the plain objective with them would take 29 GiB.
+ON_A_CPU = ("ours", "ours_eager", "ours_cached", *HUGGING_FACE)
+ON_A_GPU = ("ours", "ours_eager", "ours_cached", "ours_plain", *GRAPHED, *HUGGING_FACE)
 UNCOMPILED = ("ours_eager", "ours_plain")
 TEACHERS = {
     "small": (GPT2Config(VOCABULARY, 256, 1024, 8, 8), PRESETS["llama-16m"].config),

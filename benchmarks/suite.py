@@ -53,6 +53,7 @@ GPU_LLAMA = "benchmarks/train_step.py --device cuda --models llama-360m --batch-
 SUITES = {
     "cpu": {
         "steps": "benchmarks/distill_step.py",
+        "plain": "benchmarks/distill_step.py --variants ours_eager ours_plain",
         "loss": "benchmarks/loss.py --rounds 3",
         "training": "benchmarks/train_step.py --rounds 3",
         "scaling": "benchmarks/scaling.py",
