@@ -42,14 +42,14 @@ OLD_COMMANDS = {
 
 def this_machine():
     """What decides over the last bits of a float32 sum on a CPU."""
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else ()
-    )
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else ()
+    keys = ("model name", "cpu family", "model", "stepping", "flags")
+    processor = [line for line in lines if line.split("\t")[0].strip(" :") in keys]
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cpu": names[0] if names else "",
+        "processor": files.sha256("\n".join(processor).encode()),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
 
