@@ -1,5 +1,7 @@
 """Distillation is training with another objective: what learns, what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -193,7 +195,24 @@ def test_wrong_usage_exits_with_2(arguments):
 
 def test_a_shard_is_no_teacher(data_folder, tmp_path, capsys):
     given = ("--teachers", data_folder / "train.bin", "--data", data_folder)
-    assert "train.bin" in refused(capsys, tmp_path / "s", *given)
+    error = refused(capsys, tmp_path / "s", *given)
+    assert "train.bin is a token shard" in error and "give a best.pt" in error
+
+
+def test_a_hugging_face_folder_is_no_teacher_and_the_way_in_is_named(data_folder, tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    given = ("--teachers", tmp_path / "hf", "--data", data_folder)
+    assert "export_hf.py --import" in refused(capsys, tmp_path / "s", *given)
+
+
+def test_a_checkpoint_is_no_teacher_cache(teachers, data_folder, tmp_path, capsys):
+    """It must not be called a damaged cache: the remedy for that is to delete it."""
+    before = Path(teachers[0]).read_bytes()
+    given = ("--teachers", *teachers, "--data", data_folder, "--cache-teachers", teachers[0])
+    error = refused(capsys, tmp_path / "s", *given)
+    assert "is no teacher cache" in error and "delete" not in error
+    assert Path(teachers[0]).read_bytes() == before
 
 
 def test_a_missing_teacher_is_named(data_folder, tmp_path, capsys):

@@ -513,3 +513,11 @@ def test_weights_of_another_tokenizer_are_no_beginning(data_folder, tmp_path, ca
     arguments = ["--init", str(tmp_path / "a.pt"), "--data", str(data_folder)]
     assert run_program(lambda: train.main([*arguments, "--out", str(tmp_path / "run")])) == 1
     assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_finite_evaluation_fails_and_says_what_to_do(data_folder, tmp_path):
+    """It has no best.pt, so that to call it finished would mislead the next command."""
+    config = config_for(data_folder, tmp_path / "r", steps=3, learning_rate=1e9)
+    with pytest.raises(UserError, match=r"no dev evaluation was finite.*lower --learning-rate"):
+        trained(config)
+    assert not (tmp_path / "r" / "best.pt").exists()
