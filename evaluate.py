@@ -2,6 +2,7 @@
 
     python evaluate.py runs/*/best.pt --pairs blimp_filtered supplement_filtered --json scores.json
     python evaluate.py student.pt --ensemble gpt2.pt llama.pt      what the student was taught
+    python evaluate.py --compare student-*.npz --against control-*.npz     one of --losses a seed
 
 Cross-entropy in nats per token, over the chunks that training cuts; perplexity per token and per
 word, and bits per byte of the cleaned text, which do not depend on the tokenizer. A minimal pair is
@@ -35,9 +36,11 @@ from harness.files import UserError, atomic_write, run_program, warn, write_json
 from harness.tables import aligned
 from loss import BLOCK_ROWS, ensemble_logits
 from model import check_weights, count_parameters, load_checkpoint
+from report.compare import comparison_rows, read_losses, write_losses
 
 BATCH_TOKENS = 8192
 TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
+NEWTON_STEPS = 10
 SAME_FIELD = {"s-selection": "argument_structure"}  # 13 terms in the files, 12 in BLiMP's tables
 
 
@@ -74,15 +77,23 @@ def token_losses(model, tokens, targets):
 # ---- dev text
 
 
-def corpus_scores(model, shard, sequence_length):
-    """Scores of a whole shard, and of each of its files under "per_file".
+def shard_losses(model, shard, sequence_length):
+    """-log p of every token of a shard but the very first, in nats: (tokens - 1,) float32.
 
-    Every token but the very first is predicted once, from those before it in its chunk.
+    Each is predicted once, from those before it in its chunk.
+    """
+    losses = [token_losses(model, *part) for part in _parts(shard, sequence_length)]
+    return torch.cat([part.flatten() for part in losses])
+
+
+def _parts(shard, sequence_length):
+    """Yields inputs and targets, (B, T) each, that have every target of the shard once, in order.
+
+    Raises `UserError` for a shard without a target.
     """
     num_targets = len(shard.tokens) - 1
     if num_targets < 1:
         raise UserError(f"{shard.path} is too short to score: give more text")
-    losses = torch.empty(num_targets)
     whole = num_targets // sequence_length * sequence_length
     rows = max(1, BATCH_TOKENS // sequence_length)
     steps = [(i, sequence_length) for i in range(0, whole, rows * sequence_length)]
@@ -90,16 +101,32 @@ def corpus_scores(model, shard, sequence_length):
         steps.append((whole, num_targets - whole))
     for start, length in tqdm(steps, desc="dev text", disable=None, leave=False):
         stop = min(start + rows * length, whole) if length == sequence_length else num_targets
-        tokens, targets = shard.chunks(range(start, stop, length), length)
-        losses[start:stop] = token_losses(model, tokens, targets).flatten()
+        yield shard.chunks(range(start, stop, length), length)
+
+
+def file_spans(shard):
+    """[(file, first, after the last)] of the targets in each file of a shard that has any."""
+    spans = [(file, max(file.start - 1, 0), file.stop - 1) for file in shard.files]
+    return [(file, start, stop) for file, start, stop in spans if stop > start]
+
+
+def corpus_scores(shard, losses, shares=None):
+    """Scores of a shard from its `shard_losses`, and of each of its files under "per_file".
+
+    With `shares`, {name: share of the training text}, there is a "weighted_cross_entropy" as well:
+    the mean over files weighted by them.
+    """
     scores = _text_scores(losses, shard.words, shard.bytes)
     scores["per_file"] = {
-        file.name: _text_scores(
-            losses[max(file.start - 1, 0) : file.stop - 1], file.words, file.bytes
-        )
-        for file in shard.files
-        if file.stop - 1 > max(file.start - 1, 0)
+        file.name: _text_scores(losses[start:stop], file.words, file.bytes)
+        for file, start, stop in file_spans(shard)
     }
+    if shares is not None:
+        weights = {name: shares.get(name, 0.0) for name in scores["per_file"]}
+        scores["weighted_cross_entropy"] = sum(
+            scores["per_file"][name]["cross_entropy"] * weight / sum(weights.values())
+            for name, weight in weights.items()
+        )
     return scores
 
 
@@ -113,6 +140,55 @@ def _text_scores(losses, words, num_bytes):
         "perplexity_per_word": math.exp(per_word) if per_word < 700 else None,
         "bits_per_byte": nats / math.log(2) / num_bytes,
     }
+
+
+def training_shares(path, shard):
+    """{name: share of the tokens} of the files of the training shard `path`.
+
+    Raises `UserError` unless it has a file of `shard`'s, by name.
+    """
+    training = TokenShard(path)
+    shares = {f.name: (f.stop - f.start) / len(training.tokens) for f in training.files}
+    if not sum(shares.get(file.name, 0) for file, _, _ in file_spans(shard)):
+        raise UserError(f"{path} has no file called as one of {shard.path}: leave out --weight-by")
+    return shares
+
+
+class Scaled(nn.Module):
+    """A model whose logits are divided by a temperature."""
+
+    def __init__(self, model, temperature):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, tokens):
+        return self.model(tokens) / self.temperature
+
+
+@torch.no_grad()
+def fitted_temperature(model, shard, sequence_length):
+    """The temperature at which the model loses least on a shard.
+
+    With b = 1 / temperature the mean of logsumexp(b z) - b z_target is convex in b, and Newton's
+    method finds its minimum: its derivatives are E[z] - z_target and the variance of z, under the
+    model at b.
+    """
+    device, inverse = next(model.parameters()).device, 1.0
+    for _ in range(NEWTON_STEPS):
+        slope = curvature = 0.0
+        for tokens, targets in _parts(shard, sequence_length):
+            logits = model(tokens.to(device)).flatten(0, 1).float()  # (N, V)
+            blocks = zip(logits.split(BLOCK_ROWS), targets.to(device).flatten().split(BLOCK_ROWS))
+            for z, target in blocks:
+                p = (inverse * z).softmax(-1)
+                mean = (p * z).sum(-1)
+                slope += (mean - z.gather(1, target[:, None])[:, 0]).sum().item()
+                curvature += ((p * z * z).sum(-1) - mean**2).sum().item()
+        step = slope / max(curvature, 1e-12)
+        inverse = min(max(inverse - step, inverse / 2), inverse * 2)
+        if abs(step) < 1e-4:
+            break
+    return 1 / inverse
 
 
 # ---- minimal pairs
@@ -316,6 +392,25 @@ def parse_arguments(argv):
     )  # fmt: skip
     parser.add_argument("--data", metavar="DIR", help="folder of dev.bin (default: data/babylm)")
     parser.add_argument(
+        "--weight-by", metavar="SHARD",
+        help="a train.bin: also the mean over sub-corpora weighted by their tokens in it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperature-scaled", metavar="DIR",
+        help="also score with the logits divided by the temperature that is best on DIR/dev.bin",
+    )  # fmt: skip
+    parser.add_argument(
+        "--losses", metavar="FILE",
+        help="write the loss of every chunk of the one model that is scored (npz), to compare",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", nargs="+", metavar="FILE",
+        help="score nothing: differences of what --losses wrote, a file for each seed ...",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", nargs="+", metavar="FILE", help="... to these, in the order of the same seeds"
+    )
+    parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="DIR", help="folders of BLiMP-style *.jsonl"
     )
     parser.add_argument(
@@ -326,8 +421,16 @@ def parse_arguments(argv):
     parser.add_argument("--json", metavar="FILE", help="write the scores here")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
+    if (args.compare is None) != (args.against is None):
+        parser.error("--compare and --against go together")
+    if args.compare:
+        if args.checkpoints or args.ensemble:
+            parser.error("--compare scores no checkpoints: leave them out")
+        return args
     if not args.checkpoints and not args.ensemble:
         parser.error("give at least one checkpoint")
+    if args.losses and len(args.checkpoints) + bool(args.ensemble) > 1:
+        parser.error("--losses writes those of one model: give one checkpoint, or one --ensemble")
     if args.pair_scores and not args.pairs:
         parser.error("--pair-scores needs --pairs")
     if args.teacher_weights and not args.ensemble:
@@ -391,21 +494,77 @@ def open_shard(args, tokenizer, first):
     return None
 
 
+@dataclass(frozen=True)
+class DevText:
+    """The text to score, and what was asked to be done with it."""
+
+    shard: TokenShard
+    shares: dict | None  # --weight-by
+    fitted_on: TokenShard | None  # --temperature-scaled
+
+
+def open_text(args, tokenizer, first):
+    """The `DevText` of the command line, or None where only pairs are scored."""
+    shard = open_shard(args, tokenizer, first)
+    if shard is None:
+        for option in ("weight_by", "temperature_scaled", "losses"):
+            if getattr(args, option):
+                raise UserError(f"--{option.replace('_', '-')} needs dev text: give --data DIR")
+        return None
+    shares = training_shares(args.weight_by, shard) if args.weight_by else None
+    fitted_on = None
+    if args.temperature_scaled:
+        fitted_on = TokenShard(Path(args.temperature_scaled) / "dev.bin")
+        if fitted_on.tokenizer != shard.tokenizer:
+            raise UserError(f"{fitted_on.path} was made with another tokenizer than {shard.path}")
+    return DevText(shard, shares, fitted_on)
+
+
+def text_scores(entry, text, losses_path):
+    """An entry's scores on the dev text; its losses go to `losses_path`, if that is not None."""
+    losses, scaled = shard_losses(entry.model, text.shard, entry.sequence_length), None
+    scores = corpus_scores(text.shard, losses, text.shares)
+    if text.fitted_on is not None:
+        temperature = fitted_temperature(entry.model, text.fitted_on, entry.sequence_length)
+        model = Scaled(entry.model, temperature)
+        scaled = shard_losses(model, text.shard, entry.sequence_length)
+        scores["temperature_scaled"] = {
+            "temperature": temperature, **corpus_scores(text.shard, scaled, text.shares)
+        }  # fmt: skip
+    if losses_path:
+        files = [
+            (file.name, stop, file.words / (file.stop - file.start))
+            for file, _, stop in file_spans(text.shard)
+        ]
+        write_losses(losses_path, files, losses, entry.sequence_length, scaled, text.shares)
+    return scores
+
+
+def compare_files(args):
+    """Prints how the models of --compare differ from those of --against; returns exit code 0."""
+    ones, others = ([read_losses(path) for path in paths] for paths in (args.compare, args.against))
+    print("\n".join(aligned(comparison_rows(ones, others))))
+    print("nats per token, below 0 where the first is better; intervals of 95 %")
+    return 0
+
+
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.compare:
+        return compare_files(args)
     check_weights(args.teacher_weights, len(args.ensemble))
     pairs = {folder: read_pairs(folder) for folder in args.pairs}
     paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
     loaded = dict(zip(paths, load_all(paths, choose_device(args.device))))
     tokenizer = Tokenizer.of_checkpoint(loaded[paths[0]][1], paths[0])
-    shard = open_shard(args, tokenizer, paths[0])
+    text = open_text(args, tokenizer, paths[0])
     results, scores = [], []
     for entry in entries_of(args, loaded):
         result = {"path": entry.path, "model": entry.name}
         result |= {"parameters": count_parameters(entry.model)}
         result |= dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
-        if shard is not None:
-            result |= corpus_scores(entry.model, shard, entry.sequence_length)
+        if text is not None:
+            result |= text_scores(entry, text, args.losses)
         by_folder = {
             folder: pair_scores(entry.model, tokenizer, files, args.convention)
             for folder, files in pairs.items()
@@ -419,6 +578,7 @@ def main(argv=None):
     if args.pair_scores:
         described = {"checkpoint": [r["path"] for r in results], "convention": args.convention}
         write_pair_scores(args.pair_scores, described, pairs, scores)
+    return 0
 
 
 if __name__ == "__main__":

@@ -40,6 +40,15 @@ def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None
     return tokens.cpu()
 
 
+def written(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, seed=0):
+    """The prompt and how the model goes on, as text."""
+    # A newline first, as before every sentence in training; it is not part of the text.
+    tokens = torch.tensor(tokenizer.encode("\n" + prompt))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = generate(model, tokens, num_tokens, temperature, top_k, generator)
+    return tokenizer.decode(tokens.tolist()).removeprefix("\n")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,18 +75,14 @@ def main(argv=None):
     if not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
         parser.error("--temperature must be 0, or between 0.01 and 100")
 
+    if not args.prompt:
+        raise UserError("--prompt is empty: give at least one character")
     model, checkpoint = load_checkpoint(args.checkpoint)
     model.to(choose_device(args.device))
     tokenizer = Tokenizer.of_checkpoint(checkpoint, args.checkpoint)
-    # A newline first, as before every sentence in training; it is not printed.
-    prompt = tokenizer.encode("\n" + args.prompt)
-    if not args.prompt:
-        raise UserError("--prompt is empty: give at least one character")
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = generate(
-        model, torch.tensor(prompt), args.tokens, args.temperature, args.top_k, generator
+    print(
+        written(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
     )
-    print(tokenizer.decode(tokens.tolist()).removeprefix("\n"))
 
 
 if __name__ == "__main__":

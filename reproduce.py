@@ -1,11 +1,15 @@
-"""The paper in one command: two teachers, the student they teach, its twin that learns alone.
+"""An experiment in one command: teachers, the students they teach, a control that learns alone.
 
     python reproduce.py --recipe demo                                 minutes, on an invented corpus
     python reproduce.py --recipe small --train DIR --dev DIR --pairs blimp_filtered
     python reproduce.py --recipe paper --train DIR --dev DIR          the paper's sizes: wants a GPU
+    python reproduce.py --recipe mine.json ...                        a table of your own: recipes/
+    python reproduce.py --report runs/small                           the report of what is there
 
 Every stage is a command of this project, printed before it runs, and all of it resumes: the same
-command continues where it was stopped. Ends with OUT/report.md and the same table on the screen.
+command continues where it was stopped. The dev text is cut in two: the first halves of its files
+choose (best.pt, and whatever a person chooses), the second halves are only reported. Ends with
+OUT/report.md, report.html, report.json, and the table on the screen.
 """
 
 import argparse
@@ -14,52 +18,35 @@ import json
 import math
 import shlex
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 import distill
 import evaluate
+import experiment
 import make_toy_corpus
 import tokenize_corpus
 import train
-from harness.checkpoint import read_checkpoint
+from data import Tokenizer, TokenShard
+from generate import written
+from harness.checkpoint import content_digest, read_checkpoint
+from harness.devices import choose_compute, choose_device
 from harness.files import UserError, run_program, write_json, write_text
-from report import write_report
+from harness.record import commit, machine
+from harness.tables import aligned, markdown
+from model import load_checkpoint
+from report.pages import write_report
+from report.study import Study
 
 BLOCK_LINES = 50  # a sample of a corpus is made of runs of lines, so that sentences keep company
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What to train on what; a preset's own recipe holds unless an option here says otherwise."""
-
-    teachers: tuple[str, str]  # presets: a GPT-2, a LLaMA
-    student: str  # preset of the student and of its twin
-    vocabulary_size: int
-    words: int | None = None  # to train on a sample; None takes all there is
-    teacher_options: tuple[str, ...] = ()  # options for train.py
-    options: tuple[str, ...] = ()  # more of them, for teachers, student and twin alike
-
-
-PAPER = ("gpt2-705m", "llama-360m")
-RECIPES = {
-    "demo": Experiment(
-        ("gpt2-tiny", "llama-tiny"), "llama-tiny-student", 1000, words=60_000,
-        options=("--eval-sequences", "256", "--log-every", "50"),
-    ),
-    "small": Experiment(
-        ("gpt2-small", "llama-small"), "llama-small-student", 4000, words=1_000_000,
-        options=("--log-every", "50"),
-    ),
-    "paper": Experiment(PAPER, "llama-58m", 16_000, options=("--eval-sequences", "8192")),
-    # The original repository's later files: fewer epochs of the teachers, chunks that move.
-    "repository": Experiment(
-        PAPER, "llama-58m", 16_000,
-        teacher_options=("--batch-size", "128", "--epochs", "4", "--warmup-steps", "300"),
-        options=("--eval-sequences", "8192", "--random-offset"),
-    ),
-}  # fmt: skip
+PROMPTS = ("Once upon a time", "The children", "I think that")
+SAMPLE_TOKENS = 40
+LOGGED_POINTS, LAST_LINES = 150, 10
+GUESSED_SHARE = 0.3  # before anything was measured
 
 
 # ---- stages
@@ -89,10 +76,7 @@ def training_stage(program, out, deadline, *arguments):
     finished by then, or was interrupted.
     """
     if deadline is not None:
-        minutes = (deadline - time.monotonic()) / 60
-        if minutes <= 0:
-            raise Stopped(0)
-        arguments += ("--stop-after", minutes)
+        arguments += ("--stop-after", max((deadline - time.monotonic()) / 60, 0))
     stage(program, *arguments, "--out", out)
     progress = read_checkpoint(out / "checkpoint.pt")["progress"]
     if progress["step"] < progress["steps"]:
@@ -124,27 +108,66 @@ def sample_corpus(folder, target, words):
         write_text(target / name, sample_lines(text, fraction))
 
 
-def prepare_data(experiment, args, out):
-    """The folder of shards, made once; `UserError` if it was made from something else."""
+def halves(text):
+    """The two halves of a text, by words, cut between lines."""
+    lines = text.split("\n")
+    words = [len(line.split()) for line in lines]
+    seen, middle = 0, 0
+    while 2 * seen < sum(words):
+        seen += words[middle]
+        middle += 1
+    return "\n".join(lines[:middle]), "\n".join(lines[middle:])
+
+
+def write_dev_halves(folder, targets, words=None, train_folder=None):
+    """Writes the first halves of a folder's files into one of `targets`, the second into the other.
+
+    With `words`, each half is a sample of about so many, whose files have the shares that they have
+    of the text in `train_folder`, as far as they last.
+    """
+    shares = {}
+    if words is not None:
+        paths = tokenize_corpus.text_files(train_folder)
+        counts = {p.stem: len(tokenize_corpus.read_text(p).split()) for p in paths}
+        shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
+    for path in tokenize_corpus.text_files(folder):
+        for target, half in zip(targets, halves(tokenize_corpus.read_text(path))):
+            if words is not None:
+                there = max(len(half.split()), 1)
+                half = sample_lines(half, min(1.0, words * shares.get(path.stem, 0) / there))
+            write_text(target / path.name, half)
+
+
+def prepare_data(recipe, args, out):
+    """The folder of shards, made once; `UserError` if it was made from something else.
+
+    dev.bin in it is of the first halves of the dev files, report/dev.bin of the second.
+    """
     data, corpus = out / "data", out / "corpus"
-    made_from = {key: getattr(args, key) for key in ("recipe", "train", "dev", "words")}
+    made_from = {"recipe": recipe.name, "train": args.train, "dev": args.dev, "words": recipe.words}
+    made_from |= {"vocabulary_size": recipe.vocabulary_size, "dev_words": recipe.dev_words}
     done = data / "made.json"
     if done.exists():
         if json.loads(done.read_text(encoding="utf-8")) != made_from:
             raise UserError(f"{out} was made from other text: choose another --out")
         return data
-    train_folder, dev_folder = corpus / "train", corpus / "dev"
     shutil.rmtree(corpus, ignore_errors=True)  # what an attempt left that failed half-way
-    if args.recipe == "demo":
-        stage(make_toy_corpus, "--out", corpus, "--words", args.words)
-    elif args.words:
-        sample_corpus(args.train, train_folder, args.words)
-        sample_corpus(args.dev, dev_folder, max(args.words // 10, 1))
-    else:
-        train_folder, dev_folder = args.train, args.dev
+    train_folder, dev_folder = args.train, args.dev
+    if recipe.corpus == "toy":
+        stage(make_toy_corpus, "--out", corpus, "--words", recipe.words)
+        train_folder, dev_folder = corpus / "train", corpus / "dev"
+    elif recipe.words:
+        train_folder = corpus / "train"
+        sample_corpus(args.train, train_folder, recipe.words)
+    parts = [corpus / "dev-A", corpus / "dev-B"]
+    write_dev_halves(dev_folder, parts, recipe.dev_words, train_folder)
     stage(
-        tokenize_corpus, "--train", train_folder, "--dev", dev_folder, "--out", data,
-        "--vocab-size", experiment.vocabulary_size,
+        tokenize_corpus, "--train", train_folder, "--dev", parts[0], "--out", data,
+        "--vocab-size", recipe.vocabulary_size,
+    )  # fmt: skip
+    stage(
+        tokenize_corpus, "--tokenizer", data / "tokenizer.model", "--dev", parts[1],
+        "--out", data / "report",
     )  # fmt: skip
     write_json(done, made_from)
     return data
@@ -152,78 +175,170 @@ def prepare_data(experiment, args, out):
 
 # ---- the models of one seed
 
-TEACHERS = ("gpt2-teacher", "llama-teacher")
-TRAINED = (*TEACHERS, "control", "student")  # each role is a folder; evaluate.py gets this order
-
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What all seeds share."""
 
-    experiment: Experiment
+    recipe: experiment.Experiment
     data: Path  # folder of shards
     pairs: list[str]  # folders of minimal pairs
+    out: Path
+    results: Path
     device: str
     deadline: float | None  # a time of time.monotonic after which training stops
+    tuning: bool  # the second halves of the dev text stay unread
+
+    @property
+    def shards(self):
+        """{shard: digest}: what a result was measured on."""
+        found = {"train": "train.bin", "dev": "dev.bin", "report": "report/dev.bin"}
+        return {name: TokenShard(self.data / path).digest for name, path in found.items()}
 
 
-def run_seed(setup, seed, out):
-    """Trains and scores the models of one seed in the folder `out`.
+def run_seed(setup, seed):
+    """Trains and scores the models of one seed, but for those whose results are there.
 
-    Returns {role: result} as report.py describes it. Raises `Stopped` if a stage ends early.
+    Returns {name: result} as report.py describes it. Raises `Stopped` if a stage ends early.
     """
-    train_models(setup, seed, out)
-    results = dict(zip([*TRAINED, "ensemble"], score_models(setup, out)))
-    for role in TRAINED:
-        results[role] |= read_log(out / role / "log.jsonl")
+    results = {}
+    for name, entry in setup.recipe.entries.items():
+        wanted = described(setup, entry, seed)
+        path = setup.results / f"seed-{seed}" / f"{name}.json"
+        results[name] = known_result(path, wanted, setup)
+        if results[name] is None:
+            train_model(setup, entry, seed)
+            results[name] = wanted | read_log(folder_of(setup, entry, seed) / "log.jsonl")
+            results[name] |= score(setup, [entry], seed, path)
+            write_json(path, results[name])
+    for name, teachers in setup.recipe.ensembles().items():
+        entries = [setup.recipe.entries[teacher] for teacher in teachers]
+        wanted = {"name": name, "members": [described(setup, e, seed) for e in entries]}
+        path = setup.results / f"seed-{seed}" / f"{name}.json"
+        results[name] = known_result(path, wanted, setup)
+        if results[name] is None:
+            for entry in entries:
+                train_model(setup, entry, seed)
+            results[name] = wanted | score(setup, entries, seed, path)
+            write_json(path, results[name])
     return results
 
 
-def train_models(setup, seed, out):
-    """Trains the teachers, the control and the student in folders of `out` named by their role."""
-    experiment, deadline = setup.experiment, setup.deadline
-    common = ("--data", setup.data, "--seed", seed, *experiment.options, "--device", setup.device)
-    for role, preset in zip(TEACHERS, experiment.teachers):
-        options = ("--model", preset, *common, *experiment.teacher_options)
-        training_stage(train, out / role, deadline, *options)
-    options = ("--model", experiment.student, *common)
-    training_stage(train, out / "control", deadline, *options)
-    teachers = [out / role / "best.pt" for role in TEACHERS]
-    training_stage(distill, out / "student", deadline, "--teachers", *teachers, *options)
+def folder_of(setup, entry, seed):
+    """The folder of a model's run."""
+    return setup.out / f"seed-{seed}" / entry.name
 
 
-def score_models(setup, out):
-    """evaluate.py's entries for the models of a seed, in the order of `TRAINED`, then the ensemble.
+def described(setup, entry, seed):
+    """What a result is the result of: unless all of this is the same, it is another's."""
+    teachers = [described(setup, setup.recipe.entries[t], seed) for t in entry.teachers]
+    return {
+        "name": entry.name, "preset": entry.preset, "options": entry.options,
+        "seed": seed + entry.seed_offset, "teachers": teachers, "shards": setup.shards,
+        "scored": setup.recipe.scored,
+    }  # fmt: skip
 
-    They are kept in scores.json, and computed again if a model is newer or the pairs are others.
+
+def known_result(path, wanted, setup):
+    """The result in a file, or None where there is none that says all that is asked for.
+
+    Raises `UserError` if it is another model's.
     """
-    path = out / "scores.json"
-    checkpoints = [out / role / "best.pt" for role in TRAINED]
-    newest = max(checkpoint.stat().st_mtime for checkpoint in checkpoints)
-    fresh = path.exists() and path.stat().st_mtime >= newest
-    if not fresh or set(read_scores(path)[0]["pairs"]) != set(setup.pairs):
-        pairs = ("--pairs", *setup.pairs) if setup.pairs else ()
-        stage(
-            evaluate, *checkpoints, "--ensemble", *checkpoints[: len(TEACHERS)],
-            "--data", setup.data, *pairs, "--json", path, "--device", setup.device,
-        )  # fmt: skip
-    return read_scores(path)
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: result[key] for key in wanted}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is no result of this program: move it away") from error
+    if kept != wanted:
+        different = [key for key in wanted if kept[key] != wanted[key]]
+        raise UserError(
+            f"{path} is the result of another recipe or text ({', '.join(different)} differ): "
+            "choose another --out, or --results"
+        )
+    if setup.tuning:
+        return result
+    complete = "report" in result and set(result["report"]["pairs"]) >= {
+        Path(folder).name for folder in setup.pairs
+    }
+    return result if complete else None
 
 
-def read_scores(path):
-    """The entries of evaluate.py's JSON, in the order of its arguments, the ensemble last."""
-    return json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+def train_model(setup, entry, seed):
+    """Trains a model, after its teachers, or does nothing where it is trained."""
+    options = [*entry.arguments(), "--data", setup.data, "--seed", seed + entry.seed_offset]
+    options += ["--device", setup.device]
+    program = train
+    if entry.teachers:
+        teachers = [setup.recipe.entries[name] for name in entry.teachers]
+        for teacher in teachers:
+            train_model(setup, teacher, seed)
+        program = distill
+        options += ["--teachers", *(folder_of(setup, t, seed) / "best.pt" for t in teachers)]
+    training_stage(program, folder_of(setup, entry, seed), setup.deadline, *options)
+
+
+def score(setup, entries, seed, path):
+    """Scores a model, or several as an ensemble: "dev" and, unless it is for tuning, "report".
+
+    Beside `path`, the losses of each chunk and the scores of each pair are kept as .npz.
+    """
+    checkpoints = [folder_of(setup, e, seed) / setup.recipe.scored for e in entries]
+    if len(entries) > 1:  # what the students were taught
+        checkpoints = [folder_of(setup, e, seed) / "best.pt" for e in entries]
+    which = ["--ensemble", *checkpoints] if len(entries) > 1 else checkpoints
+    common = [*which, "--weight-by", setup.data / "train.bin", "--device", setup.device]
+    found = {"commit": commit(), "machine": machine(setup.device)}
+    found["dev"] = evaluated(path, *common, "--data", setup.data)
+    if setup.tuning:
+        return found
+    kept = path.with_suffix("")
+    options = ["--data", setup.data / "report", "--temperature-scaled", setup.data]
+    options += ["--losses", f"{kept}.losses.npz"]
+    if setup.pairs:
+        options += ["--pairs", *setup.pairs, "--pair-scores", f"{kept}.pairs.npz"]
+    found["report"] = evaluated(path, *common, *options)
+    by_name = {Path(folder).name: value for folder, value in found["report"]["pairs"].items()}
+    found["report"]["pairs"] = by_name
+    if len(entries) == 1:
+        found["samples"] = samples(checkpoints[0], setup.device)
+    return found
+
+
+def evaluated(path, *arguments):
+    """The entry that evaluate.py writes for one model."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".scores")
+    stage(evaluate, *arguments, "--json", scratch)
+    (entry,) = json.loads(scratch.read_text(encoding="utf-8"))["checkpoints"]
+    scratch.unlink()
+    del entry["path"]
+    return entry
+
+
+def samples(path, device):
+    """{prompt: how the model goes on}, drawn with the same seed for every model."""
+    model, checkpoint = load_checkpoint(path)
+    model.to(choose_device(device))
+    tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
+    return {
+        prompt: written(model, tokenizer, prompt, SAMPLE_TOKENS).removeprefix(prompt)
+        for prompt in PROMPTS
+    }
 
 
 def read_log(path):
-    """What a run's log says of its training: {"seconds", "epochs", "steps", "curve"}.
+    """What a run's log says of its training, a dict.
 
-    "epochs" and "steps" are those of the last training line, and the curve is a list of
-    (step, dev cross-entropy in nats per token). Damaged lines are passed over; the curve is empty
-    where no training line is left, for then nothing tells the length of an epoch.
+    "seconds", "epochs" and "steps" of the last training line; "curve": [(step, dev cross-entropy in
+    nats per token)]; "training": [(step, cross-entropy, KL or None)], at most `LOGGED_POINTS`;
+    "train_cross_entropy": the mean of the last `LAST_LINES` of it. Damaged lines are passed over;
+    the lists are empty where no training line is left, for then nothing tells the length of an
+    epoch.
     """
     found = {"seconds": 0.0, "epochs": 0.0, "steps": 0, "curve": []}
-    tokens = 0
+    tokens, training = 0, []
     for line in path.read_bytes().split(b"\n"):
         entry = read_numbers(line)
         if {"step", "epoch", "tokens", "tokens_per_second"} <= entry.keys():
@@ -231,9 +346,16 @@ def read_log(path):
                 found["seconds"] += (entry["tokens"] - tokens) / entry["tokens_per_second"]
             tokens = entry["tokens"]
             found |= {"epochs": entry["epoch"], "steps": entry["step"]}
+            if "cross_entropy" in entry:
+                training.append((entry["step"], entry["cross_entropy"], entry.get("kl")))
         elif {"step", "dev_cross_entropy"} <= entry.keys():
             found["curve"].append((entry["step"], entry["dev_cross_entropy"]))
-    return found if found["steps"] else found | {"curve": []}
+    if not found["steps"]:
+        found["curve"] = []
+    last = [cross_entropy for _, cross_entropy, _ in training[-LAST_LINES:]]
+    found["train_cross_entropy"] = statistics.fmean(last) if last else None
+    found["training"] = training[:: 1 + len(training) // LOGGED_POINTS]
+    return found
 
 
 def read_numbers(line):
@@ -251,6 +373,55 @@ def read_numbers(line):
     }
 
 
+# ---- the plan
+
+
+def print_plan(setup, seeds):
+    """Prints what each model will take, before anything is trained."""
+    shard = TokenShard(setup.data / "train.bin")
+    costs = experiment.costs(setup.recipe, len(shard.tokens), shard.words)
+    speed, how = known_speed(setup, costs, seeds)
+    rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "minutes", "disk", "memory"]]
+    for name, cost in costs.items():
+        rows.append(
+            [name, f"{cost.parameters:,}", f"{cost.epochs:.3g}", f"{cost.tokens:,}",
+             f"{cost.flops:.1e}", f"{cost.flops / speed / 60:.1f}", f"{cost.disk / 1e9:.2f} GB",
+             f"{cost.memory / 1e9:.2f} GB"]
+        )  # fmt: skip
+    print("\n".join(aligned(rows)))
+    hours = sum(cost.flops for cost in costs.values()) / speed / 3600 * len(seeds)
+    print(f"{len(seeds)} seeds: {hours:.2g} hours of training at {speed / 1e9:.3g} GFLOP/s, {how}")
+
+
+def known_speed(setup, costs, seeds):
+    """FLOP/s of the models that are trained, and a text that says so; else a guess."""
+    flops = seconds = 0
+    for seed in seeds:
+        for name, entry in setup.recipe.entries.items():
+            log = folder_of(setup, entry, seed) / "log.jsonl"
+            if log.exists() and (found := read_log(log))["steps"]:
+                share = found["epochs"] / costs[name].epochs
+                flops, seconds = flops + share * costs[name].flops, seconds + found["seconds"]
+    if seconds:
+        return flops / seconds, "as measured here so far"
+    return matmul_speed(setup.device) * GUESSED_SHARE, (
+        f"a guess: {GUESSED_SHARE:.0%} of what a product of two matrices of 1024 x 1024 reaches"
+    )
+
+
+def matmul_speed(device):
+    """FLOP/s of one product of two matrices of 1024 x 1024 in the precision of training."""
+    compute = choose_compute(device)
+    dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    a = torch.ones(1024, 1024, dtype=dtype, device=compute.device)
+    (a @ a).sum().item()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        (a @ a).sum().item()
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - start)
+
+
 # ---- the command
 
 
@@ -259,9 +430,16 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--recipe", choices=RECIPES, required=True, help="the models to train, and their options"
-    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--recipe", metavar="NAME|FILE",
+        help=f"the models to train, and their options: {', '.join(experiment.recipe_names())}, or "
+        "a JSON file like those in recipes/",
+    )  # fmt: skip
+    what.add_argument(
+        "--report", nargs="+", metavar="DIR",
+        help="train nothing: write the report of these folders, of an experiment or of runs",
+    )  # fmt: skip
     parser.add_argument(
         "--train", metavar="DIR", help="folder of training text, as for tokenize_corpus.py"
     )
@@ -273,50 +451,229 @@ def parse_arguments(argv):
         "--out", metavar="DIR", help="folder for all that is made (default: runs/RECIPE)"
     )
     parser.add_argument(
+        "--results", metavar="DIR",
+        help="folder for the results and the report alone, which are small (default: that of "
+        "--out); a model whose result is there is not trained again",
+    )  # fmt: skip
+    parser.add_argument(
         "--seeds", type=int, default=1, metavar="N",
         help="how often to train all models, each time with another seed (default: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)"
+    )
     parser.add_argument(
         "--words", type=int, metavar="N",
         help="words of training text to sample (default: the recipe's)",
     )  # fmt: skip
     parser.add_argument(
+        "--models", nargs="+", metavar="NAME",
+        help="only these models of the recipe, and those that teach them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vary", nargs="+", default=[], metavar="MODEL.OPTION=A,B",
+        help="for each value, one more model like that one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tune", action="store_true",
+        help="score on the first halves of the dev text alone, and write no report",
+    )  # fmt: skip
+    parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="save and stop after so many minutes"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="prepare the text, print the plan and stop"
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
-    if args.recipe != "demo" and not (args.train and args.dev):
-        parser.error(f"--recipe {args.recipe} needs --train DIR and --dev DIR")
-    if args.recipe == "demo" and (args.train or args.dev or args.pairs):
+    if args.seeds < 1 or args.first_seed < 0 or (args.words is not None and args.words < 1):
+        parser.error("--seeds and --words must be at least 1, --first-seed at least 0")
+    return args, parser
+
+
+def check_text(recipe, args, parser):
+    """Wrong usage ends the program: a recipe needs text, or makes its own."""
+    if recipe.corpus == "toy" and (args.train or args.dev or args.pairs):
         parser.error(
-            "--recipe demo makes its own text and pairs: leave out --train, --dev, --pairs"
+            f"--recipe {args.recipe} makes its own text and pairs: leave out --train, --dev, "
+            "--pairs"
         )
-    if args.seeds < 1 or (args.words is not None and args.words < 1):
-        parser.error("--seeds and --words must be at least 1")
-    return args
+    if recipe.corpus is None and not (args.train and args.dev):
+        parser.error(f"--recipe {args.recipe} needs --train DIR and --dev DIR")
 
 
 def main(argv=None):
     """Trains, scores and reports as the command line asks; returns the exit code."""
-    args = parse_arguments(argv)
-    experiment = RECIPES[args.recipe]
-    args.words = args.words or experiment.words
-    out = Path(args.out or f"runs/{args.recipe}")
+    args, parser = parse_arguments(argv)
+    command = "python reproduce.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    if args.report:
+        return report_folders(args, command)
+    recipe = experiment.read_experiment(args.recipe, args.vary)
+    check_text(recipe, args, parser)
+    if args.words:
+        recipe = dataclasses.replace(recipe, words=args.words)
+    out = Path(args.out or f"runs/{recipe.name}")
     deadline = None if args.stop_after is None else time.monotonic() + 60 * args.stop_after
     for folder in args.pairs:
         evaluate.read_pairs(folder)  # a mistake in them is to be known before hours of training
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     try:
-        data = prepare_data(experiment, args, out)
-        pairs = [str(out / "corpus" / "pairs")] if args.recipe == "demo" else args.pairs
-        setup = Setup(experiment, data, pairs, args.device, deadline)
-        seeds = [run_seed(setup, seed, out / f"seed-{seed}") for seed in range(args.seeds)]
+        data = prepare_data(recipe, args, out)
+        pairs = [str(out / "corpus" / "pairs")] if recipe.corpus == "toy" else args.pairs
+        if args.models:
+            recipe = recipe.only(args.models)
+        results = Path(args.results or out)
+        setup = Setup(recipe, data, pairs, out, results, args.device, deadline, args.tune)
+        print_plan(setup, seeds)
+        if args.dry_run:
+            return 0
+        found = {seed: run_seed(setup, seed) for seed in seeds}
     except Stopped as stopped:
         print("stopped before the end: the same command continues")
         return stopped.code
-    command = "python reproduce.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    lines = write_report(seeds, out, recipe=args.recipe, command=command, device=args.device)
-    print("\n" + "\n".join(lines))
+    if args.tune:
+        print("\n" + "\n".join(trial_lines(results, seeds)))
+        return 0
+    study = study_of(recipe, found, results)
+    write_json(results / "experiment.json", described_study(study))
+    print("\n" + "\n".join(write_report(study, results, command=command, device=args.device)))
     return 0
+
+
+# ---- what came out
+
+
+def trial_lines(results, seeds):
+    """Writes tuning.md, and returns its table for the screen: all trials, the best one first."""
+    found = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for seed in seeds
+        for path in sorted((results / f"seed-{seed}").glob("*.json"))
+    ]
+    rows = [["model", "seed", "dev CE", "plain", "epochs", "train CE", "minutes", "options"]]
+    for trial in sorted(found, key=lambda trial: trial["dev"]["weighted_cross_entropy"]):
+        options = " ".join(f"{key}={value}" for key, value in trial.get("options", {}).items())
+        train = trial.get("train_cross_entropy")
+        rows.append(
+            [trial["name"], str(trial.get("seed", "-")),
+             f"{trial['dev']['weighted_cross_entropy']:.4f}",
+             f"{trial['dev']['cross_entropy']:.4f}", f"{trial.get('epochs', 0):.3g}",
+             "-" if train is None else f"{train:.3f}", f"{trial.get('seconds', 0) / 60:.1f}",
+             options]
+        )  # fmt: skip
+    write_text(results / "tuning.md", "\n".join(markdown(rows)) + "\n")
+    return aligned(rows)
+
+
+def study_of(recipe, found, results):
+    """The `Study` of results {seed: {name: result}}."""
+    ensembles = recipe.ensembles()
+    title = "ensemble" if len(ensembles) == 1 else "ensemble of {}"
+    titles = {name: entry.title for name, entry in recipe.entries.items()}
+    titles |= {
+        name: title.format(", ".join(titles[member] for member in members))
+        for name, members in ensembles.items()
+    }
+    taught = {name: entry.teachers for name, entry in recipe.entries.items() if entry.teachers}
+    alone = [name for name in titles if name not in taught]
+    order = [name for name in alone if name != recipe.control] + [recipe.control, *taught]
+    models = {name: titles[name] for name in order if name in titles}
+    return Study(
+        recipe.name, recipe.about, models, taught,
+        recipe.control if recipe.control in models else None,
+        recipe.student if recipe.student in models else None, found, results,
+    )  # fmt: skip
+
+
+def described_study(study):
+    """What --report needs beside the results of the models."""
+    return {
+        key: value
+        for key, value in dataclasses.asdict(study).items()
+        if key not in ("seeds", "folder")
+    }
+
+
+def report_folders(args, command):
+    """Writes the report of each experiment's folder, or one of all runs' folders; the exit code."""
+    folders = [Path(folder) for folder in args.report]
+    experiments = [folder for folder in folders if (folder / "experiment.json").exists()]
+    for folder in experiments:
+        lines = write_report(read_study(folder), folder, command=command, device=args.device)
+        print("\n" + "\n".join(lines))
+    runs = [folder for folder in folders if (folder / "best.pt").exists()]
+    if not runs and not experiments:
+        raise UserError(f"{folders[0]} is neither the folder of an experiment nor of a run")
+    if runs:
+        study = study_of_runs(runs, args)
+        print("\n" + "\n".join(write_report(study, study.folder, command=command,
+                                             device=args.device)))  # fmt: skip
+    return 0
+
+
+def read_study(folder):
+    """The `Study` in the folder of an experiment, with all results that are there."""
+    try:
+        fields = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+        seeds = {}
+        for path in folder.glob("seed-*"):
+            results = {
+                name: json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
+                for name in fields["models"]
+                if (path / f"{name}.json").exists()
+            }
+            if results:
+                seeds[int(path.name.removeprefix("seed-"))] = results
+        return Study(**fields, seeds=dict(sorted(seeds.items())), folder=folder)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} holds no results of an experiment that can be read") from error
+
+
+def study_of_runs(folders, args):
+    """The `Study` of runs that train.py and distill.py made: their best.pt, scored on their data.
+
+    A model that has teachers is a student, and the control is the model of its shape that has none
+    and taught nobody.
+    """
+    out = Path(args.out or "runs/report")
+    results, digests, checkpoints = {}, {}, {}
+    for folder in folders:
+        checkpoint = read_checkpoint(folder / "best.pt")
+        name = folder.name
+        checkpoints[name] = checkpoint
+        digests[content_digest(checkpoint["weights"])] = name
+        path = out / "seed-0" / f"{name}.json"
+        pairs = ["--pairs", *args.pairs] if args.pairs else []
+        found = {"name": name, "preset": checkpoint["model"]["name"]}
+        found |= read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else {}
+        data = Path(checkpoint["config"]["data"])
+        losses = path.with_suffix(".losses.npz")
+        found["report"] = evaluated(
+            path, folder / "best.pt", "--data", data, "--weight-by", data / "train.bin",
+            "--losses", losses, *pairs, "--device", args.device,
+        )  # fmt: skip
+        found["samples"] = samples(folder / "best.pt", args.device)
+        write_json(path, found)
+        results[name] = found
+    teachers = {
+        name: tuple(digests[t["digest"]] for t in found["teachers"] if t["digest"] in digests)
+        for name, found in checkpoints.items()
+        if found.get("teachers")
+    }
+    teachers = {name: taught_by for name, taught_by in teachers.items() if taught_by}
+    student = next(iter(teachers), None)
+    shape = checkpoints[student]["model"]["shape"] if student else None
+    teaching = {t for taught_by in teachers.values() for t in taught_by}
+    control = next(
+        (n for n, c in checkpoints.items()
+         if n not in teachers and n not in teaching and c["model"]["shape"] == shape), None,
+    )  # fmt: skip
+    order = [n for n in results if n not in teachers] + list(teachers)
+    models = {name: name for name in order}
+    about = "best.pt of each run, on the dev text that chose it."
+    study = Study("runs", about, models, teachers, control, student, {0: results}, out)
+    write_json(out / "experiment.json", described_study(study))
+    return study
 
 
 if __name__ == "__main__":

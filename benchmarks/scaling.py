@@ -23,7 +23,7 @@ import make_toy_corpus  # noqa: E402
 import tokenize_corpus  # noqa: E402
 from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
 from data import Tokenizer, TokenShard  # noqa: E402
-from evaluate import corpus_scores, sentence_scores  # noqa: E402
+from evaluate import sentence_scores, shard_losses  # noqa: E402
 from harness.devices import autocast_for, choose_device, choose_precision  # noqa: E402
 from harness.files import run_program  # noqa: E402
 from loss import ensemble_kl  # noqa: E402
@@ -87,7 +87,7 @@ def corpus_seconds(folder, words, device):
     seconds["opening a shard"] = best_of(lambda: TokenShard(folder / "train.bin"), 5)
     shard, tokenizer = TokenShard(folder / "dev.bin"), Tokenizer.load(folder / "tokenizer.model")
     model = build_model("llama-tiny", shard.vocabulary_size).to(device).eval()
-    seconds["scoring text"] = best_of(lambda: corpus_scores(model, shard, 128), 1)
+    seconds["scoring text"] = best_of(lambda: shard_losses(model, shard, 128), 1)
     lines = (text / "train" / "stories.train").read_text(encoding="utf-8").split("\n")
     sentences = [line for line in lines if line][: words // 20]
     seconds["scoring sentences"] = best_of(lambda: sentence_scores(model, tokenizer, sentences), 1)

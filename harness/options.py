@@ -5,6 +5,8 @@ import dataclasses
 import types
 import typing
 
+from harness.files import UserError
+
 REQUIRED = dataclasses.MISSING
 
 
@@ -72,12 +74,26 @@ def defaults(config_class):
     return {f.name: None if f.default is REQUIRED else f.default for f in fields}
 
 
-def parse(config_class, description, argv=None, epilog="", check=lambda config: None):
+class Strict(argparse.ArgumentParser):
+    """A parser for options that come from elsewhere: wrong ones raise `UserError`."""
+
+    def __init__(self, **details):
+        super().__init__(**details, allow_abbrev=False, add_help=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(
+    config_class, description, argv=None, epilog="", check=lambda config: None,
+    parser_class=argparse.ArgumentParser,
+):  # fmt: skip
     """The config that the command line describes; wrong usage ends the program with exit code 2.
 
     `check(config)` returns what is wrong with options that are right one by one, or None.
+    `parser_class` may be `Strict`.
     """
-    parser = argparse.ArgumentParser(
+    parser = parser_class(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -38,6 +38,15 @@ def commit():
     return found + ("-dirty" if changed else "") if found else unknown
 
 
+def machine(device):
+    """What the numbers were measured on: the GPU's name, or the number of CPU cores."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    flags = "/proc/cpuinfo"
+    bf16 = os.path.exists(flags) and "avx512_bf16" in Path(flags).read_text()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}{', avx512_bf16' if bf16 else ''})"
+
+
 class StopSignal:
     """Within its `with`, SIGTERM and SIGINT are remembered, so that a step can be finished first.
 

@@ -20,6 +20,7 @@ from evaluate import (
     pair_scores,
     read_pairs,
     sentence_scores,
+    shard_losses,
 )
 from harness.files import UserError, run_program
 
@@ -42,13 +43,17 @@ def uniform():
     return Fixed(torch.zeros(V, V))
 
 
+def scores_of(model, shard, sequence_length):
+    return corpus_scores(shard, shard_losses(model, shard, sequence_length))
+
+
 @pytest.fixture
 def dev_shard(data_folder):
     return TokenShard(data_folder / "dev.bin")
 
 
 def test_a_uniform_models_perplexity_is_the_vocabulary_size(dev_shard):
-    scores = corpus_scores(uniform(), dev_shard, 32)
+    scores = scores_of(uniform(), dev_shard, 32)
     assert math.isclose(scores["perplexity"], V, rel_tol=1e-5)
     assert math.isclose(scores["cross_entropy"], math.log(V), rel_tol=1e-6)
     targets = len(dev_shard.tokens) - 1
@@ -63,7 +68,7 @@ def test_every_token_but_the_first_is_scored_once(dev_shard, sequence_length):
     """A model without memory gives the same total however the text is cut."""
     torch.manual_seed(0)
     model = Fixed(torch.randn(V, V))
-    got = corpus_scores(model, dev_shard, sequence_length)
+    got = scores_of(model, dev_shard, sequence_length)
     ids = torch.from_numpy(dev_shard.tokens.astype("int64"))
     losses = nn.functional.cross_entropy(model.logits[ids[:-1]], ids[1:], reduction="none")
     assert math.isclose(got["cross_entropy"], losses.mean().item(), rel_tol=1e-5)
@@ -253,7 +258,7 @@ def test_pairs_are_scored_although_the_default_text_is_of_another_tokenizer(
 
 def test_text_without_spaces_has_no_perplexity_per_word(tokenizer, tmp_path):
     write_split(tmp_path, "dev", tokenizer, {"text": "x" * 3000})
-    scores = corpus_scores(uniform(), TokenShard(tmp_path / "dev.bin"), 32)
+    scores = scores_of(uniform(), TokenShard(tmp_path / "dev.bin"), 32)
     assert scores["perplexity_per_word"] is None and scores["bits_per_byte"] > 1
 
 

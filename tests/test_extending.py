@@ -603,7 +603,8 @@ def test_an_ensemble_is_scored_with_its_weights(data_folder, tmp_path, capsys):
     torch.testing.assert_close(evaluate.Ensemble(both, [3.0, 1.0])(tokens), expected)
     arguments = ["--ensemble", *paths, "--data", str(data_folder), "--device", "cpu"]
     assert run_program(lambda: evaluate.main([*arguments, "--teacher-weights", "1", "0"])) == 0
-    alone = evaluate.corpus_scores(both[0], open_corpus(data_folder).dev, 32)
+    dev = open_corpus(data_folder).dev
+    alone = evaluate.corpus_scores(dev, evaluate.shard_losses(both[0], dev, 32))
     assert f"{alone['cross_entropy']:.4g}" in capsys.readouterr().out
     assert run_program(lambda: evaluate.main([*arguments, "--teacher-weights", "1"])) == 1
     assert "--teacher-weights: 1 given for 2 teachers" in capsys.readouterr().err

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import experiment
 import model as models
-import reproduce
 import tokenize_corpus
 from conftest import write_text
 from harness.files import run_program
@@ -43,9 +43,17 @@ def small_world(tmp_path, monkeypatch):
     for name in models.PRESETS:
         preset = dataclasses.replace(tiny[name.split("-")[0]], recipe=recipe)
         monkeypatch.setitem(models.PRESETS, name, preset)
-    for name in reproduce.RECIPES.keys() - {"demo"}:  # which has a corpus of its own
-        recipe = dataclasses.replace(reproduce.RECIPES[name], vocabulary_size=300)
-        monkeypatch.setitem(reproduce.RECIPES, name, recipe)
+    (tmp_path / "recipes").mkdir()
+    for path in experiment.FOLDER.glob("*.json"):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if "corpus" not in table:  # the demo has a corpus of its own
+            table["vocabulary_size"] = 300
+        table["options"] = {"log_every": 1}
+        kept = ("model", "like", "teachers", "title", "seed_offset")
+        for role, entry in table["models"].items():
+            table["models"][role] = {key: entry[key] for key in kept if key in entry}
+        (tmp_path / "recipes" / path.name).write_text(json.dumps(table))
+    monkeypatch.setattr(experiment, "FOLDER", tmp_path / "recipes")
     monkeypatch.setattr(tokenize_corpus, "VOCABULARY_SIZE", 300)
     monkeypatch.chdir(tmp_path)
 

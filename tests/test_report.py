@@ -1,25 +1,37 @@
 """The report: what it says and draws is what the results say, with matplotlib and without."""
 
 import copy
+import json
+import re
 import sys
 
 import pytest
 
-import report
 from harness.tables import aligned, markdown
+from report import pages, pictures
+from report.compare import Difference, write_losses
+from report.study import Study, findings, measures, verdict
 
-FOLDER = "text/blimp_filtered"
+FOLDER = "blimp_filtered"
+TITLES = {
+    "gpt2-teacher": "GPT-2 teacher",
+    "llama-teacher": "LLaMA teacher",
+    "gpt2-teacher+llama-teacher": "ensemble",
+    "control": "control (alone)",
+    "student": "student (distilled)",
+}
+ENSEMBLE = "gpt2-teacher+llama-teacher"
 CROSS_ENTROPY = {
     "gpt2-teacher": (1.5, 1.6),
     "llama-teacher": (1.6, 1.5),
-    "ensemble": (1.4, 1.45),
+    ENSEMBLE: (1.4, 1.45),
     "control": (1.7, 1.72),
     "student": (1.55, 1.55),
 }
 ACCURACY = {
     "gpt2-teacher": (0.60, 0.61),
     "llama-teacher": (0.61, 0.62),
-    "ensemble": (0.66, 0.64),
+    ENSEMBLE: (0.66, 0.64),
     "control": (0.64, 0.65),
     "student": (0.63, 0.68),
 }
@@ -35,20 +47,37 @@ def result(role, seed):
     }
     scores = {
         "parameters": 1000,
-        "cross_entropy": value,
+        "cross_entropy": value + 0.3,
+        "weighted_cross_entropy": value,
         "perplexity": 4.0,
         "per_file": {"novels": {"cross_entropy": value}, "letters": {"cross_entropy": value + 1}},
         "pairs": {FOLDER: pairs},
     }
-    if role == "ensemble":
-        return scores
-    curve = [(10, value + 5), (20, value + 0.2), (30, value + 0.1), (40, value)]
-    return scores | {"seconds": 60.0, "epochs": 4.0, "steps": 40, "curve": curve}
+    if role == ENSEMBLE:
+        return {"name": role, "report": scores}
+    curve = [[10, value + 5], [20, value + 0.2], [30, value + 0.1], [40, value]]
+    training = [[step, value, 0.5 if role == "student" else None] for step in (10, 20, 30, 40)]
+    return {
+        "name": role, "preset": "llama-58m" if role == "student" else "x", "report": scores,
+        "seconds": 60.0, "epochs": 4.0, "steps": 40, "curve": curve, "training": training,
+        "train_cross_entropy": value, "samples": {"The cat": "sat | on <b>it</b>"},
+    }  # fmt: skip
 
 
 @pytest.fixture
-def seeds():
-    return [{role: result(role, seed) for role in report.ROLES} for seed in range(2)]
+def study(tmp_path):
+    """Two seeds, with losses kept of three pieces of text in two files."""
+    seeds = {seed: {role: result(role, seed) for role in TITLES} for seed in range(2)}
+    for seed in seeds:
+        (tmp_path / f"seed-{seed}").mkdir()
+        for role, values in CROSS_ENTROPY.items():
+            write_losses(
+                tmp_path / f"seed-{seed}" / f"{role}.losses.npz",
+                [("novels", 40, 0.5), ("letters", 60, 0.5)], [values[seed]] * 60, 20,
+                shares={"novels": 0.9, "letters": 0.1},
+            )  # fmt: skip
+    teachers = {"student": ("gpt2-teacher", "llama-teacher")}
+    return Study("demo", "About.", TITLES, teachers, "control", "student", seeds, tmp_path)
 
 
 @pytest.fixture
@@ -56,98 +85,141 @@ def figure():
     return pytest.importorskip("matplotlib.figure").Figure(figsize=(6, 4))
 
 
-def write(seeds, out):
-    """Writes the report into a folder; returns its text and the lines for the screen."""
-    screen = report.write_report(seeds, out, recipe="demo", command="python x.py", device="cpu")
-    return (out / "report.md").read_text(encoding="utf-8"), "\n".join(screen)
+def write(study):
+    """Writes the report into the study's folder; returns its text and the lines for the screen."""
+    screen = pages.write_report(study, study.folder, command="python x.py", device="cpu")
+    return (study.folder / "report.md").read_text(encoding="utf-8"), "\n".join(screen)
 
 
-def test_the_report_begins_with_the_overview_and_shows_the_curves(seeds, figure, tmp_path):
-    text, screen = write(seeds, tmp_path)
-    heading, _, picture = text.split("\n")[:3]
-    assert heading == "# Recipe demo, 2 seeds" and "(overview.png)" in picture
-    assert "(curves.png)" in text and "```" not in text
-    for name in ("overview.png", "curves.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+def one_seed(study):
+    return Study(**(vars(study) | {"seeds": {0: study.seeds[0]}}))
+
+
+def test_the_report_begins_with_what_came_out_and_shows_the_curves(study, figure):
+    text, screen = write(study)
+    assert text.startswith("# Recipe demo, 2 seeds\n\nAbout.\n\n- The ensemble is +0.285")
+    assert "```" not in text
+    for name in ("overview", "curves", "training", f"fields-{FOLDER}"):
+        assert f"({name}.png)" in text
+        assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "`python x.py`, commit " in text and "torch" in text
-    assert "| student (distilled) | 1,000 | 1.550 ± 0.000 |" in text
-    assert "student (distilled)" in screen and str(tmp_path / "report.md") in screen
+    row = next(line for line in text.split("\n") if line.startswith("| student (distilled) | 1,"))
+    assert "| 1.550 ± 0.000 | 1.850 ± 0.000 |" in row and row.endswith("| 67.6 to 69.8 |")
+    assert "student (distilled)" in screen and str(study.folder / "report.md") in screen
 
 
-def test_without_matplotlib_the_curves_are_text(seeds, monkeypatch, tmp_path):
+def test_the_page_needs_nothing_else_and_escapes_what_models_wrote(study, figure):
+    write(study)
+    page = (study.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 4
+    assert not re.search(r"https?://|<script|<link", page)
+    assert "sat / on &lt;b&gt;it&lt;/b&gt;" in page
+
+
+def test_the_json_holds_every_value_and_difference(study):
+    write(study)
+    found = json.loads((study.folder / "report.json").read_text(encoding="utf-8"))
+    assert found["models"]["student"]["seeds"]["1"]["weighted_cross_entropy"] == 1.55
+    first = found["differences"][0]
+    assert (first["one"], first["other"]) == ("student", "control")
+    assert first["per_seed"] == pytest.approx([-0.15, -0.17])
+
+
+def test_without_matplotlib_the_curves_are_text(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text, _ = write(seeds, tmp_path)
-    assert ".png" not in text and not list(tmp_path.glob("*.png"))
+    text, _ = write(study)
+    assert ".png" not in text and not list(study.folder.glob("*.png"))
     chart = text.split("```")[1]
     drawing, axis = chart.split("\n          0 ")
     # Epochs 2, 3 and 4. The teachers' means are the student's, which is drawn over them.
-    assert [drawing.count(letter) for letter in "GLcs"] == [0, 0, 3, 3]
+    assert [drawing.count(letter) for letter in "ABCD"] == [0, 0, 3, 3]
     assert axis.split()[:2] == ["4", "epochs"]
-    for role in report.ROLES:
-        assert (report.ROLES[role] in chart) == (role != "ensemble")
+    for role, title in TITLES.items():
+        assert (title in chart) == (role != ENSEMBLE)
 
 
-def test_sub_corpora_and_fields_have_tables_of_their_own(seeds, tmp_path):
-    text, _ = write(seeds, tmp_path)
+def test_sub_corpora_and_fields_have_tables_of_their_own(study):
+    text, _ = write(study)
     assert "| novels | 1.550 ± 0.071 |" in text and "| letters | 2.550 ± 0.071 |" in text
-    assert "| blimp_filtered, by field (%) |" in text and "| island | 60.5 ± 0.7 |" in text
+    assert f"## Minimal pairs of {FOLDER}, by field" in text and "| island | 60.5 ± 0.7 |" in text
 
 
-def test_findings_count_the_seeds_in_which_a_model_is_better(seeds):
-    lines = report.findings(seeds)
-    assert "- dev cross-entropy: the student beats the control (alone) in 2 of 2 seeds" in lines
-    assert "- dev cross-entropy: the student beats the GPT-2 teacher in 1 of 2 seeds" in lines
-    assert "- dev cross-entropy: the student beats the ensemble of both in 0 of 2 seeds" in lines
-    pairs = "- minimal pairs of blimp_filtered (mean over files): the"
-    assert f"{pairs} student beats the control (alone) in 1 of 2 seeds" in lines
-    assert f"{pairs} ensemble beats the control in 1 of 2 seeds" in lines
-    seeds[0]["student"], seeds[0]["control"] = seeds[0]["control"], seeds[0]["student"]
-    lines = report.findings(seeds)
-    assert "- dev cross-entropy: the student beats the control (alone) in 1 of 2 seeds" in lines
-    assert f"{pairs} student beats the control (alone) in 2 of 2 seeds" in lines
+def test_lead_and_gap_add_up(study):
+    text, _ = write(study)
+    m = "\N{MINUS SIGN}"
+    assert f"| student (distilled) | 0 | +0.300 | +0.150 | {m}0.150 |" in text
+    assert f"| student (distilled) | 1 | +0.270 | +0.100 | {m}0.170 |" in text
 
 
-def test_the_arrow_goes_from_the_twins_mean_to_the_students_and_says_how_far(seeds, figure):
-    report.paint_overview(figure, seeds, report.measures(seeds))
+def test_findings_count_the_seeds_in_which_a_model_is_better(study):
+    lines = findings(study)
+    assert "is +0.285 ± 0.021 nats per token ahead of the control" in lines[0]
+    assert "over 2 seeds" in lines[1] and lines[1].endswith("blocks of text: **HOLDS**.")
+    assert (
+        "dev cross-entropy: the student (distilled) beats the control (alone) in 2 of 2, "
+        "the GPT-2 teacher in 1 of 2, the LLaMA teacher in 1 of 2 seeds."
+    ) in lines
+    assert f"minimal pairs of {FOLDER} (mean over files): the student (distilled) beats the " \
+        "control (alone) in 1 of 2" in lines[-1]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "per_seed, over_seeds, over_text, expected",
+    [
+        ([-0.03, -0.02], (-0.04, -0.01), (-0.03, -0.02), "HOLDS"),
+        ([-0.02, -0.01], (-0.04, -0.01), (-0.03, -0.02), "UNDECIDED"),  # too small
+        ([-0.08, 0.01], (-0.07, -0.01), (-0.03, -0.02), "UNDECIDED"),  # not with every seed
+        ([-0.03, -0.02], (-0.04, 0.01), (-0.03, -0.02), "UNDECIDED"),
+        ([-0.03, -0.02], (-0.04, -0.01), (-0.03, 0.02), "UNDECIDED"),
+        ([0.03, 0.02], (0.01, 0.04), (0.01, 0.04), "REVERSED"),
+        ([0.03, 0.02], (-0.01, 0.04), (0.01, 0.04), "UNDECIDED"),
+        ([-0.9], None, (-1.0, -0.8), "UNDECIDED (one seed)"),
+    ],
+)
+def test_the_verdict_follows_the_rules(per_seed, over_seeds, over_text, expected):
+    mean = sum(per_seed) / len(per_seed)
+    assert verdict(Difference(per_seed, mean, over_seeds, over_text)) == expected
+
+
+def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(study, figure):
+    names = pictures.overview_order(study)
+    assert names[-2:] == ["control", "student"]
+    pictures.paint_overview(figure, study, names, measures(study))
     labels = ("\N{MINUS SIGN}0.160 ± 0.014 nats", "+1.0 ± 2.8 points")
     for axes, label, ends in zip(figure.axes, labels, ((1.71, 1.55), (64.5, 65.5))):
         arrow = next(text for text in axes.texts if text.arrow_patch)
         assert (arrow.xyann[0], arrow.xy[0]) == pytest.approx(ends)
         assert label in [text.get_text() for text in axes.texts]
     assert [axes.get_title() for axes in figure.axes] == [
-        "student beats its twin in 2 of 2 seeds",
-        "student beats its twin in 1 of 2 seeds",
+        "student beats its control in 2 of 2 seeds",
+        "student beats its control in 1 of 2 seeds",
     ]
-
-
-def test_the_overview_has_a_panel_for_pairs_only_where_there_are_some(seeds, figure, monkeypatch):
-    for seed in seeds:
-        for role in seed:
-            seed[role]["pairs"] = {}
-    monkeypatch.setattr(report, "draw", lambda path, width, height, paint: paint(figure))
-    report.draw_overview(seeds, "overview.png")
-    assert [axes.get_xlabel() for axes in figure.axes] == [
-        "dev cross-entropy\n(nats per token, lower is better)"
-    ]
-
-
-def test_the_axis_of_the_overview_is_no_wider_than_its_values_need(seeds, figure):
-    report.paint_overview(figure, seeds, report.measures(seeds))
     low, high = figure.axes[0].get_xlim()
     assert 1.3 < low < 1.4 and 1.72 < high < 1.85
 
 
-def test_a_single_seed_has_no_spread(seeds, figure, tmp_path):
-    text, _ = write(seeds[:1], tmp_path)
-    assert text.startswith("# Recipe demo, 1 seed\n") and "±" not in text
-    report.paint_overview(figure, seeds[:1], report.measures(seeds))
-    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert "\N{MINUS SIGN}0.150 nats" in texts and not any("±" in text for text in texts)
+def test_pairs_are_left_out_where_some_model_has_none(study):
+    study.seeds[1]["student"]["report"]["pairs"] = {}
+    assert [m.name for m in measures(study)] == ["dev cross-entropy"]
+    assert FOLDER not in write(study)[0]
 
 
-def test_a_curve_is_the_mean_over_seeds_by_epochs(seeds):
-    seeds[1]["student"]["curve"] = [(10, 4.55), (20, 1.75), (40, 1.65)]  # a line was damaged
-    curves = report.learning_curves(seeds)
+def test_a_single_seed_has_no_spread(study, figure):
+    text, _ = write(one_seed(study))
+    assert text.startswith("# Recipe demo, 1 seed\n") and "0.150 ±" not in text
+    assert "UNDECIDED (one seed)" in text
+
+
+def test_a_model_that_some_seeds_lack_is_compared_in_the_others(study):
+    del study.seeds[0]["student"]
+    text, _ = write(study)
+    assert "beats the control (alone) in 1 of 1" in text
+    assert "| student (distilled) | 1,000 | 4.0 | 60 | 1.550 | 1.550 |" in text
+
+
+def test_a_curve_is_the_mean_over_seeds_by_epochs(study):
+    study.seeds[1]["student"]["curve"] = [[10, 4.55], [20, 1.75], [40, 1.65]]  # a damaged line
+    curves = pictures.learning_curves(study)
     assert list(curves) == ["gpt2-teacher", "llama-teacher", "control", "student"]
     mean, singles = curves["student"]
     assert [epoch for epoch, _ in mean] == [1, 2, 4]
@@ -155,8 +227,8 @@ def test_a_curve_is_the_mean_over_seeds_by_epochs(seeds):
     assert singles[0][2] == (3, pytest.approx(1.65)) and singles[1][-1] == (4, 1.65)
 
 
-def test_curves_are_drawn_over_epochs_without_their_steep_start(seeds, figure):
-    report.paint_curves(figure, report.learning_curves(seeds))
+def test_curves_are_drawn_over_epochs_without_their_steep_start(study, figure):
+    pictures.paint_curves(figure, study, pictures.learning_curves(study))
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["student (distilled)"].get_xdata()[-1] == 4
@@ -167,19 +239,25 @@ def test_curves_are_drawn_over_epochs_without_their_steep_start(seeds, figure):
     assert 1.4 < low < 1.5 and 1.92 < high < 2.0
 
 
-def test_logs_without_curves_do_not_stop_the_report(seeds, monkeypatch, tmp_path):
-    bare = copy.deepcopy(seeds)
-    for role in CROSS_ENTROPY.keys() - {"ensemble"}:
-        bare[0][role] |= {"curve": [], "epochs": 0.0, "steps": 0}
-    assert "| student (distilled) |" in write(bare, tmp_path)[0]
+def test_cross_entropy_and_kl_are_drawn_apart(study, figure):
+    pictures.paint_training(figure, study, pictures.training_curves(study))
+    assert [len(axes.lines) for axes in figure.axes] == [4, 1]
+    assert list(figure.axes[1].lines[0].get_ydata()) == [0.5] * 4
+
+
+def test_logs_without_curves_do_not_stop_the_report(study, monkeypatch):
+    bare = copy.deepcopy(study)
+    for role in CROSS_ENTROPY.keys() - {ENSEMBLE}:
+        bare.seeds[0][role] |= {"curve": [], "epochs": 0.0, "steps": 0, "training": []}
+    assert "| student (distilled) |" in write(bare)[0]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "no learning curves" in write(bare, tmp_path)[0]
+    assert "no learning curves" in write(bare)[0]
 
 
-def test_one_value_for_all_can_be_drawn(seeds, tmp_path):
+def test_one_value_for_all_can_be_drawn(study, figure):
     curves = {"student": ([(0.5, 2.0)], [[(0.5, 2.0)]])}
-    assert any("s" in line for line in report.text_chart(curves)[:16])
-    report.draw_curves(curves, tmp_path / "curves.png")
+    assert any("A" in line for line in pictures.text_chart(study, curves)[:16])
+    pictures.paint_curves(figure, study, curves)
 
 
 def test_rows_become_aligned_columns_or_markdown():
@@ -188,7 +266,7 @@ def test_rows_become_aligned_columns_or_markdown():
     assert markdown(rows)[:3] == ["| model | score |", "|---|---|", "| a | 10.5 |"]
 
 
-def test_a_curve_that_rises_in_its_second_half_is_drawn():
+def test_a_curve_that_rises_in_its_second_half_is_drawn(study):
     """As that of a teacher that overfits."""
     curves = {"gpt2-teacher": ([(1, 3.0), (2, 1.0), (3, 1.5), (4, 2.0)], [])}
-    assert any("G" in line for line in report.text_chart(curves))
+    assert any("A" in line for line in pictures.text_chart(study, curves))

@@ -1,4 +1,4 @@
-"""The whole recipe on a sliver of text: it ends with a report, resumes, says what it measured."""
+"""The whole experiment on a sliver of text: it ends with a report, resumes, repeats nothing."""
 
 import json
 from itertools import pairwise
@@ -9,74 +9,194 @@ import make_toy_corpus
 import reproduce
 from conftest import interrupt_after, write_text
 from harness.files import run_program
-from model import PRESETS
-from reproduce import RECIPES, Experiment, read_log, sample_lines
+from reproduce import halves, read_log, sample_lines, write_dev_halves
+
+OPTIONS = {"steps": 4, "batch_size": 4, "sequence_length": 32, "eval_sequences": 8, "log_every": 2}
+MODELS = {
+    "gpt2-teacher": {"title": "GPT-2 teacher", "model": "gpt2-tiny"},
+    "llama-teacher": {"title": "LLaMA teacher", "model": "llama-tiny"},
+    "control": {"title": "control (alone)", "model": "llama-tiny-student"},
+    "student": {
+        "like": "control",
+        "title": "student",
+        "teachers": ["gpt2-teacher", "llama-teacher"],
+    },
+}
 
 
 @pytest.fixture
-def short_recipe(monkeypatch):
-    """The demo's recipe with models, steps and minimal pairs for a test."""
-    experiment = Experiment(
-        ("gpt2-tiny", "llama-tiny"), "llama-tiny-student", 400, words=1500,
-        options=("--steps", "4", "--batch-size", "4", "--sequence-length", "32",
-                 "--eval-sequences", "8", "--log-every", "2"),
-    )  # fmt: skip
-    for name in ("demo", "small"):
-        monkeypatch.setitem(RECIPES, name, experiment)
+def recipe(monkeypatch, tmp_path):
+    """`recipe(**changes)` writes a recipe with models, steps and pairs for a test; its path."""
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
+    # The page and the pictures are for test_report.py.
+    monkeypatch.setattr("report.pages.picture", lambda *_: None)
+    monkeypatch.setattr("report.pages.overview", lambda *_: None)
+
+    def write(**changes):
+        table = {"vocabulary_size": 400, "options": OPTIONS, "models": MODELS}
+        table |= {"control": "control", "student": "student", **changes}
+        path = tmp_path / "short.json"
+        path.write_text(json.dumps(table))
+        return str(path)
+
+    return write
 
 
-def test_the_demo_ends_with_a_report_and_is_not_done_twice(short_recipe, tmp_path, capsys):
-    out = tmp_path / "demo"
-    arguments = ["--recipe", "demo", "--out", str(out), "--seeds", "2", "--device", "cpu"]
-    assert run_program(lambda: reproduce.main(arguments)) == 0
+def run(*arguments):
+    return run_program(lambda: reproduce.main([*map(str, arguments), "--device", "cpu"]))
+
+
+def trained(out):
+    return {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
+
+
+def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path, capsys):
+    out = tmp_path / "toy"
+    arguments = ["--recipe", recipe(corpus="toy", words=1500), "--out", out, "--seeds", "2"]
+    assert run(*arguments) == 0
     printed = capsys.readouterr().out
     for command in ("make_toy_corpus.py", "tokenize_corpus.py", "train.py", "distill.py"):
         assert f"$ python {command}" in printed
+    assert "FLOPs" in printed and "hours of training at" in printed
     report = (out / "report.md").read_text()
-    for role in ("GPT-2 teacher", "LLaMA teacher", "ensemble of both", "control", "student"):
-        assert role in report and role in printed
-    assert "±" in report and "of 2 seeds" in report
+    for title in ("GPT-2 teacher", "LLaMA teacher", "ensemble", "control (alone)", "student"):
+        assert title in report and title in printed
+    assert ("±" in report and "in 2 of 2" in report) or "of 2 seeds" in report
     # The numbers are those of the evaluation, not of anything else.
-    scores = [
-        json.loads((out / f"seed-{seed}/scores.json").read_text())["checkpoints"]
-        for seed in range(2)
-    ]
-    mean = sum(s[3]["perplexity"] for s in scores) / 2
+    results = [json.loads((out / f"seed-{s}/student.json").read_text()) for s in range(2)]
+    mean = sum(r["report"]["weighted_cross_entropy"] for r in results) / 2
     row = next(line for line in report.split("\n") if line.startswith("| student"))
-    assert f"{mean:.2f} ±" in row
-    won = sum(s[3]["cross_entropy"] < s[2]["cross_entropy"] for s in scores)
-    assert f"dev cross-entropy: the student beats the control (alone) in {won} of 2 seeds" in report
-    written = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
-    assert run_program(lambda: reproduce.main(arguments)) == 0
-    assert written == {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
+    assert f"{mean:.3f} ±" in row
+    assert results[0]["samples"].keys() == set(reproduce.PROMPTS)
+    before = trained(out)
+    assert run(*arguments) == 0
+    assert before == trained(out)
+    # The report alone, from the results alone.
+    (out / "report.md").unlink()
+    capsys.readouterr()
+    assert run("--report", out) == 0
+    assert (
+        row in (out / "report.md").read_text() and "$ python train" not in capsys.readouterr().out
+    )
 
 
-def test_a_given_corpus_is_sampled_and_resumed(short_recipe, tmp_path, monkeypatch, capsys):
+def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, capsys):
+    path = recipe(corpus="toy", words=1500)
+    kept = tmp_path / "kept"
+    assert run("--recipe", path, "--out", tmp_path / "a", "--results", kept) == 0
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 0
+    assert not trained(tmp_path / "b") and (kept / "report.html").exists()
+    # One student more needs its teachers again, and nothing else.
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept,
+               "--vary", "student.alpha=0.25") == 0  # fmt: skip
+    assert {p.parent.name for p in trained(tmp_path / "b")} == {
+        "gpt2-teacher", "llama-teacher", "student.alpha=0.25",
+    }  # fmt: skip
+    assert "student.alpha=0.25" in (kept / "report.md").read_text()
+    # A result of other options is refused, and not mixed in.
+    changed = recipe(corpus="toy", words=1500, options=OPTIONS | {"steps": 5})
+    capsys.readouterr()
+    assert run("--recipe", changed, "--out", tmp_path / "b", "--results", kept) == 1
+    assert "(options differ): choose another --out" in capsys.readouterr().err
+
+
+def test_tuning_never_reads_what_is_reported(recipe, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["--recipe", recipe(corpus="toy", words=1500), "--out", out, "--tune"]
+    arguments += ["--first-seed", "100", "--models", "control", "control.learning_rate=0.01"]
+    arguments += ["--vary", "control.learning_rate=0.01,0.02"]
+    scored = []
+    evaluated = reproduce.evaluated
+
+    def spy(path, *options):
+        scored.append([str(o) for o in options])
+        return evaluated(path, *options)
+
+    monkeypatch.setattr(reproduce, "evaluated", spy)
+    assert run(*arguments) == 0
+    assert len(scored) == 2 and not any("report" in " ".join(options) for options in scored)
+    table = (out / "tuning.md").read_text()
+    assert "control.learning_rate=0.01 | 100 |" in table and "=0.02" not in table
+    assert not (out / "report.md").exists()
+
+
+def test_a_seed_can_be_anothers(recipe, tmp_path):
+    models = {
+        "control": MODELS["control"],
+        "twin": {"like": "control", "seed_offset": 7},
+        "student": {"like": "control", "teachers": ["twin"]},
+    }
+    out = tmp_path / "out"
+    assert run("--recipe", recipe(corpus="toy", words=1500, models=models), "--out", out) == 0
+    seeds = {n: json.loads((out / f"seed-0/{n}.json").read_text())["seed"] for n in models}
+    assert seeds == {"control": 0, "twin": 7, "student": 0}
+
+
+def test_runs_of_other_commands_can_be_reported(recipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--recipe", recipe(corpus="toy", words=1500), "--out", out) == 0
+    folders = [out / "seed-0" / name for name in MODELS]
+    assert run("--report", *folders, "--out", tmp_path / "table") == 0
+    text = (tmp_path / "table/report.md").read_text()
+    assert "student minus control:" in text and "| gpt2-teacher |" in text
+    assert run("--report", tmp_path, "--out", tmp_path / "table") == 1
+    assert "neither the folder of an experiment nor of a run" in capsys.readouterr().err
+
+
+def test_a_given_corpus_is_sampled_and_resumed(recipe, tmp_path, monkeypatch, capsys):
     for split in ("train", "dev"):
         (tmp_path / split).mkdir()
         text = write_text(6000, seed=len(split))
         (tmp_path / split / f"qed.{split}").write_text(text)
-    arguments = ["--recipe", "small", "--train", str(tmp_path / "train"), "--device", "cpu"]
-    arguments += ["--dev", str(tmp_path / "dev"), "--out", str(tmp_path / "out")]
-    arguments += ["--words", "3000"]
-    for options in (["--stop-after", "0"], ["--stop-after", "1e-9"]):
-        assert run_program(lambda o=options: reproduce.main([*arguments, *o])) == 0
-        assert "the same command continues" in capsys.readouterr().out
+    out = tmp_path / "out"
+    arguments = ["--recipe", recipe(words=3000, dev_words=1500), "--out", out]
+    arguments += ["--train", tmp_path / "train", "--dev", tmp_path / "dev"]
+    assert run(*arguments, "--dry-run") == 0
+    assert not trained(out)
+    assert run(*arguments, "--stop-after", "0") == 0
+    assert "the same command continues" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
-        assert run_program(lambda: reproduce.main(arguments)) == 143
-    assert "stopped after step 2 of 4" in capsys.readouterr().out
-    assert not (tmp_path / "out/report.md").exists()
-    assert run_program(lambda: reproduce.main(arguments)) == 0
-    words = len((tmp_path / "out/corpus/train/qed.train").read_text().split())
-    assert 2000 < words < 4000
-    assert "| student" in (tmp_path / "out/report.md").read_text()
-    assert run_program(lambda: reproduce.main([*arguments[:-1], "2000"])) == 1
+        assert run(*arguments) == 143
+    assert "stopped after step" in capsys.readouterr().out
+    assert not (out / "report.md").exists()
+    assert run(*arguments) == 0
+    words = [
+        len((out / "corpus" / name).read_text().split())
+        for name in ("train/qed.train", "dev-A/qed.dev", "dev-B/qed.dev")
+    ]
+    assert 2000 < words[0] < 4000 and 1000 < words[1] < 2000 and 1000 < words[2] < 2000
+    assert "| student" in (out / "report.md").read_text()
+    assert run(*arguments, "--words", "2000") == 1
     assert "choose another --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["small"], ["demo", "--train", "text"], ["tiny"]])
+def test_halves_share_no_line_and_are_alike_in_words(tmp_path):
+    text = "\n".join(f"{i} " * (i % 7) for i in range(200))
+    first, second = halves(text)
+    assert first + "\n" + second == text
+    assert abs(len(first.split()) - len(second.split())) < 8
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/a.dev").write_text(text)
+    write_dev_halves(tmp_path / "dev", [tmp_path / "A", tmp_path / "B"])
+    assert (tmp_path / "A/a.dev").read_text() == first
+    assert (tmp_path / "B/a.dev").read_text() == second
+
+
+def test_a_sample_of_dev_has_the_shares_of_the_training_text(tmp_path):
+    for folder, sizes in (("train", (9000, 1000)), ("dev", (20_000, 20_000))):
+        (tmp_path / folder).mkdir()
+        for name, words in zip(("a", "b"), sizes):
+            text = "".join("one two three four\n" for _ in range(words // 4))
+            (tmp_path / folder / f"{name}.txt").write_text(text)
+    targets = [tmp_path / "A", tmp_path / "B"]
+    write_dev_halves(tmp_path / "dev", targets, 5000, tmp_path / "train")
+    for target in targets:
+        counts = [len((target / f"{name}.txt").read_text().split()) for name in "ab"]
+        assert 4000 <= counts[0] <= 4500 and 200 <= counts[1] <= 500
+
+
+@pytest.mark.parametrize("arguments", [["paper"], ["demo", "--train", "text"]])
 def test_wrong_usage_exits_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["--recipe", *arguments])
@@ -84,14 +204,9 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 def test_pairs_are_read_before_anything_is_trained(tmp_path, capsys):
-    arguments = ["--recipe", "small", "--train", "a", "--dev", "b", "--pairs", str(tmp_path)]
+    arguments = ["--recipe", "paper", "--train", "a", "--dev", "b", "--pairs", str(tmp_path)]
     assert run_program(lambda: reproduce.main(arguments)) == 1
     assert "minimal pairs" in capsys.readouterr().err
-
-
-def test_recipes_name_presets_that_exist():
-    for recipe in RECIPES.values():
-        assert {*recipe.teachers, recipe.student} <= set(PRESETS)
 
 
 def test_a_sample_is_made_of_runs_of_lines_from_all_over():
@@ -107,6 +222,7 @@ def test_a_sample_is_made_of_runs_of_lines_from_all_over():
 def training_line(step):
     """A log line of training with 5 steps an epoch, 8 tokens a step and 4 tokens a second."""
     entry = {"step": step, "epoch": step / 5, "tokens": 8 * step, "tokens_per_second": 4.0}
+    entry["cross_entropy"] = 5 - step / 10
     return json.dumps(entry).encode()
 
 
@@ -116,6 +232,7 @@ def test_a_log_tells_seconds_epochs_and_the_curve(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
     assert read_log(tmp_path / "log.jsonl") == {
         "seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5), (10, 3.25)],
+        "training": [(5, 4.5, None), (10, 4.0, None)], "train_cross_entropy": 4.25,
     }  # fmt: skip
 
 
@@ -130,6 +247,7 @@ def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
     lines = [line for good in whole for line in (*damage, good)]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines + damage))
     expected = {"seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5)]}
-    assert read_log(tmp_path / "log.jsonl") == expected
+    found = read_log(tmp_path / "log.jsonl")
+    assert {key: found[key] for key in expected} == expected
     (tmp_path / "log.jsonl").write_bytes(whole[1])
     assert read_log(tmp_path / "log.jsonl")["curve"] == []  # nothing tells the length of an epoch

@@ -1,0 +1,270 @@
+"""A recipe of a reproduction: which models are trained, on what, with which options.
+
+A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py --recipe` takes:
+
+    about              what it is for
+    corpus             "toy": the invented corpus; without it --train and --dev name folders
+    vocabulary_size    pieces of the tokenizer
+    words, dev_words   of training text, and of each half of the dev text, to sample; else all
+    scored             the checkpoint that is scored: best.pt (default) or checkpoint.pt, the last
+    options            options of train.py and distill.py for all models
+    models             {name: entry}, in the order of training
+    control, student   the names of the two that the report compares first
+
+An entry has the options of its run, with underscores (`weight_decay`), and besides them `model`
+(a preset), `teachers` (names of entries above it: then it is distilled), `like` (an entry above it,
+from which it takes everything that it does not say itself), `title` (for tables) and `seed_offset`
+(added to the seed, for a model that differs from another in nothing but its seed).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+import model as models
+from data import count_chunks
+from distill import DistillConfig, check_cache
+from harness.files import UserError
+from harness.options import Strict, parse
+from harness.plan import plan_run
+from train import TrainConfig
+
+FOLDER = Path(__file__).parent / "recipes"
+FIELDS = {
+    "about": str, "corpus": str, "vocabulary_size": int, "words": int, "dev_words": int,
+    "scored": str, "options": dict, "models": dict, "control": str, "student": str,
+}  # fmt: skip
+OURS = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One model of a recipe; `options` are complete, those of all models among them."""
+
+    name: str
+    title: str
+    preset: str
+    teachers: tuple[str, ...]
+    seed_offset: int
+    options: dict
+
+    def config(self):
+        """The config of its run, with the preset's recipe, and without what a run adds to it."""
+        arguments = self.arguments()
+        if self.teachers:
+            arguments += ["--teachers", *self.teachers]
+            config = parse(DistillConfig, "", arguments, check=check_cache, parser_class=Strict)
+        else:
+            config = parse(TrainConfig, "", arguments, parser_class=Strict)
+        return models.with_recipe(config)
+
+    def arguments(self):
+        """Its options as train.py or distill.py take them, but for the teachers."""
+        arguments = ["--model", self.preset]
+        for name, value in self.options.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                arguments += [flag if value else flag.replace("--", "--no-", 1)]
+            else:
+                arguments += [flag, *map(str, value if isinstance(value, list) else [value])]
+        return arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A recipe that was read; `entries` is {name: Entry}, in the order of training."""
+
+    name: str
+    entries: dict
+    control: str
+    student: str
+    vocabulary_size: int = models.VOCABULARY_SIZE
+    corpus: str | None = None
+    words: int | None = None
+    dev_words: int | None = None
+    scored: str = "best.pt"
+    about: str = ""
+
+    def ensembles(self):
+        """{name: members} of the teachers that teach together, each set once."""
+        together = {e.teachers for e in self.entries.values() if len(e.teachers) > 1}
+        return {ensemble_name(teachers): teachers for teachers in sorted(together)}
+
+    def only(self, names):
+        """The experiment with these models, and whom they learn from, alone."""
+        if unknown := set(names) - set(self.entries):
+            raise UserError(
+                f"no model of recipe {self.name} is called {sorted(unknown)[0]}: choose from "
+                f"{', '.join(self.entries)}"
+            )
+        wanted = set(names) | {t for name in names for t in self.entries[name].teachers}
+        while more := {t for name in wanted for t in self.entries[name].teachers} - wanted:
+            wanted |= more
+        entries = {name: e for name, e in self.entries.items() if name in wanted}
+        return dataclasses.replace(self, entries=entries)
+
+
+def ensemble_name(teachers):
+    """What the ensemble of these teachers is called."""
+    return "+".join(teachers)
+
+
+def recipe_names():
+    """The names of the recipes that come with the project."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read_experiment(recipe, vary=()):
+    """The `Experiment` of a recipe: a name from `recipe_names`, or the path of a JSON file.
+
+    `vary` are texts "MODEL.OPTION=a,b,c": for each value, one more model like that one. Raises
+    `UserError` for what is not a recipe, or has an option that the programs do not have.
+    """
+    path = FOLDER / f"{recipe}.json" if recipe in recipe_names() else Path(recipe)
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--recipe {recipe}: {error.strerror}: choose {', '.join(recipe_names())} or give a "
+            "JSON file such as those in recipes/"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    try:
+        return _experiment(path.stem, table, vary)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _experiment(name, table, vary):
+    if not isinstance(table, dict) or not isinstance(table.get("models"), dict):
+        raise UserError('a recipe is a JSON object with "models"')
+    for key, value in table.items():
+        if key not in FIELDS:
+            raise UserError(f"a recipe has no {key!r}: choose from {', '.join(FIELDS)}")
+        if type(value) is not FIELDS[key]:
+            raise UserError(f"{key} cannot be {value!r}")
+    known = dict(table["models"])
+    for text in vary:
+        known |= _variations(known, text)
+    entries = {}
+    for key, entry in known.items():
+        entries[key] = _entry(key, entry, known, entries, table.get("options", {}))
+    found = {key: table[key] for key in FIELDS if key in table and key not in ("options", "models")}
+    for key in ("control", "student"):
+        if found.get(key) not in entries:
+            raise UserError(f'"{key}" must be the name of a model')
+    if not entries[found["student"]].teachers:
+        raise UserError("the student has no teachers")
+    if found.get("scored", "best.pt") not in ("best.pt", "checkpoint.pt"):
+        raise UserError('"scored" must be best.pt or checkpoint.pt')
+    if found.get("corpus", "toy") != "toy":
+        raise UserError('"corpus" can only be toy: other text is given by --train and --dev')
+    return Experiment(name, entries, **found)
+
+
+def _variations(known, text):
+    """{name: entry} of one --vary."""
+    place, _, values = text.partition("=")
+    role, _, option = place.rpartition(".")
+    if role not in known or not option or not values:
+        raise UserError(f"--vary {text}: give MODEL.OPTION=a,b,c with one of {', '.join(known)}")
+    return {
+        f"{role}.{option}={value}": {"like": role, option.replace("-", "_"): _value(value)}
+        for value in values.split(",")
+    }
+
+
+def _value(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _entry(name, entry, known, entries, shared):
+    """The `Entry` of a table's model; `entries` are those above it."""
+    merged = _merged(name, known, {name})
+    title = entry.get("title", name) if isinstance(entry, dict) else name
+    for key in ("like", "title"):
+        merged.pop(key, None)
+    preset, teachers = merged.pop("model", None), merged.pop("teachers", [])
+    offset = merged.pop("seed_offset", 0)
+    if not name.strip() or name != Path(name).name or name.startswith(".") or "+" in name:
+        raise UserError(f"{name!r} cannot be the name of a model, for it names a folder")
+    if not isinstance(teachers, list) or not set(map(str, teachers)) <= set(entries):
+        raise UserError(f"{name}: its teachers must be models above it in the table")
+    if type(offset) is not int or offset < 0 or not isinstance(title, str):
+        raise UserError(f"{name}: seed_offset must be a whole number, title a text")
+    options = {**shared, **merged}
+    if wrong := OURS & set(options):
+        raise UserError(f"{name}: {sorted(wrong)[0]} is not for a recipe to say")
+    found = Entry(name, title, preset, tuple(teachers), offset, options)
+    try:
+        found.config()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return found
+
+
+def _merged(name, known, seen):
+    """A table's model with what it takes from those that it is like."""
+    entry = known.get(name)
+    if not isinstance(entry, dict):
+        raise UserError(f"{name}: a model is an object, {{option: value}}")
+    like = entry.get("like")
+    if like is None:
+        return dict(entry)
+    if like not in known or like in seen:
+        raise UserError(f"{name}: it cannot be like {like}")
+    return {**_merged(like, known, seen | {like}), **entry}
+
+
+# ---- the arithmetic, before anything is trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a model will take."""
+
+    parameters: int
+    epochs: float
+    tokens: int  # trained on
+    flops: float
+    disk: int  # bytes of its folder
+    memory: int  # bytes of weights, moments, gradients and of its teachers, without activations
+
+
+def costs(experiment, num_tokens, words):
+    """{name: Cost} of a recipe's models on a training text of so many tokens and words.
+
+    A pass over a token costs 6 FLOPs for each parameter that it meets in training (all but the
+    embeddings), and 2 in a teacher (Kaplan et al., arXiv 2001.08361); a cached teacher is run once.
+    """
+    found, met = {}, {}
+    for name, entry in experiment.entries.items():
+        config = entry.config()
+        changes = models.parse_shape(config.shape)
+        if config.dropout is not None:
+            changes |= {"dropout": config.dropout}
+        shape = models.shaped(models.preset(entry.preset).config, changes)
+        with torch.device("meta"):
+            model = models.build(dataclasses.replace(shape, vocab_size=experiment.vocabulary_size))
+        parameters = models.count_parameters(model)
+        met[name] = sum(p.numel() for b in model.blocks for p in b.parameters())
+        met[name] += model.head.numel()
+        chunks = count_chunks(num_tokens, config.sequence_length, config.random_offset)
+        plan = plan_run(config, max(chunks, 1), words)
+        tokens = plan.tokens_seen(plan.steps)
+        cached = getattr(config, "cache_teachers", "off") != "off"
+        taught = min(tokens, num_tokens) if cached else tokens
+        teachers = sum(met[t] for t in entry.teachers)
+        frozen = sum(found[t].parameters for t in entry.teachers)
+        found[name] = Cost(
+            parameters, plan.epochs(plan.steps), tokens,
+            6 * met[name] * tokens + 2 * teachers * taught,
+            40 * parameters, 16 * parameters + 4 * frozen,
+        )  # fmt: skip
+    return found

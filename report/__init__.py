@@ -1,0 +1,1 @@
+"""What the numbers of an experiment say: comparisons, findings, tables, pictures, pages."""

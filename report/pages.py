@@ -1,0 +1,254 @@
+"""The report of an experiment as Markdown, as one HTML file, and as JSON."""
+
+import base64
+import dataclasses
+import datetime
+import html
+import re
+
+import torch
+
+from harness.files import atomic_write, write_json, write_text
+from harness.record import commit, machine
+from harness.tables import aligned, markdown
+from report.pictures import (
+    learning_curves,
+    overview,
+    paint_curves,
+    paint_fields,
+    paint_training,
+    picture,
+    text_chart,
+    training_curves,
+)  # fmt: skip
+from report.study import comparisons, findings, pair_folders, text_scores, verdict
+from report.tables import (
+    ON_RECORD,
+    any_scaled,
+    comparison_rows,
+    field_rows,
+    lead_rows,
+    record_key,
+    result_rows,
+    sub_corpus_rows,
+)  # fmt: skip
+
+
+def report_blocks(study, command, device):
+    """The parts of the report, in order: (kind, what is in it, and for a picture its name).
+
+    Kinds are heading, text, list, table (rows), lines (as they are) and picture (PNG bytes).
+    """
+    seeds, curves = len(study.seeds), learning_curves(study)
+    blocks = [("heading", f"Recipe {study.name}, {seeds} seed{'s' * (seeds > 1)}")]
+    if study.about:
+        blocks.append(("text", study.about))
+    blocks.append(("list", findings(study)))
+    if image := overview(study):
+        blocks.append(("picture", image, "overview", "The models side by side"))
+    blocks.append(("table", result_rows(study)))
+    blocks.append(("text", explanation(study)))
+    blocks.append(
+        ("text", f"`{command}`, commit {commit()}, {datetime.date.today()}, {machine(device)}, "
+                 f"torch {torch.__version__}.")
+    )  # fmt: skip
+    for title, rows, note in (
+        ("Differences", comparison_rows(study), DIFFERENCES),
+        ("Lead and gap", lead_rows(study), LEAD_AND_GAP),
+    ):
+        if len(rows) > 1:
+            blocks += [("heading", title), ("text", note), ("table", rows)]
+    blocks.append(("heading", "Learning curves"))
+    if curves and (image := picture(7.2, 4.2, lambda f: paint_curves(f, study, curves))):
+        blocks.append(("picture", image, "curves", "Dev cross-entropy against epochs of training"))
+    else:
+        blocks.append(("lines", text_chart(study, curves)))
+    training = training_curves(study)
+    if training and (image := picture(9.5, 3.8, lambda f: paint_training(f, study, training))):
+        blocks.append(("picture", image, "training", "Cross-entropy and KL on the training text"))
+    blocks += [("heading", "By sub-corpus"), ("table", sub_corpus_rows(study))]
+    for folder in pair_folders(study):
+        blocks.append(("heading", f"Minimal pairs of {folder}, by field"))
+        if image := picture(11, 4, lambda f, d=folder: paint_fields(f, study, d)):
+            blocks.append(("picture", image, f"fields-{folder}", f"{folder} by field"))
+        blocks.append(("table", field_rows(study, folder)))
+    return [*blocks, *sample_blocks(study)]
+
+
+DIFFERENCES = (
+    "Nats per token on the reported dev text; below 0 the first is better. Intervals of 95 %: a "
+    "paired t over seeds, and a bootstrap of blocks of about 500 words within each sub-corpus for "
+    "the mean over seeds. Plain: every token counts alike. Scaled: each model at the one "
+    "temperature that suits it best on the other half of the dev text."
+)
+LEAD_AND_GAP = (
+    "student - control = gap - lead. The lead is how far the teachers together are ahead of the "
+    "control, the gap how far the student stays behind its teachers."
+)
+
+
+def explanation(study):
+    """A text that says what the columns of the main table are."""
+    lines = [
+        "CE: cross-entropy in nats per token. Dev CE is of the second halves of the dev files, on "
+        "which nothing was chosen, weighted by sub-corpus as in the training text; plain, every "
+        "token counts alike. Train CE: the last that training logged, on text it has seen, "
+        "with dropout where there is any. Seconds: training alone. An ensemble is the mean of its "
+        "members' logits."
+    ]
+    if any_scaled(study):
+        lines.append("Temperature: what suits the model best on the first halves.")
+    if any(record_key(study, name) in ON_RECORD for name in study.models):
+        lines.append(
+            "On record: mean over files that others measured at this size with ten million words "
+            "(leahphw/babylm, BabyLM 2024)."
+        )
+    return " ".join(lines)
+
+
+def sample_blocks(study):
+    """How each model goes on from the same prompts, with the first seed."""
+    results = {name: runs[0] for name in study.models if (runs := study.results(name))}
+    prompts = [p for result in results.values() for p in result.get("samples", {})]
+    blocks = [("heading", "Samples")] if prompts else []
+    for prompt in dict.fromkeys(prompts):
+        rows = [[f"“{prompt} ...”", "goes on"]]
+        for name, result in results.items():
+            if prompt in result.get("samples", {}):
+                text = " ".join(result["samples"][prompt].split()).replace("|", "/")
+                rows.append([study.models[name], text])
+        blocks.append(("table", rows))
+    return blocks
+
+
+def as_markdown(blocks, out):
+    """The report as Markdown; its pictures are written into the folder `out`."""
+    lines = []
+    for i, (kind, content, *details) in enumerate(blocks):
+        if kind == "heading":
+            lines.append(f"{'#' * (1 + (i > 0))} {content}")
+        elif kind == "text":
+            lines.append(content)
+        elif kind == "list":
+            lines += [f"- {item}" for item in content]
+        elif kind == "table":
+            lines += markdown(content)
+        elif kind == "lines":
+            lines += ["```", *content, "```"]
+        else:
+            name, title = details
+            with atomic_write(out / f"{name}.png") as file:
+                file.write(content)
+            lines.append(f"![{title}]({name}.png)")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_html(blocks):
+    """The report as one page that needs nothing else."""
+    title = html.escape(blocks[0][1])
+    body = []
+    for i, (kind, content, *details) in enumerate(blocks):
+        if kind == "heading":
+            level = 1 + (i > 0)
+            body.append(f"<h{level}>{html.escape(content)}</h{level}>")
+        elif kind == "text":
+            body.append(f"<p>{inline_html(content)}</p>")
+        elif kind == "list":
+            items = "".join(f"<li>{inline_html(item)}</li>" for item in content)
+            body.append(f"<ul>{items}</ul>")
+        elif kind == "table":
+            body.append(table_html(content))
+        elif kind == "lines":
+            body.append("<pre>" + html.escape("\n".join(content)) + "</pre>")
+        else:
+            data = base64.b64encode(content).decode()
+            body.append(f'<img alt="{html.escape(details[1])}" src="data:image/png;base64,{data}">')
+    return PAGE.format(title=title, body="\n".join(body))
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 68rem;
+  padding: 0 1rem }}
+h1, h2 {{ line-height: 1.2; margin-top: 2rem }}
+table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: right;
+  font-variant-numeric: tabular-nums }}
+th:first-child, td:first-child {{ text-align: left }}
+td.long {{ text-align: left }}
+img {{ max-width: 100%; height: auto; margin: 1rem 0 }}
+code, pre {{ font-size: 13px; background: #f5f5f5; padding: .1rem .3rem }}
+pre {{ overflow-x: auto; padding: 1rem }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def inline_html(text):
+    """Escaped text in which `code` and **bold** are what they say."""
+    text = html.escape(text)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+
+
+def table_html(rows):
+    """A table; its first row is the heading."""
+    heading, *body = rows
+    lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in heading) + "</tr>"]
+    for row in body:
+        cells = [
+            f'<td class="long">{html.escape(cell)}</td>' if len(cell) > 60
+            else f"<td>{html.escape(cell)}</td>"
+            for cell in row
+        ]  # fmt: skip
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def as_json(study, command, device):
+    """The report as plain data."""
+    return {
+        "recipe": study.name,
+        "command": command,
+        "commit": commit(),
+        "date": str(datetime.date.today()),
+        "machine": machine(device),
+        "findings": findings(study),
+        "models": {
+            name: {
+                "title": title,
+                "teachers": list(study.teachers.get(name, ())),
+                "seeds": {
+                    str(seed): text_scores(found[name])
+                    for seed, found in study.seeds.items()
+                    if name in found
+                },
+            }
+            for name, title in study.models.items()
+        },
+        "differences": [
+            {"one": one, "other": other, "way": way, "verdict": verdict(d),
+             **dataclasses.asdict(d)}
+            for one, other, ways in comparisons(study)
+            for way, d in ways.items()
+        ],
+    }  # fmt: skip
+
+
+def write_report(study, out, *, command, device):
+    """Writes report.md with its pictures, report.json and report.html into the folder `out`.
+
+    Returns the lines for the screen: the table of results and the findings. Raises `UserError`
+    where a file cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    blocks = report_blocks(study, command, device)
+    write_text(out / "report.md", as_markdown(blocks, out))
+    write_text(out / "report.html", as_html(blocks))
+    write_json(out / "report.json", as_json(study, command, device))
+    written = f"\nwritten: {out / 'report.md'}, report.html, report.json"
+    return [*aligned(result_rows(study)), "", *findings(study), written]

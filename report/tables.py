@@ -1,0 +1,128 @@
+"""The tables of a report: rows of strings, the first of them the heading."""
+
+from report.compare import interval
+from report.study import (
+    comparisons,
+    cross_entropy,
+    minus,
+    pair_folders,
+    spread,
+    text_scores,
+)  # fmt: skip
+
+# BLiMP (mean over files) that others measured at these sizes on ten million words, by preset and
+# whether it was taught: re-runs by leahphw/babylm and the official baselines of BabyLM 2024.
+ON_RECORD = {
+    ("gpt2-705m", False): "65.7",
+    ("llama-360m", False): "65.4",
+    ("gpt2-97m", False): "67.0",
+    ("llama-58m", False): "66.6",
+    ("llama-58m", True): "67.6 to 69.8",
+}
+
+
+def result_rows(study):
+    """Heading and rows of the main table: one row for each model, over all seeds."""
+    folders = pair_folders(study)
+    record = any(key in ON_RECORD for key in map(lambda n: record_key(study, n), study.models))
+    heading = ["model", "parameters", "epochs", "seconds", "train CE", "dev CE", "plain"]
+    heading += ["temperature"] * any_scaled(study)
+    heading += [f"{f}, {kind} (%)" for f in folders for kind in ("files", "fields")]
+    rows = [[*heading, *["BLiMP on record"] * record]]
+    for name, title in study.models.items():
+        runs = study.results(name)
+        if not runs:
+            continue
+        row = [title, f"{text_scores(runs[0])['parameters']:,}"]
+        for key, digits in (("epochs", 1), ("seconds", 0), ("train_cross_entropy", 3)):
+            row.append(spread([r[key] for r in runs if r.get(key) is not None], digits))
+        row.append(spread([cross_entropy(r) for r in runs], 3))
+        row.append(spread([text_scores(r)["cross_entropy"] for r in runs], 3))
+        if any_scaled(study):
+            scaled = [text_scores(r).get("temperature_scaled") for r in runs]
+            row.append(spread([s["temperature"] for s in scaled if s], 3))
+        for folder in folders:
+            for key in ("accuracy_over_files", "accuracy_over_fields"):
+                row.append(spread([100 * text_scores(r)["pairs"][folder][key] for r in runs], 1))
+        if record:
+            row.append(ON_RECORD.get(record_key(study, name), "-"))
+        rows.append(row)
+    return rows
+
+
+def any_scaled(study):
+    """Whether some model was scored at a fitted temperature."""
+    return any(
+        "temperature_scaled" in text_scores(result)
+        for found in study.seeds.values()
+        for result in found.values()
+    )
+
+
+def record_key(study, name):
+    """What `ON_RECORD` knows a model by."""
+    runs = study.results(name)
+    return (runs[0].get("preset") if runs else None, bool(study.teachers.get(name)))
+
+
+def comparison_rows(study):
+    """Heading and rows: each student against the control, its teachers and their ensemble."""
+    rows = [["difference", "dev CE", "over seeds", "over text", "by seed", "plain", "scaled"]]
+    for name, other, ways in comparisons(study):
+        found = next(iter(ways.values()))
+        scaled = ways.get("temperature-scaled")
+        rows.append(
+            [f"{study.models[name]} minus {study.models[other]}", minus(f"{found.mean:+.4f}"),
+             minus(interval(found.over_seeds)), minus(interval(found.over_text)),
+             " ".join(minus(f"{value:+.3f}") for value in found.per_seed),
+             minus(f"{ways['plain'].mean:+.4f}"),
+             "-" if scaled is None else minus(f"{scaled.mean:+.4f}")]
+        )  # fmt: skip
+    return rows
+
+
+def lead_rows(study):
+    """Heading and rows: student - control = gap - lead, for each student and seed."""
+    rows = [["student", "seed", "lead", "gap", "student - control"]]
+    for name in [n for n in study.models if study.teachers.get(n)]:
+        teacher = study.ensemble(name)
+        for seed, found in study.seeds.items():
+            if not {name, teacher, study.control} <= found.keys():
+                continue
+            one, taught_by, control = (
+                cross_entropy(found[n]) for n in (name, teacher, study.control)
+            )
+            values = (control - taught_by, one - taught_by, one - control)
+            rows.append(
+                [study.models[name], str(seed), *(minus(f"{value:+.3f}") for value in values)]
+            )
+    return rows
+
+
+def detail_rows(study, title, names, value, digits):
+    """Heading and rows with a row for each name; `value(result, name)` is what is in it."""
+    models = [name for name in study.models if study.results(name)]
+    rows = [[title, *(study.models[name] for name in models)]]
+    for name in names:
+        cells = [spread([value(r, name) for r in study.results(m)], digits) for m in models]
+        rows.append([name, *cells])
+    return rows
+
+
+def sub_corpus_rows(study):
+    """Dev cross-entropy by sub-corpus."""
+    first = next(iter(next(iter(study.seeds.values())).values()))
+    return detail_rows(
+        study, "sub-corpus", text_scores(first)["per_file"],
+        lambda result, name: text_scores(result)["per_file"][name]["cross_entropy"], digits=3,
+    )  # fmt: skip
+
+
+def field_rows(study, folder):
+    """Accuracy by field of minimal pairs, in percent."""
+    first = next(iter(next(iter(study.seeds.values())).values()))
+    return detail_rows(
+        study, f"{folder} (%)", text_scores(first)["pairs"][folder]["per_field"],
+        lambda result, name: 100 * text_scores(result)["pairs"][folder]["per_field"][name],
+        digits=1,
+    )  # fmt: skip
