@@ -14,6 +14,7 @@ OUT/report.md, report.html, report.json, and the table on the screen.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -35,7 +36,7 @@ from data import Tokenizer, TokenShard
 from generate import written
 from harness.checkpoint import content_digest, read_checkpoint
 from harness.devices import choose_compute, choose_device
-from harness.files import UserError, run_program, write_json, write_text
+from harness.files import UserError, locked, run_program, write_json, write_text
 from harness.record import commit, machine
 from harness.tables import aligned, markdown
 from model import load_checkpoint
@@ -147,10 +148,17 @@ def prepare_data(recipe, args, out):
     made_from = {"recipe": recipe.name, "train": args.train, "dev": args.dev, "words": recipe.words}
     made_from |= {"vocabulary_size": recipe.vocabulary_size, "dev_words": recipe.dev_words}
     done = data / "made.json"
-    if done.exists():
-        if json.loads(done.read_text(encoding="utf-8")) != made_from:
-            raise UserError(f"{out} was made from other text: choose another --out")
-        return data
+    if done.exists() and json.loads(done.read_text(encoding="utf-8")) != made_from:
+        raise UserError(f"{out} was made from other text: choose another --out")
+    if not done.exists():
+        with locked(data):
+            make_shards(recipe, args, data, corpus)
+            write_json(done, made_from)
+    return data
+
+
+def make_shards(recipe, args, data, corpus):
+    """Writes the text into the folder `corpus`, as far as it is made or sampled, and its shards."""
     shutil.rmtree(corpus, ignore_errors=True)  # what an attempt left that failed half-way
     train_folder, dev_folder = args.train, args.dev
     if recipe.corpus == "toy":
@@ -169,8 +177,6 @@ def prepare_data(recipe, args, out):
         tokenize_corpus, "--tokenizer", data / "tokenizer.model", "--dev", parts[1],
         "--out", data / "report",
     )  # fmt: skip
-    write_json(done, made_from)
-    return data
 
 
 # ---- the models of one seed
@@ -189,7 +195,7 @@ class Setup:
     deadline: float | None  # a time of time.monotonic after which training stops
     tuning: bool  # the second halves of the dev text stay unread
 
-    @property
+    @functools.cached_property
     def shards(self):
         """{shard: digest}: what a result was measured on."""
         found = {"train": "train.bin", "dev": "dev.bin", "report": "report/dev.bin"}
@@ -199,29 +205,31 @@ class Setup:
 def run_seed(setup, seed):
     """Trains and scores the models of one seed, but for those whose results are there.
 
-    Returns {name: result} as report.py describes it. Raises `Stopped` if a stage ends early.
+    Returns {name: result} as report/study.py describes it. Raises `Stopped` if a stage ends early.
     """
-    results = {}
-    for name, entry in setup.recipe.entries.items():
-        wanted = described(setup, entry, seed)
-        path = setup.results / f"seed-{seed}" / f"{name}.json"
-        results[name] = known_result(path, wanted, setup)
-        if results[name] is None:
+    recipe = setup.recipe
+    members = {name: [entry] for name, entry in recipe.entries.items()}
+    for name, teachers in recipe.ensembles().items():
+        members[name] = [recipe.entries[teacher] for teacher in teachers]
+    return {name: run_model(setup, name, entries, seed) for name, entries in members.items()}
+
+
+def run_model(setup, name, entries, seed):
+    """The result of one model, or of the ensemble of several, from its file or made now."""
+    parts = [described(setup, entry, seed) for entry in entries]
+    wanted = parts[0] if len(parts) == 1 else {"name": name, "members": parts}
+    path = setup.results / f"seed-{seed}" / f"{name}.json"
+    result = known_result(path, wanted, setup)
+    if result is None:
+        for entry in entries:
             train_model(setup, entry, seed)
-            results[name] = wanted | read_log(folder_of(setup, entry, seed) / "log.jsonl")
-            results[name] |= score(setup, [entry], seed, path)
-            write_json(path, results[name])
-    for name, teachers in setup.recipe.ensembles().items():
-        entries = [setup.recipe.entries[teacher] for teacher in teachers]
-        wanted = {"name": name, "members": [described(setup, e, seed) for e in entries]}
-        path = setup.results / f"seed-{seed}" / f"{name}.json"
-        results[name] = known_result(path, wanted, setup)
-        if results[name] is None:
-            for entry in entries:
-                train_model(setup, entry, seed)
-            results[name] = wanted | score(setup, entries, seed, path)
-            write_json(path, results[name])
-    return results
+        if setup.deadline is not None and time.monotonic() > setup.deadline:
+            raise Stopped(0)
+        result = wanted | score(setup, entries, seed, path)
+        if len(entries) == 1:
+            result |= read_log(folder_of(setup, entries[0], seed) / "log.jsonl")
+        write_json(path, result)
+    return result
 
 
 def folder_of(setup, entry, seed):

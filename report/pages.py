@@ -178,7 +178,8 @@ table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x:
 th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: right;
   font-variant-numeric: tabular-nums }}
 th:first-child, td:first-child {{ text-align: left }}
-td.long {{ text-align: left }}
+td {{ white-space: nowrap }}
+td.long {{ white-space: normal; text-align: left }}
 img {{ max-width: 100%; height: auto; margin: 1rem 0 }}
 code, pre {{ font-size: 13px; background: #f5f5f5; padding: .1rem .3rem }}
 pre {{ overflow-x: auto; padding: 1rem }}

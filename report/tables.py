@@ -34,7 +34,8 @@ def result_rows(study):
         if not runs:
             continue
         row = [title, f"{text_scores(runs[0])['parameters']:,}"]
-        for key, digits in (("epochs", 1), ("seconds", 0), ("train_cross_entropy", 3)):
+        row.append("-" if "epochs" not in runs[0] else f"{runs[0]['epochs']:.3g}")
+        for key, digits in (("seconds", 0), ("train_cross_entropy", 3)):
             row.append(spread([r[key] for r in runs if r.get(key) is not None], digits))
         row.append(spread([cross_entropy(r) for r in runs], 3))
         row.append(spread([text_scores(r)["cross_entropy"] for r in runs], 3))

@@ -15,14 +15,17 @@ from data import BOS, EOS, TokenShard
 from evaluate import (
     CONVENTIONS,
     Ensemble,
+    Scaled,
     accuracies,
     corpus_scores,
+    fitted_temperature,
     pair_scores,
     read_pairs,
     sentence_scores,
     shard_losses,
 )
 from harness.files import UserError, run_program
+from report.compare import mean_loss, read_losses
 
 V = 300
 
@@ -265,3 +268,66 @@ def test_text_without_spaces_has_no_perplexity_per_word(tokenizer, tmp_path):
 def test_a_missing_shard_is_named(checkpoints, tmp_path, capsys):
     assert run_program(lambda: evaluate.main([*checkpoints, "--data", str(tmp_path / "none")])) == 1
     assert "tokenize_corpus.py" in capsys.readouterr().err
+
+
+def test_the_fitted_temperature_is_the_best_there_is(dev_shard):
+    """Logits of a model that is too sure of itself become those of one that is not."""
+    ids = torch.from_numpy(dev_shard.tokens.astype("int64"))
+    counts = torch.bincount(ids[1:], minlength=V).float() + 1
+    model = Fixed((3.0 * counts.log()).expand(V, V).clone())
+    fitted = fitted_temperature(model, dev_shard, 32)
+    losses = {
+        t: shard_losses(Scaled(model, t), dev_shard, 32).mean().item()
+        for t in (1.0, 0.98 * fitted, fitted, 1.02 * fitted)
+    }
+    assert min(losses, key=losses.get) == fitted
+    assert 2.0 < fitted < 3.1 and losses[fitted] < losses[1.0] - 0.1
+
+
+def test_losses_are_kept_weighted_and_scaled_from_the_command_line(
+    checkpoints, data_folder, tmp_path, capsys
+):
+    out, kept = tmp_path / "s.json", tmp_path / "l.npz"
+    train = str(data_folder / "train.bin")
+    arguments = [checkpoints[0], "--data", str(data_folder), "--device", "cpu", "--json", str(out)]
+    arguments += ["--weight-by", train, "--temperature-scaled", str(data_folder)]
+    assert run_program(lambda: evaluate.main([*arguments, "--losses", str(kept)])) == 0
+    (entry,) = json.loads(out.read_text())["checkpoints"]
+    losses = read_losses(kept)
+    assert mean_loss(losses, losses.nats, "plain") == pytest.approx(entry["cross_entropy"])
+    weighted = mean_loss(losses, losses.nats, "train")
+    assert weighted == pytest.approx(entry["weighted_cross_entropy"])
+    shares = {f.name: f.stop - f.start for f in TokenShard(train).files}
+    expected = sum(
+        entry["per_file"][name]["cross_entropy"] * share / sum(shares.values())
+        for name, share in shares.items()
+    )
+    assert weighted == pytest.approx(expected)
+    scaled = entry["temperature_scaled"]
+    assert scaled["cross_entropy"] < entry["cross_entropy"] and scaled["temperature"] != 1
+    assert mean_loss(losses, losses.scaled_nats, "plain") == pytest.approx(scaled["cross_entropy"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--losses", "l.npz", "b.pt"],  # two models
+        ["--compare", "a.npz"],
+        ["--against", "a.npz"],
+        ["--compare", "a.npz", "--against", "b.npz", "--ensemble", "a.pt"],
+    ],
+)
+def test_options_that_do_not_go_together_exit_with_2(options):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["a.pt", *options])
+    assert stop.value.code == 2
+
+
+def test_shares_of_text_that_has_none_of_the_files_are_refused(
+    checkpoints, data_folder, tokenizer, tmp_path, capsys
+):
+    write_split(tmp_path / "other", "train", tokenizer, {"poems": write_text(500, seed=2)})
+    arguments = [checkpoints[0], "--data", str(data_folder), "--device", "cpu"]
+    arguments += ["--weight-by", str(tmp_path / "other" / "train.bin")]
+    assert run_program(lambda: evaluate.main(arguments)) == 1
+    assert "leave out --weight-by" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_a_model_that_some_seeds_lack_is_compared_in_the_others(study):
     del study.seeds[0]["student"]
     text, _ = write(study)
     assert "beats the control (alone) in 1 of 1" in text
-    assert "| student (distilled) | 1,000 | 4.0 | 60 | 1.550 | 1.550 |" in text
+    assert "| student (distilled) | 1,000 | 4 | 60 | 1.550 | 1.550 |" in text
 
 
 def test_a_curve_is_the_mean_over_seeds_by_epochs(study):
