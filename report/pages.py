@@ -21,7 +21,7 @@ from report.pictures import (
     text_chart,
     training_curves,
 )  # fmt: skip
-from report.study import comparisons, findings, pair_folders, text_scores, verdict
+from report.study import findings, pair_folders, text_scores, verdict
 from report.tables import (
     ON_RECORD,
     any_scaled,
@@ -234,7 +234,7 @@ def as_json(study, command, device):
         "differences": [
             {"one": one, "other": other, "way": way, "verdict": verdict(d),
              **dataclasses.asdict(d)}
-            for one, other, ways in comparisons(study)
+            for one, other, ways in study.comparisons
             for way, d in ways.items()
         ],
     }  # fmt: skip

@@ -11,6 +11,7 @@ A `Study` has a result for each model and seed, which is what reproduce.py keeps
 """
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,21 @@ class Study:
             if all(path.exists() for path in paths):
                 pairs.append([read_losses(path) for path in paths])
         return ([a for a, _ in pairs], [b for _, b in pairs])
+
+    @functools.cached_property
+    def comparisons(self):
+        """[(one, other, {way: Difference})]: each student and control, its teachers, all of them.
+
+        The ways are those that the kept losses allow, as `differences` says.
+        """
+        found = []
+        for name in [n for n in self.models if self.teachers.get(n)]:
+            others = [self.control, *self.teachers[name], self.ensemble(name)]
+            for other in dict.fromkeys(o for o in others if o in self.models and o != name):
+                ones, them = self.losses(name, other)
+                if ones:
+                    found.append((name, other, differences(ones, them)))
+        return found
 
     def ensemble(self, name):
         """Who taught a model: the name of a teacher, or of the ensemble; None if nobody did."""
@@ -160,21 +176,6 @@ def verdict(difference, least_gain=LEAST_GAIN):
     return "REVERSED" if all(low > 0 for low, _ in intervals) else "UNDECIDED"
 
 
-def comparisons(study):
-    """[(one, other, {way: Difference})]: each student and its control, teachers and their ensemble.
-
-    The ways are those that the kept losses allow, as `differences` says.
-    """
-    found = []
-    for name in [n for n in study.models if study.teachers.get(n)]:
-        others = [study.control, *study.teachers[name], study.ensemble(name)]
-        for other in dict.fromkeys(o for o in others if o in study.models and o != name):
-            ones, them = study.losses(name, other)
-            if ones:
-                found.append((name, other, differences(ones, them)))
-    return found
-
-
 def differences(ones, others):
     """{way: Difference} of `compare`: weighted, plain, and at the fitted temperatures."""
     every = [*ones, *others]
@@ -200,7 +201,7 @@ def findings(study):
             f"The {study.models[taught_by]} is {minus(spread(leads, 3, '+'))} nats per token ahead "
             f"of the {study.models[study.control]}: {what}."
         )
-    for name, other, ways in comparisons(study):
+    for name, other, ways in study.comparisons:
         if other != study.control:
             continue
         found = next(iter(ways.values()))

@@ -2,7 +2,6 @@
 
 from report.compare import interval
 from report.study import (
-    comparisons,
     cross_entropy,
     minus,
     pair_folders,
@@ -69,7 +68,7 @@ def record_key(study, name):
 def comparison_rows(study):
     """Heading and rows: each student against the control, its teachers and their ensemble."""
     rows = [["difference", "dev CE", "over seeds", "over text", "by seed", "plain", "scaled"]]
-    for name, other, ways in comparisons(study):
+    for name, other, ways in study.comparisons:
         found = next(iter(ways.values()))
         scaled = ways.get("temperature-scaled")
         rows.append(

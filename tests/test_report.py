@@ -10,6 +10,7 @@ import pytest
 from harness.tables import aligned, markdown
 from report import pages, pictures
 from report.compare import Difference, write_losses
+from report.results import read_log
 from report.study import Study, findings, measures, verdict
 
 FOLDER = "blimp_filtered"
@@ -270,3 +271,40 @@ def test_a_curve_that_rises_in_its_second_half_is_drawn(study):
     """As that of a teacher that overfits."""
     curves = {"gpt2-teacher": ([(1, 3.0), (2, 1.0), (3, 1.5), (4, 2.0)], [])}
     assert any("A" in line for line in pictures.text_chart(study, curves))
+
+
+# ---- logs
+
+
+def training_line(step):
+    """A log line of training with 5 steps an epoch, 8 tokens a step and 4 tokens a second."""
+    entry = {"step": step, "epoch": step / 5, "tokens": 8 * step, "tokens_per_second": 4.0}
+    entry["cross_entropy"] = 5 - step / 10
+    return json.dumps(entry).encode()
+
+
+def test_a_log_tells_seconds_epochs_and_the_curve(tmp_path):
+    dev = [b'{"step": 5, "dev_cross_entropy": 3.5}', b'{"step": 10, "dev_cross_entropy": 3.25}']
+    lines = [b'{"config": {}}', training_line(5), dev[0], training_line(10), dev[1], b""]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    assert read_log(tmp_path / "log.jsonl") == {
+        "seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5), (10, 3.25)],
+        "training": [(5, 4.5, None), (10, 4.0, None)], "train_cross_entropy": 4.25,
+    }  # fmt: skip
+
+
+def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
+    damage = [
+        b'{"step": 6, "dev_cross_en', b"\xff\x00\xfe", b"[1, 2]", b"7", b"null", b"[" * 100_000,
+        b'{"step": 7, "dev_cross_entropy": null}', b'{"step": "7", "dev_cross_entropy": 1}',
+        b'{"step": 8, "dev_cross_entropy": NaN}', b'{"dev_cross_entropy": 1}',
+        b'{"step": 9, "tokens_per_second": 4.0}', b'{"step": 1' + b"0" * 5000 + b"}",
+    ]  # fmt: skip
+    whole = [training_line(5), b'{"step": 5, "dev_cross_entropy": 3.5}', training_line(10)]
+    lines = [line for good in whole for line in (*damage, good)]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines + damage))
+    expected = {"seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5)]}
+    found = read_log(tmp_path / "log.jsonl")
+    assert {key: found[key] for key in expected} == expected
+    (tmp_path / "log.jsonl").write_bytes(whole[1])
+    assert read_log(tmp_path / "log.jsonl")["curve"] == []  # nothing tells the length of an epoch
