@@ -171,7 +171,7 @@ def fitted_temperature(model, shard, sequence_length):
 
     With b = 1 / temperature the mean of logsumexp(b z) - b z_target is convex in b, and Newton's
     method finds its minimum: its derivatives are E[z] - z_target and the variance of z, under the
-    model at b.
+    model at b. Every token counts alike.
     """
     device, inverse = next(model.parameters()).device, 1.0
     for _ in range(NEWTON_STEPS):
@@ -187,7 +187,8 @@ def fitted_temperature(model, shard, sequence_length):
         step = slope / max(curvature, 1e-12)
         inverse = min(max(inverse - step, inverse / 2), inverse * 2)
         if abs(step) < 1e-4:
-            break
+            return 1 / inverse
+    warn(f"no temperature suits the model: it is still at {1 / inverse:.3g}")
     return 1 / inverse
 
 
@@ -424,8 +425,9 @@ def parse_arguments(argv):
     if (args.compare is None) != (args.against is None):
         parser.error("--compare and --against go together")
     if args.compare:
-        if args.checkpoints or args.ensemble:
-            parser.error("--compare scores no checkpoints: leave them out")
+        given = ("checkpoints", "ensemble", "data", "pairs", "json", "losses", "pair_scores")
+        if any(getattr(args, name) for name in given):
+            parser.error("--compare scores nothing: give it and --against alone")
         return args
     if not args.checkpoints and not args.ensemble:
         parser.error("give at least one checkpoint")
@@ -536,7 +538,8 @@ def text_scores(entry, text, losses_path):
             (file.name, stop, file.words / (file.stop - file.start))
             for file, _, stop in file_spans(text.shard)
         ]
-        write_losses(losses_path, files, losses, entry.sequence_length, scaled, text.shares)
+        length, digest = entry.sequence_length, text.shard.digest
+        write_losses(losses_path, digest, files, losses, length, scaled, text.shares)
     return scores
 
 

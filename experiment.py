@@ -12,9 +12,10 @@ A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py 
     control, student   the names of the two that the report compares first
 
 An entry has the options of its run, with underscores (`weight_decay`), and besides them `model`
-(a preset), `teachers` (names of entries above it: then it is distilled), `like` (an entry above it,
+(a preset), `teachers` (names of entries above it: then it is distilled), `like` (another entry,
 from which it takes everything that it does not say itself), `title` (for tables) and `seed_offset`
-(added to the seed, for a model that differs from another in nothing but its seed).
+(added to the seed, for a model that differs from another in nothing but its seed). An option that
+is null or false is as if it had not been given, so that an entry can take back what `like` gives.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ import model as models
 from data import count_chunks
 from distill import DistillConfig, check_cache
 from harness.files import UserError
-from harness.options import Strict, parse
+from harness.options import Strict, may_change, parse
 from harness.plan import plan_run
 from train import TrainConfig
 
@@ -60,13 +61,32 @@ class Entry:
             config = parse(TrainConfig, "", arguments, parser_class=Strict)
         return models.with_recipe(config)
 
+    @property
+    def taught_by(self):
+        """Who taught it, as one: a teacher's name, that of an ensemble with its weights, or None.
+
+        Teachers of equal weights alone are named.
+        """
+        weights = self.options.get("teacher_weights") or ()
+        if len(set(weights)) < 2:
+            weights = ()
+        return "&".join(map(str, (*self.teachers, *weights))) or None
+
+    def conditions(self):
+        """All that its weights depend on but for text, seed and teachers: the config as used."""
+        config = self.config()
+        kept = {f.name for f in dataclasses.fields(config)} - may_change(type(config))
+        return {name: getattr(config, name) for name in sorted((kept | {"dropout"}) - OURS)}
+
     def arguments(self):
         """Its options as train.py or distill.py take them, but for the teachers."""
         arguments = ["--model", self.preset]
         for name, value in self.options.items():
             flag = "--" + name.replace("_", "-")
+            if value is None or (value is False and name != "compile"):
+                continue  # as if it had not been given
             if isinstance(value, bool):
-                arguments += [flag if value else flag.replace("--", "--no-", 1)]
+                arguments += [flag if value else "--no-compile"]
             else:
                 arguments += [flag, *map(str, value if isinstance(value, list) else [value])]
         return arguments
@@ -88,9 +108,15 @@ class Experiment:
     about: str = ""
 
     def ensembles(self):
-        """{name: members} of the teachers that teach together, each set once."""
-        together = {e.teachers for e in self.entries.values() if len(e.teachers) > 1}
-        return {ensemble_name(teachers): teachers for teachers in sorted(together)}
+        """{name: (entries of its members, their weights or None)} of whoever teaches together."""
+        return {
+            entry.taught_by: (
+                [self.entries[teacher] for teacher in entry.teachers],
+                entry.options.get("teacher_weights"),
+            )
+            for entry in self.entries.values()
+            if len(entry.teachers) > 1
+        }
 
     def only(self, names):
         """The experiment with these models, and whom they learn from, alone."""
@@ -104,11 +130,6 @@ class Experiment:
             wanted |= more
         entries = {name: e for name, e in self.entries.items() if name in wanted}
         return dataclasses.replace(self, entries=entries)
-
-
-def ensemble_name(teachers):
-    """What the ensemble of these teachers is called."""
-    return "+".join(teachers)
 
 
 def recipe_names():
@@ -144,7 +165,7 @@ def _experiment(name, table, vary):
     for key, value in table.items():
         if key not in FIELDS:
             raise UserError(f"a recipe has no {key!r}: choose from {', '.join(FIELDS)}")
-        if type(value) is not FIELDS[key]:
+        if type(value) is not FIELDS[key] or (FIELDS[key] is int and value < 1):
             raise UserError(f"{key} cannot be {value!r}")
     known = dict(table["models"])
     for text in vary:
@@ -171,9 +192,16 @@ def _variations(known, text):
     role, _, option = place.rpartition(".")
     if role not in known or not option or not values:
         raise UserError(f"--vary {text}: give MODEL.OPTION=a,b,c with one of {', '.join(known)}")
+    try:
+        found = json.loads(values) if values.startswith("[") else values.split(",")
+    except ValueError as error:
+        raise UserError(f"--vary {text}: {values} is no list in JSON") from error
     return {
-        f"{role}.{option}={value}": {"like": role, option.replace("-", "_"): _value(value)}
-        for value in values.split(",")
+        f"{role}.{option}={value if isinstance(value, str) else json.dumps(value)}": {
+            "like": role,
+            option.replace("-", "_"): _value(value) if isinstance(value, str) else value,
+        }
+        for value in found
     }
 
 
@@ -192,8 +220,8 @@ def _entry(name, entry, known, entries, shared):
         merged.pop(key, None)
     preset, teachers = merged.pop("model", None), merged.pop("teachers", [])
     offset = merged.pop("seed_offset", 0)
-    if not name.strip() or name != Path(name).name or name.startswith(".") or "+" in name:
-        raise UserError(f"{name!r} cannot be the name of a model, for it names a folder")
+    if not name.strip() or name != Path(name).name or name.startswith(".") or "&" in name:
+        raise UserError(f"{name!r} cannot be the name of a model: it names a folder, without &")
     if not isinstance(teachers, list) or not set(map(str, teachers)) <= set(entries):
         raise UserError(f"{name}: its teachers must be models above it in the table")
     if type(offset) is not int or offset < 0 or not isinstance(title, str):
@@ -217,7 +245,7 @@ def _merged(name, known, seen):
     like = entry.get("like")
     if like is None:
         return dict(entry)
-    if like not in known or like in seen:
+    if not isinstance(like, str) or like not in known or like in seen:
         raise UserError(f"{name}: it cannot be like {like}")
     return {**_merged(like, known, seen | {like}), **entry}
 
@@ -241,9 +269,10 @@ def costs(experiment, num_tokens, words):
     """{name: Cost} of a recipe's models on a training text of so many tokens and words.
 
     A pass over a token costs 6 FLOPs for each parameter that it meets in training (all but the
-    embeddings), and 2 in a teacher (Kaplan et al., arXiv 2001.08361); a cached teacher is run once.
+    embeddings), and 2 in a teacher (Kaplan et al., arXiv 2001.08361). A cached teacher's layers are
+    run once, its head at every step, and its states are kept in two bytes a value.
     """
-    found, met = {}, {}
+    found, bodies, heads, widths = {}, {}, {}, {}
     for name, entry in experiment.entries.items():
         config = entry.config()
         changes = models.parse_shape(config.shape)
@@ -253,18 +282,18 @@ def costs(experiment, num_tokens, words):
         with torch.device("meta"):
             model = models.build(dataclasses.replace(shape, vocab_size=experiment.vocabulary_size))
         parameters = models.count_parameters(model)
-        met[name] = sum(p.numel() for b in model.blocks for p in b.parameters())
-        met[name] += model.head.numel()
+        bodies[name] = sum(p.numel() for b in model.blocks for p in b.parameters())
+        heads[name], widths[name] = model.head.numel(), shape.hidden_size
         chunks = count_chunks(num_tokens, config.sequence_length, config.random_offset)
         plan = plan_run(config, max(chunks, 1), words)
         tokens = plan.tokens_seen(plan.steps)
         cached = getattr(config, "cache_teachers", "off") != "off"
         taught = min(tokens, num_tokens) if cached else tokens
-        teachers = sum(met[t] for t in entry.teachers)
-        frozen = sum(found[t].parameters for t in entry.teachers)
+        flops = 6 * (bodies[name] + heads[name]) * tokens
+        flops += sum(2 * bodies[t] * taught + 2 * heads[t] * tokens for t in entry.teachers)
+        memory = 16 * parameters + sum(4 * found[t].parameters for t in entry.teachers)
+        memory += cached * 2 * num_tokens * sum(widths[t] for t in entry.teachers)
         found[name] = Cost(
-            parameters, plan.epochs(plan.steps), tokens,
-            6 * met[name] * tokens + 2 * teachers * taught,
-            40 * parameters, 16 * parameters + 4 * frozen,
-        )  # fmt: skip
+            parameters, plan.epochs(plan.steps), tokens, flops, 40 * parameters, memory
+        )
     return found

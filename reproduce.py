@@ -19,6 +19,7 @@ import json
 import math
 import shlex
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -35,13 +36,12 @@ from data import Tokenizer, TokenShard
 from generate import written
 from harness.checkpoint import content_digest, read_checkpoint
 from harness.devices import choose_compute, choose_device
-from harness.files import UserError, locked, run_program, write_json, write_text
+from harness.files import UserError, locked, run_program, say, warn, write_json, write_text
 from harness.record import commit, machine
 from harness.tables import aligned
 from model import load_checkpoint
 from report.pages import write_report
-from report.results import described_study, read_log, read_study, study_of, trial_lines
-from report.study import Study
+from report.results import read_log, read_result, read_study, study_fields, trial_lines
 
 BLOCK_LINES = 50  # a sample of a corpus is made of runs of lines, so that sentences keep company
 PROMPTS = ("Once upon a time", "The children", "I think that")
@@ -87,7 +87,7 @@ def training_stage(program, out, deadline, *arguments):
 
 
 def sample_lines(text, fraction):
-    """About `fraction` of a text's lines: runs of lines, evenly spread over it."""
+    """`fraction` of a text's runs of lines, rounded down, evenly spread over it; at least one."""
     lines = text.split("\n")
     blocks = [lines[i : i + BLOCK_LINES] for i in range(0, len(lines), BLOCK_LINES)]
     kept = [
@@ -122,8 +122,8 @@ def halves(text):
 def write_dev_halves(folder, targets, words=None, train_folder=None):
     """Writes the first halves of a folder's files into one of `targets`, the second into the other.
 
-    With `words`, each half is a sample of about so many, whose files have the shares that they have
-    of the text in `train_folder`, as far as they last.
+    With `words`, each half is a sample of at most about so many, whose files have the shares that
+    they have of the text in `train_folder`, as far as they last; what it has not is left out.
     """
     shares = {}
     if words is not None:
@@ -131,10 +131,14 @@ def write_dev_halves(folder, targets, words=None, train_folder=None):
         counts = {p.stem: len(tokenize_corpus.read_text(p).split()) for p in paths}
         shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
     for path in tokenize_corpus.text_files(folder):
+        if words is not None and not shares.get(path.stem):
+            continue
         for target, half in zip(targets, halves(tokenize_corpus.read_text(path))):
+            if not half.split():
+                raise UserError(f"{path} cannot be cut in two halves: it has too few lines")
             if words is not None:
-                there = max(len(half.split()), 1)
-                half = sample_lines(half, min(1.0, words * shares.get(path.stem, 0) / there))
+                share = words * shares[path.stem] / len(half.split())
+                half = sample_lines(half, min(1.0, share))
             write_text(target / path.name, half)
 
 
@@ -144,16 +148,28 @@ def prepare_data(recipe, args, out):
     dev.bin in it is of the first halves of the dev files, report/dev.bin of the second.
     """
     data, corpus = out / "data", out / "corpus"
-    made_from = {"recipe": recipe.name, "train": args.train, "dev": args.dev, "words": recipe.words}
-    made_from |= {"vocabulary_size": recipe.vocabulary_size, "dev_words": recipe.dev_words}
+    made_from = {"train": folder_state(args.train), "dev": folder_state(args.dev)}
+    for key in ("corpus", "words", "dev_words", "vocabulary_size"):
+        made_from[key] = getattr(recipe, key)
     done = data / "made.json"
-    if done.exists() and json.loads(done.read_text(encoding="utf-8")) != made_from:
-        raise UserError(f"{out} was made from other text: choose another --out")
-    if not done.exists():
-        with locked(data):
+    with locked(data):
+        if not done.exists():
             make_shards(recipe, args, data, corpus)
             write_json(done, made_from)
+    before = json.loads(done.read_text(encoding="utf-8"))
+    different = [key for key in made_from if before.get(key) != made_from[key]]
+    if different:
+        raise UserError(
+            f"{out} was made from other text ({', '.join(different)} differ): choose another --out"
+        )
     return data
+
+
+def folder_state(folder):
+    """What tells a folder of text from another: its files and their sizes, or None."""
+    if folder is None:
+        return None
+    return {path.name: path.stat().st_size for path in tokenize_corpus.text_files(folder)}
 
 
 def make_shards(recipe, args, data, corpus):
@@ -161,7 +177,8 @@ def make_shards(recipe, args, data, corpus):
     shutil.rmtree(corpus, ignore_errors=True)  # what an attempt left that failed half-way
     train_folder, dev_folder = args.train, args.dev
     if recipe.corpus == "toy":
-        stage(make_toy_corpus, "--out", corpus, "--words", recipe.words)
+        words = ["--words", recipe.words] if recipe.words else []
+        stage(make_toy_corpus, "--out", corpus, *words)
         train_folder, dev_folder = corpus / "train", corpus / "dev"
     elif recipe.words:
         train_folder = corpus / "train"
@@ -192,7 +209,8 @@ class Setup:
     results: Path
     device: str
     deadline: float | None  # a time of time.monotonic after which training stops
-    tuning: bool  # the second halves of the dev text stay unread
+    tuning: bool  # nothing is scored on the second halves of the dev text
+    trained: set = dataclasses.field(default_factory=set)  # folders of runs known to be finished
 
     @functools.cached_property
     def shards(self):
@@ -204,31 +222,41 @@ class Setup:
 def run_seed(setup, seed):
     """Trains and scores the models of one seed, but for those whose results are there.
 
-    Returns {name: result} as report/study.py describes it. Raises `Stopped` if a stage ends early.
+    Each result is kept in a file of the folder of results, as report/study.py describes it. Raises
+    `Stopped` if a stage ends early.
     """
-    recipe = setup.recipe
-    members = {name: [entry] for name, entry in recipe.entries.items()}
-    for name, teachers in recipe.ensembles().items():
-        members[name] = [recipe.entries[teacher] for teacher in teachers]
-    return {name: run_model(setup, name, entries, seed) for name, entries in members.items()}
+    for name, entry in setup.recipe.entries.items():
+        run_model(setup, name, [entry], None, seed)
+    for name, (members, weights) in setup.recipe.ensembles().items():
+        run_model(setup, name, members, weights, seed)
 
 
-def run_model(setup, name, entries, seed):
-    """The result of one model, or of the ensemble of several, from its file or made now."""
-    parts = [described(setup, entry, seed) for entry in entries]
-    wanted = parts[0] if len(parts) == 1 else {"name": name, "members": parts}
+def run_model(setup, name, entries, weights, seed):
+    """Makes the result of one model, or of the ensemble of several, where it is not there."""
     path = setup.results / f"seed-{seed}" / f"{name}.json"
-    result = known_result(path, wanted, setup)
-    if result is None:
-        for entry in entries:
-            train_model(setup, entry, seed)
-        if setup.deadline is not None and time.monotonic() > setup.deadline:
-            raise Stopped(0)
-        result = wanted | score(setup, entries, seed, path)
-        if len(entries) == 1:
-            result |= read_log(folder_of(setup, entries[0], seed) / "log.jsonl")
-        write_json(path, result)
-    return result
+    wanted = {"name": name, "shards": setup.shards, "seed": seed}
+    if len(entries) == 1:
+        wanted |= described(setup, entries[0], seed)
+    else:
+        wanted |= {"members": [described(setup, e, seed) for e in entries], "weights": weights}
+    if known_result(path, wanted, setup):
+        return
+    for entry in entries:
+        train_model(setup, entry, seed)
+    check_time(setup)
+    scores = score(setup, entries, weights, seed, path)
+    if len(entries) == 1:
+        out = folder_of(setup, entries[0], seed)
+        best = read_checkpoint(out / "best.pt")
+        scores |= {"weights": content_digest(best["weights"]), **read_log(out / "log.jsonl")}
+        scores["taught_by"] = [teacher["digest"] for teacher in best["teachers"]]
+    write_json(path, wanted | scores)
+
+
+def check_time(setup):
+    """Raises `Stopped` where the time of --stop-after is over."""
+    if setup.deadline is not None and time.monotonic() > setup.deadline:
+        raise Stopped(0)
 
 
 def folder_of(setup, entry, seed):
@@ -240,9 +268,8 @@ def described(setup, entry, seed):
     """What a result is the result of: unless all of this is the same, it is another's."""
     teachers = [described(setup, setup.recipe.entries[t], seed) for t in entry.teachers]
     return {
-        "name": entry.name, "preset": entry.preset, "options": entry.options,
-        "seed": seed + entry.seed_offset, "teachers": teachers, "shards": setup.shards,
-        "scored": setup.recipe.scored,
+        "preset": entry.preset, "conditions": entry.conditions(), "teachers": teachers,
+        "seed": seed + entry.seed_offset, "scored": setup.recipe.scored, "options": entry.options,
     }  # fmt: skip
 
 
@@ -253,27 +280,40 @@ def known_result(path, wanted, setup):
     """
     if not path.exists():
         return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: result[key] for key in wanted}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is no result of this program: move it away") from error
-    if kept != wanted:
-        different = [key for key in wanted if kept[key] != wanted[key]]
+    result = read_result(path)
+    if different := list(differences(result, wanted)):
         raise UserError(
-            f"{path} is the result of another recipe or text ({', '.join(different)} differ): "
-            "choose another --out, or --results"
+            f"{path} is another model's result: {'; '.join(different)}; choose another --out or "
+            "--results, or move it away"
         )
     if setup.tuning:
         return result
-    complete = "report" in result and set(result["report"]["pairs"]) >= {
-        Path(folder).name for folder in setup.pairs
-    }
-    return result if complete else None
+    missing = {Path(f).name for f in setup.pairs} - result.get("report", {"pairs": {}})[
+        "pairs"
+    ].keys()
+    if "report" not in result or missing:
+        say(f"{path} lacks {', '.join(missing) or 'scores on the reported dev text'}: made again")
+        return None
+    return result
+
+
+def differences(there, wanted, at=""):
+    """Texts that say what of `wanted` is otherwise in a result. Options are told by conditions."""
+    for key, value in wanted.items():
+        if key == "options":
+            continue
+        found = there.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            yield from differences(found, value, f"{at}{key}.")
+        elif found != json.loads(json.dumps(value)):
+            yield f"{at}{key} is {found} there and {value} here"
 
 
 def train_model(setup, entry, seed):
     """Trains a model, after its teachers, or does nothing where it is trained."""
+    out = folder_of(setup, entry, seed)
+    if out in setup.trained:
+        return
     options = [*entry.arguments(), "--data", setup.data, "--seed", seed + entry.seed_offset]
     options += ["--device", setup.device]
     program = train
@@ -283,33 +323,37 @@ def train_model(setup, entry, seed):
             train_model(setup, teacher, seed)
         program = distill
         options += ["--teachers", *(folder_of(setup, t, seed) / "best.pt" for t in teachers)]
-    training_stage(program, folder_of(setup, entry, seed), setup.deadline, *options)
+    check_time(setup)
+    training_stage(program, out, setup.deadline, *options)
+    setup.trained.add(out)
 
 
-def score(setup, entries, seed, path):
+def score(setup, entries, weights, seed, path):
     """Scores a model, or several as an ensemble: "dev" and, unless it is for tuning, "report".
 
     Beside `path`, the losses of each chunk and the scores of each pair are kept as .npz.
     """
-    checkpoints = [folder_of(setup, e, seed) / setup.recipe.scored for e in entries]
-    if len(entries) > 1:  # what the students were taught
-        checkpoints = [folder_of(setup, e, seed) / "best.pt" for e in entries]
-    which = ["--ensemble", *checkpoints] if len(entries) > 1 else checkpoints
-    common = [*which, "--weight-by", setup.data / "train.bin", "--device", setup.device]
-    found = {"commit": commit(), "machine": machine(setup.device)}
-    found["dev"] = evaluated(path, *common, "--data", setup.data)
+    best = [folder_of(setup, entry, seed) / "best.pt" for entry in entries]
+    if len(entries) > 1:  # as it taught
+        which = ["--ensemble", *best, *(("--teacher-weights", *weights) if weights else ())]
+    else:
+        which = [folder_of(setup, entries[0], seed) / setup.recipe.scored]
+    common = ["--weight-by", setup.data / "train.bin", "--device", setup.device]
+    found = {"commit": commit(), "machine": machine(setup.device), "torch": torch.__version__}
+    found["dev"] = evaluated(path, *which, *common, "--data", setup.data)
     if setup.tuning:
         return found
-    kept = path.with_suffix("")
-    options = ["--data", setup.data / "report", "--temperature-scaled", setup.data]
+    kept, report = path.with_suffix(""), setup.data / "report"
+    options = ["--data", report, "--temperature-scaled", setup.data]
     options += ["--losses", f"{kept}.losses.npz"]
     if setup.pairs:
         options += ["--pairs", *setup.pairs, "--pair-scores", f"{kept}.pairs.npz"]
-    found["report"] = evaluated(path, *common, *options)
-    by_name = {Path(folder).name: value for folder, value in found["report"]["pairs"].items()}
-    found["report"]["pairs"] = by_name
+    found["report"] = evaluated(path, *which, *common, *options)
     if len(entries) == 1:
-        found["samples"] = samples(checkpoints[0], setup.device)
+        found["samples"] = samples(which[0], setup.device)
+        teaches = any(entries[0].name in e.teachers for e in setup.recipe.entries.values())
+        if teaches and which != best:
+            found["teaching"] = evaluated(path, *best, *common, "--data", report)
     return found
 
 
@@ -321,6 +365,7 @@ def evaluated(path, *arguments):
     (entry,) = json.loads(scratch.read_text(encoding="utf-8"))["checkpoints"]
     scratch.unlink()
     del entry["path"]
+    entry["pairs"] = {Path(folder).name: found for folder, found in entry["pairs"].items()}
     return entry
 
 
@@ -342,32 +387,58 @@ def print_plan(setup, seeds):
     """Prints what each model will take, before anything is trained."""
     shard = TokenShard(setup.data / "train.bin")
     costs = experiment.costs(setup.recipe, len(shard.tokens), shard.words)
-    speed, how = known_speed(setup, costs, seeds)
-    rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "minutes", "disk", "memory"]]
+    speeds, how = known_speeds(setup, costs, seeds)
+    left = {name: flops_left(setup, name, costs[name], seeds) / speeds[name] for name in costs}
+    rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "minutes left", "disk", "memory"]]
     for name, cost in costs.items():
         rows.append(
             [name, f"{cost.parameters:,}", f"{cost.epochs:.3g}", f"{cost.tokens:,}",
-             f"{cost.flops:.1e}", f"{cost.flops / speed / 60:.1f}", f"{cost.disk / 1e9:.2f} GB",
+             f"{cost.flops:.1e}", f"{left[name] / 60:.1f}", f"{cost.disk / 1e9:.2f} GB",
              f"{cost.memory / 1e9:.2f} GB"]
         )  # fmt: skip
     print("\n".join(aligned(rows)))
-    hours = sum(cost.flops for cost in costs.values()) / speed / 3600 * len(seeds)
-    print(f"{len(seeds)} seeds: {hours:.2g} hours of training at {speed / 1e9:.3g} GFLOP/s, {how}")
+    disk = sum(cost.disk for cost in costs.values()) * len(seeds) / 1e9
+    free = shutil.disk_usage(setup.data).free / 1e9
+    print(
+        f"seeds {seeds[0]} to {seeds[-1]}: {sum(left.values()) / 3600:.2g} hours of training left, "
+        f"{how}; scoring comes on top\ndisk {disk:.2f} GB in all, {free:.0f} GB free"
+    )
+    if disk > free:
+        warn("the disk is too small for all of it")
 
 
-def known_speed(setup, costs, seeds):
-    """FLOP/s of the models that are trained, and a text that says so; else a guess."""
-    flops = seconds = 0
-    for seed in seeds:
-        for name, entry in setup.recipe.entries.items():
-            log = folder_of(setup, entry, seed) / "log.jsonl"
-            if log.exists() and (found := read_log(log))["steps"]:
-                share = found["epochs"] / costs[name].epochs
-                flops, seconds = flops + share * costs[name].flops, seconds + found["seconds"]
-    if seconds:
-        return flops / seconds, "as measured here so far"
-    return matmul_speed(setup.device) * GUESSED_SHARE, (
-        f"a guess: {GUESSED_SHARE:.0%} of what a product of two matrices of 1024 x 1024 reaches"
+def progress_of(setup, name, seed):
+    """(share of the training that is done, seconds it took), from a model's result or log."""
+    path = setup.results / f"seed-{seed}" / f"{name}.json"
+    log = folder_of(setup, setup.recipe.entries[name], seed) / "log.jsonl"
+    if path.exists():
+        return 1.0, read_result(path).get("seconds", 0.0)
+    if not log.exists():
+        return 0.0, 0.0
+    found = read_log(log)
+    config = setup.recipe.entries[name].config()
+    steps = config.steps or config.epochs * found["steps"] / max(found["epochs"], 1e-9)
+    return min(found["steps"] / max(steps, 1), 1.0), found["seconds"]
+
+
+def flops_left(setup, name, cost, seeds):
+    """FLOPs of a model's training that are not done yet, over the seeds."""
+    return sum(cost.flops * (1 - progress_of(setup, name, seed)[0]) for seed in seeds)
+
+
+def known_speeds(setup, costs, seeds):
+    """{name: FLOP/s}, and a text that says how it is known: measured here, or guessed."""
+    measured = {}
+    for name, cost in costs.items():
+        done = [progress_of(setup, name, seed) for seed in seeds]
+        if seconds := sum(taken for _, taken in done):
+            measured[name] = cost.flops * sum(share for share, _ in done) / seconds
+    if measured:
+        mean = statistics.fmean(measured.values())
+        return {name: measured.get(name, mean) for name in costs}, "at the speed measured so far"
+    guess = matmul_speed(setup.device) * GUESSED_SHARE
+    return dict.fromkeys(costs, guess), (
+        f"at a guess of {guess / 1e9:.3g} GFLOP/s, {GUESSED_SHARE:.0%} of a matrix product's"
     )
 
 
@@ -448,6 +519,11 @@ def parse_arguments(argv):
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
+    if args.report and any((args.train, args.dev, args.results, args.words, args.models, args.vary,
+                            args.tune, args.dry_run, args.seeds > 1, args.first_seed)):  # fmt: skip
+        parser.error("--report trains nothing: only --out, --pairs and --device go with it")
+    if len({Path(folder).name for folder in args.pairs}) < len(args.pairs):
+        parser.error("--pairs: two folders have one name")
     if args.seeds < 1 or args.first_seed < 0 or (args.words is not None and args.words < 1):
         parser.error("--seeds and --words must be at least 1, --first-seed at least 0")
     return args, parser
@@ -474,99 +550,144 @@ def main(argv=None):
     check_text(recipe, args, parser)
     if args.words:
         recipe = dataclasses.replace(recipe, words=args.words)
+    chosen = recipe.only(args.models) if args.models else recipe
     out = Path(args.out or f"runs/{recipe.name}")
     deadline = None if args.stop_after is None else time.monotonic() + 60 * args.stop_after
     for folder in args.pairs:
         evaluate.read_pairs(folder)  # a mistake in them is to be known before hours of training
     seeds = range(args.first_seed, args.first_seed + args.seeds)
+    setup = None
     try:
         data = prepare_data(recipe, args, out)
         pairs = [str(out / "corpus" / "pairs")] if recipe.corpus == "toy" else args.pairs
-        if args.models:
-            recipe = recipe.only(args.models)
         results = Path(args.results or out)
-        setup = Setup(recipe, data, pairs, out, results, args.device, deadline, args.tune)
+        setup = Setup(chosen, data, pairs, out, results, args.device, deadline, args.tune)
         print_plan(setup, seeds)
         if args.dry_run:
             return 0
-        found = {seed: run_seed(setup, seed) for seed in seeds}
+        if not args.tune:
+            results.mkdir(parents=True, exist_ok=True)
+            write_json(results / "experiment.json", study_fields(recipe))
+        for seed in seeds:
+            run_seed(setup, seed)
     except Stopped as stopped:
+        if setup and args.tune:
+            trial_lines(results, seeds, setup.shards)
         print("stopped before the end: the same command continues")
         return stopped.code
     if args.tune:
-        print("\n" + "\n".join(trial_lines(results, seeds)))
-        return 0
-    study = study_of(recipe, found, results)
-    write_json(results / "experiment.json", described_study(study))
-    print("\n" + "\n".join(write_report(study, results, command=command, device=args.device)))
+        print("\n" + "\n".join(trial_lines(results, seeds, setup.shards)))
+    else:
+        print("\n" + "\n".join(write_report(read_study(results), results, command)))
     return 0
 
 
-# ---- what came out
+# ---- reports of what is there
 
 
 def report_folders(args, command):
     """Writes the report of each experiment's folder, or one of all runs' folders; the exit code."""
     folders = [Path(folder) for folder in args.report]
     experiments = [folder for folder in folders if (folder / "experiment.json").exists()]
-    for folder in experiments:
-        lines = write_report(read_study(folder), folder, command=command, device=args.device)
-        print("\n" + "\n".join(lines))
     runs = [folder for folder in folders if (folder / "best.pt").exists()]
+    for folder in folders:
+        if folder not in experiments and folder not in runs:
+            say(f"{folder} is neither the folder of an experiment nor of a run: left out")
     if not runs and not experiments:
-        raise UserError(f"{folders[0]} is neither the folder of an experiment nor of a run")
+        raise UserError("--report: no folder of an experiment or of a run")
+    for folder in experiments:
+        print("\n" + "\n".join(write_report(read_study(folder), folder, command)))
     if runs:
-        study = study_of_runs(runs, args)
-        print("\n" + "\n".join(write_report(study, study.folder, command=command,
-                                             device=args.device)))  # fmt: skip
+        out = Path(args.out or "runs/report")
+        score_runs(runs, args, out)
+        print("\n" + "\n".join(write_report(read_study(out), out, command)))
     return 0
 
 
-def study_of_runs(folders, args):
-    """The `Study` of runs that train.py and distill.py made: their best.pt, scored on their data.
+def score_runs(folders, args, out):
+    """Scores runs that train.py and distill.py made, and writes their results into `out`.
 
-    A model that has teachers is a student, and the control is the model of its shape that has none
-    and taught nobody.
+    A model that has teachers is a student, and the control is one of its shape that has none and
+    taught nobody. Runs of one folder name and different seeds are one model. Raises `UserError`
+    where their dev text differs, or two are the same model and seed.
     """
-    out = Path(args.out or "runs/report")
-    results, digests, checkpoints = {}, {}, {}
+    found = {}
     for folder in folders:
         checkpoint = read_checkpoint(folder / "best.pt")
-        name = folder.name
-        checkpoints[name] = checkpoint
-        digests[content_digest(checkpoint["weights"])] = name
-        path = out / "seed-0" / f"{name}.json"
-        pairs = ["--pairs", *args.pairs] if args.pairs else []
-        found = {"name": name, "preset": checkpoint["model"]["name"]}
-        found |= read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else {}
-        data = Path(checkpoint["config"]["data"])
-        losses = path.with_suffix(".losses.npz")
-        found["report"] = evaluated(
-            path, folder / "best.pt", "--data", data, "--weight-by", data / "train.bin",
-            "--losses", losses, *pairs, "--device", args.device,
-        )  # fmt: skip
-        found["samples"] = samples(folder / "best.pt", args.device)
-        write_json(path, found)
-        results[name] = found
+        key = (checkpoint["config"].get("seed", 0), folder.name)
+        if key in found:
+            raise UserError(f"{folder} and {found[key][0]} are of one name and seed: rename one")
+        found[key] = (folder, checkpoint)
+    dev_texts = {checkpoint["config"].get("dev_shard") for _, checkpoint in found.values()}
+    if len(dev_texts) > 1:
+        raise UserError("--report: these runs have different dev text: report them apart")
+    fields = run_fields({name: checkpoint for (_, name), (_, checkpoint) in found.items()})
+    write_text(out / "experiment.json", json.dumps(fields))
+    for (seed, name), (folder, checkpoint) in found.items():
+        result = {"name": name, "preset": checkpoint["model"]["name"], "seed": seed}
+        log = folder / "log.jsonl"
+        result |= score_run(args, out, [folder], seed, name) | (
+            read_log(log) if log.exists() else {}
+        )
+        result["weights"] = content_digest(checkpoint["weights"])
+        result["taught_by"] = [teacher["digest"] for teacher in checkpoint["teachers"]]
+        result["samples"] = samples(folder / "best.pt", args.device)
+        write_json(out / f"seed-{seed}" / f"{name}.json", result)
+    for student, teacher in fields["ensembles"].items():
+        members = fields["teachers"][student]
+        for seed in {seed for seed, name in found if name == student}:
+            if len(members) > 1 and all((seed, member) in found for member in members):
+                parts = [found[seed, member][0] for member in members]
+                result = {"name": teacher} | score_run(args, out, parts, seed, teacher)
+                write_json(out / f"seed-{seed}" / f"{teacher}.json", result)
+
+
+def score_run(args, out, folders, seed, name):
+    """Scores the best.pt of a run, or of several as an ensemble, on the data of the first."""
+    data = Path(read_checkpoint(folders[0] / "best.pt")["config"]["data"])
+    checkpoints = [folder / "best.pt" for folder in folders]
+    path = out / f"seed-{seed}" / f"{name}.json"
+    options = ["--data", data, "--weight-by", data / "train.bin", "--device", args.device]
+    options += ["--losses", path.with_suffix(".losses.npz")]
+    options += ["--pairs", *args.pairs] if args.pairs else []
+    which = ["--ensemble", *checkpoints] if len(folders) > 1 else checkpoints
+    where = {"commit": commit(), "machine": machine(args.device), "torch": torch.__version__}
+    return where | {"report": evaluated(path, *which, *options)}
+
+
+def run_fields(checkpoints):
+    """The fields of the `Study` of runs, from {name: checkpoint}."""
+    digests = {content_digest(c["weights"]): name for name, c in checkpoints.items()}
     teachers = {
-        name: tuple(digests[t["digest"]] for t in found["teachers"] if t["digest"] in digests)
-        for name, found in checkpoints.items()
-        if found.get("teachers")
+        name: [digests.get(teacher["digest"], teacher["name"]) for teacher in c["teachers"]]
+        for name, c in checkpoints.items()
+        if c["teachers"]
     }
-    teachers = {name: taught_by for name, taught_by in teachers.items() if taught_by}
     student = next(iter(teachers), None)
-    shape = checkpoints[student]["model"]["shape"] if student else None
-    teaching = {t for taught_by in teachers.values() for t in taught_by}
-    control = next(
-        (n for n, c in checkpoints.items()
-         if n not in teachers and n not in teaching and c["model"]["shape"] == shape), None,
-    )  # fmt: skip
-    order = [n for n in results if n not in teachers] + list(teachers)
-    models = {name: name for name in order}
-    about = "best.pt of each run, on the dev text that chose it."
-    study = Study("runs", about, models, teachers, control, student, {0: results}, out)
-    write_json(out / "experiment.json", described_study(study))
-    return study
+    teaching = {teacher for taught_by in teachers.values() for teacher in taught_by}
+
+    def shape(name):  # dropout is a matter of training
+        return checkpoints[name]["model"]["shape"] | {"dropout": 0}
+
+    alone = [name for name in checkpoints if name not in teachers]
+    controls = [n for n in alone if student and n not in teaching and shape(n) == shape(student)]
+    ensembles = {name: "&".join(taught_by) for name, taught_by in teachers.items()}
+    titles = {name: name for name in alone}
+    titles |= {
+        name: f"ensemble of {', '.join(teachers[student])}"
+        for student, name in ensembles.items()
+        if len(teachers[student]) > 1
+    }
+    return {
+        "name": "of runs",
+        "about": "",
+        "text": "the dev text that training read, which also chose each best.pt",
+        "models": titles | {name: name for name in teachers},
+        "teachers": teachers,
+        "ensembles": ensembles,
+        "control": controls[0] if controls else None,
+        "student": student,
+    }
 
 
 if __name__ == "__main__":

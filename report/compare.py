@@ -18,7 +18,6 @@ BLOCK_WORDS = 500  # neighbouring chunks share a document: blocks of this size a
 LEAST_BLOCKS = 8  # in a file, however short, for one block alone would not vary
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 2023
-WEIGHTS = ("train", "plain")  # how sub-corpora count: by their share of the training text, or as is
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,11 @@ class Losses:
     of a piece's file, `targets` (N,) its predicted tokens, `nats` (N,) the sum of their losses,
     `scaled_nats` (N,) the same at the temperature fitted elsewhere, or None. `files`, `shares` and
     `words_per_token` (F,) describe the files; the shares, of the training text, add up to 1, or
-    are None.
+    are None. `text` is the digest of the shard.
     """
 
     path: str
+    text: str
     files: tuple[str, ...]
     shares: np.ndarray | None
     words_per_token: np.ndarray
@@ -42,20 +42,20 @@ class Losses:
     scaled_nats: np.ndarray | None
 
     def same_pieces(self, other):
-        """Whether both are losses of the same pieces of the same text."""
-        return (
-            self.files == other.files
-            and np.array_equal(self.file_of, other.file_of)
-            and np.array_equal(self.targets, other.targets)
+        """Whether both are losses of the same pieces of the same text, weighted alike."""
+        mine = (self.file_of, self.targets, self.shares)
+        theirs = (other.file_of, other.targets, other.shares)
+        return (self.text, self.files) == (other.text, other.files) and all(
+            a is b is None or np.array_equal(a, b) for a, b in zip(mine, theirs)
         )
 
 
-def write_losses(path, files, losses, sequence_length, scaled=None, shares=None):
+def write_losses(path, text, files, losses, sequence_length, scaled=None, shares=None):
     """Writes what a model loses on each piece of a dev shard, for `read_losses`.
 
-    `files` are [(name, the first target after it, words per token)] in order; `losses` (N,) are
-    nats for each target, `scaled` those at a fitted temperature, `shares` {name: share of the
-    training text}.
+    `text` is the shard's digest; `files` are [(name, the first target after it, words per token)]
+    in order; `losses` (N,) are nats for each target, `scaled` those at a fitted temperature,
+    `shares` {name: share of the training text}.
     """
     names, ends, words_per_token = zip(*files)
     bounds = set(range(0, len(losses), sequence_length)) | {*ends, len(losses)}
@@ -66,6 +66,7 @@ def write_losses(path, files, losses, sequence_length, scaled=None, shares=None)
         return np.add.reduceat(values, bounds[:-1]).astype(np.float32)
 
     arrays = {
+        "text": np.array(text),
         "files": np.array(names),
         "words_per_token": np.array(words_per_token),
         "file_of": np.searchsorted(ends, bounds[:-1], side="right").astype(np.uint16),
@@ -89,10 +90,13 @@ def read_losses(path):
         per_file = arrays["files"], arrays["words_per_token"]
         if len({p.shape for p in pieces}) > 1 or len({p.shape for p in per_file}) > 1:
             raise ValueError("lengths differ")
+        for name, like in (("share", per_file[0]), ("scaled_nats", pieces[0])):
+            if name in arrays and arrays[name].shape != like.shape:
+                raise ValueError("lengths differ")
         if pieces[0].max() >= len(per_file[0]) or pieces[1].min() < 1:
             raise ValueError("a piece is impossible")
         return Losses(
-            str(path), tuple(map(str, arrays["files"])), arrays.get("share"),
+            str(path), str(arrays["text"]), tuple(map(str, arrays["files"])), arrays.get("share"),
             arrays["words_per_token"], arrays["file_of"], arrays["targets"],
             arrays["nats"].astype(np.float64), arrays.get("scaled_nats"),
         )  # fmt: skip
@@ -159,7 +163,8 @@ def paired_t(differences):
 def text_blocks(losses):
     """The number (N,) of the block of each piece: neighbours in a file, about `BLOCK_WORDS` words.
 
-    Numbers rise through the text, and no block has pieces of two files.
+    A short file has `LEAST_BLOCKS` smaller ones, if it has so many pieces. Numbers rise by one
+    through the text, and no block has pieces of two files.
     """
     words = losses.targets * losses.words_per_token[losses.file_of]
     numbers, number = np.zeros(len(words), dtype=np.int64), -1
@@ -167,10 +172,11 @@ def text_blocks(losses):
         members = np.flatnonzero(losses.file_of == file)
         if len(members):
             total = words[members].sum()
-            count = max(min(LEAST_BLOCKS, len(members)), round(total / BLOCK_WORDS))
+            count = max(LEAST_BLOCKS, round(total / BLOCK_WORDS))
             middles = np.cumsum(words[members]) - words[members] / 2
-            numbers[members] = number + 1 + np.minimum(middles * count // total, count - 1)
-            number = numbers[members].max()
+            blocks = np.unique(middles * count // total, return_inverse=True)[1]
+            numbers[members] = number + 1 + blocks
+            number += 1 + blocks.max()
     return numbers
 
 
@@ -233,22 +239,39 @@ def compare(ones, others, weights="train", scaled=False):
     )  # fmt: skip
 
 
-def interval(bounds):
+def ways(ones, others):
+    """{way: Difference} in as many ways as the losses allow.
+
+    "train" (or, without shares, "plain") is the first, then "plain", then "temperature-scaled",
+    which is weighted as the first.
+    """
+    every = [*ones, *others]
+    weights = "train" if all(losses.shares is not None for losses in every) else "plain"
+    found = {way: compare(ones, others, way) for way in dict.fromkeys((weights, "plain"))}
+    if all(losses.scaled_nats is not None for losses in every):
+        found["temperature-scaled"] = compare(ones, others, weights, scaled=True)
+    return found
+
+
+def mean_over_clusters(values):
+    """The mean of values (N,), and its 95 % interval over draws of them with replacement."""
+    values, generator = np.asarray(values), np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
+    low, high = np.quantile(drawn @ values / len(values), (0.025, 0.975))
+    return float(values.mean()), (float(low), float(high))
+
+
+def interval(bounds, digits=4):
     """An interval as text, or "-"."""
-    return "-" if bounds is None else f"[{bounds[0]:+.4f}, {bounds[1]:+.4f}]"
+    return "-" if bounds is None else f"[{bounds[0]:+.{digits}f}, {bounds[1]:+.{digits}f}]"
 
 
 def comparison_rows(ones, others):
     """Heading and rows of a table: a row for each way in which the two may be compared."""
-    rows = [["weights", "seeds", "mean difference", "paired t over seeds", "blocks of text"]]
-    shares = all(losses.shares is not None for losses in (*ones, *others))
-    scalable = all(losses.scaled_nats is not None for losses in (*ones, *others))
-    for scaled in (False, True) if scalable else (False,):
-        for weights in WEIGHTS if shares else ("plain",):
-            found = compare(ones, others, weights, scaled)
-            name = f"{weights}, temperature-scaled" if scaled else weights
-            rows.append(
-                [name, str(len(ones)), f"{found.mean:+.4f}", interval(found.over_seeds),
-                 interval(found.over_text)]
-            )  # fmt: skip
+    rows = [["way", "seeds", "mean difference", "paired t over seeds", "blocks of text"]]
+    for way, found in ways(ones, others).items():
+        rows.append(
+            [way, str(len(ones)), f"{found.mean:+.4f}", interval(found.over_seeds),
+             interval(found.over_text)]
+        )  # fmt: skip
     return rows

@@ -144,7 +144,7 @@ def overview(study):
 def overview_order(study):
     """The names of the models from top to bottom: control and student last."""
     last = [name for name in (study.control, study.student) if name]
-    return [n for n in study.models if n not in last and study.results(n)] + last
+    return [name for name in study.models if name not in last] + last
 
 
 def paint_overview(figure, study, names, shown):

@@ -1,6 +1,5 @@
 """What is kept of runs, read: a run's log, trials, and the `Study` in a folder of results."""
 
-import dataclasses
 import json
 import math
 import statistics
@@ -57,13 +56,28 @@ def read_numbers(line):
     }
 
 
-def trial_lines(results, seeds):
-    """Writes tuning.md, and returns its table for the screen: all trials, the best one first."""
+def read_result(path):
+    """The result in a file, a dict. Raises `UserError` where it is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no result of this program: move it away") from error
+    if not isinstance(result, dict) or not isinstance(result.get("dev", {}), dict):
+        raise UserError(f"{path} is no result of this program: move it away")
+    return result
+
+
+def trial_lines(results, seeds, shards):
+    """Writes tuning.md, and returns its table for the screen: the trials of a text, best first.
+
+    `shards` are the digests of that text. Ensembles, which have no options, are among them.
+    """
     found = [
-        json.loads(path.read_text(encoding="utf-8"))
+        read_result(path)
         for seed in seeds
         for path in sorted((results / f"seed-{seed}").glob("*.json"))
     ]
+    found = [trial for trial in found if trial.get("shards") == shards and "dev" in trial]
     rows = [["model", "seed", "dev CE", "plain", "epochs", "train CE", "minutes", "options"]]
     for trial in sorted(found, key=lambda trial: trial["dev"]["weighted_cross_entropy"]):
         options = " ".join(f"{key}={value}" for key, value in trial.get("options", {}).items())
@@ -79,48 +93,53 @@ def trial_lines(results, seeds):
     return aligned(rows)
 
 
-def study_of(recipe, found, results):
-    """The `Study` of results {seed: {name: result}}."""
+def study_fields(recipe):
+    """The fields of the `Study` of a recipe that hold before anything is trained."""
     ensembles = recipe.ensembles()
     title = "ensemble" if len(ensembles) == 1 else "ensemble of {}"
     titles = {name: entry.title for name, entry in recipe.entries.items()}
     titles |= {
-        name: title.format(", ".join(titles[member] for member in members))
-        for name, members in ensembles.items()
+        name: title.format(", ".join(titles[member.name] for member in members))
+        for name, (members, _) in ensembles.items()
     }
-    taught = {name: entry.teachers for name, entry in recipe.entries.items() if entry.teachers}
-    alone = [name for name in titles if name not in taught]
-    order = [name for name in alone if name != recipe.control] + [recipe.control, *taught]
-    models = {name: titles[name] for name in order if name in titles}
-    return Study(
-        recipe.name, recipe.about, models, taught,
-        recipe.control if recipe.control in models else None,
-        recipe.student if recipe.student in models else None, found, results,
-    )  # fmt: skip
-
-
-def described_study(study):
-    """What --report needs beside the results of the models."""
+    students = [name for name, entry in recipe.entries.items() if entry.teachers]
+    alone = [name for name in titles if name not in students and name != recipe.control]
     return {
-        key: value
-        for key, value in dataclasses.asdict(study).items()
-        if key not in ("seeds", "folder")
+        "name": recipe.name,
+        "about": recipe.about,
+        "text": "the second halves of the dev files, on which nothing was chosen",
+        "models": {
+            name: titles[name] for name in dict.fromkeys((*alone, recipe.control, *students))
+        },
+        "teachers": {name: list(recipe.entries[name].teachers) for name in students},
+        "ensembles": {name: recipe.entries[name].taught_by for name in students},
+        "control": recipe.control,
+        "student": recipe.student,
     }
 
 
 def read_study(folder):
-    """The `Study` in the folder of an experiment, with all results that are there."""
+    """The `Study` of the reported results in the folder of an experiment.
+
+    What was scored for tuning alone is no part of it, and neither is a model without a result.
+    Raises `UserError` where there is nothing to report.
+    """
+    seeds = {}
     try:
         fields = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
-        seeds = {}
         for path in folder.glob("seed-*"):
-            results = {
-                name: json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
-                for name in fields["models"]
-                if (path / f"{name}.json").exists()
-            }
+            files = {name: path / f"{name}.json" for name in fields["models"]}
+            results = {name: read_result(file) for name, file in files.items() if file.exists()}
+            results = {name: result for name, result in results.items() if "report" in result}
             if results:
                 seeds[int(path.name.removeprefix("seed-"))] = results
-        return Study(**fields, seeds=dict(sorted(seeds.items())), folder=folder)
+        there = {name for results in seeds.values() for name in results}
+        fields["models"] = {n: title for n, title in fields["models"].items() if n in there}
+        for role in ("control", "student"):
+            fields[role] = fields[role] if fields[role] in there else None
+        study = Study(**fields, seeds=dict(sorted(seeds.items())), folder=folder)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} holds no results of an experiment that can be read") from error
+    if not seeds:
+        raise UserError(f"{folder} holds no result yet that could be reported")
+    return study

@@ -2,12 +2,14 @@
 
 A `Study` has a result for each model and seed, which is what reproduce.py keeps of it:
 
-    report            an entry of evaluate.py's JSON, of the dev text that nothing was chosen on
-    dev               the same of the dev text that chose; taken where there is no "report"
+    report            an entry of evaluate.py's JSON, of the dev text that is reported
+    teaching          the same of a teacher's best.pt, which taught, where another one is scored
     seconds, epochs, steps, train_cross_entropy       of its training, unless it is an ensemble
     curve             [(step, dev cross-entropy)], over the part of the dev text that training reads
     training          [(step, cross-entropy, KL or None)], of the training text
     samples           {prompt: how the model goes on}
+    weights, taught_by       digests of its best.pt, and of those of its teachers
+    commit, machine, torch   where it was scored
 """
 
 import dataclasses
@@ -16,23 +18,27 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from report.compare import compare, interval, read_losses
+from report.compare import interval, mean_over_clusters, read_losses, ways
 
-LEAST_GAIN = 0.02  # nats: a smaller mean difference is not called an effect
+LEAST_GAIN = 0.02  # nats: a smaller mean difference to the control is not called an effect
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is reported: `models` is {name: title} in order, `teachers` {name: those who taught it}.
+    """What is reported.
 
+    `models` is {name: title} in order, `teachers` {student: names of its teachers}, `ensembles`
+    {student: who taught it as one}, a teacher or an ensemble. `text` says what is reported on.
     `seeds` is {seed: {name: result}}; a model may be missing in some of them. `folder` has the
-    losses of each, seed-N/NAME.losses.npz, where they were kept.
+    losses of each, seed-N/NAME.losses.npz.
     """
 
     name: str
     about: str
+    text: str
     models: dict
     teachers: dict
+    ensembles: dict
     control: str | None
     student: str | None
     seeds: dict
@@ -42,49 +48,76 @@ class Study:
         """The results of a model, one for each seed that has it."""
         return [found[name] for found in self.seeds.values() if name in found]
 
+    def every_result(self):
+        """All results."""
+        return [result for found in self.seeds.values() for result in found.values()]
+
     def shared(self, *names):
         """[[result of each name]], for the seeds that have them all."""
         rows = ([found.get(name) for name in names] for found in self.seeds.values())
         return [row for row in rows if None not in row]
 
+    @property
+    def students(self):
+        """The names of the models that were taught."""
+        return [name for name in self.models if name in self.teachers]
+
     def losses(self, one, other):
-        """Their `Losses` in the seeds that have both: two lists, empty where one was not kept."""
+        """Their `Losses` in the seeds that have both models: two lists.
+
+        Raises `UserError` where those of one were not kept: no seed is dropped in silence.
+        """
         pairs = []
-        for seed in self.seeds:
-            paths = [self.folder / f"seed-{seed}" / f"{n}.losses.npz" for n in (one, other)]
-            if all(path.exists() for path in paths):
-                pairs.append([read_losses(path) for path in paths])
+        for seed, found in self.seeds.items():
+            if one in found and other in found:
+                folder = self.folder / f"seed-{seed}"
+                pairs.append([read_losses(folder / f"{n}.losses.npz") for n in (one, other)])
         return ([a for a, _ in pairs], [b for _, b in pairs])
 
     @functools.cached_property
     def comparisons(self):
-        """[(one, other, {way: Difference})]: each student and control, its teachers, all of them.
+        """{(one, other): {way: Difference}}, as `compare.ways` has it.
 
-        The ways are those that the kept losses allow, as `differences` says.
+        Each student and the control, its teachers and their ensemble; the student of the study and
+        the other students; whoever taught and the control.
         """
-        found = []
-        for name in [n for n in self.models if self.teachers.get(n)]:
-            others = [self.control, *self.teachers[name], self.ensemble(name)]
-            for other in dict.fromkeys(o for o in others if o in self.models and o != name):
-                ones, them = self.losses(name, other)
-                if ones:
-                    found.append((name, other, differences(ones, them)))
-        return found
+        pairs = []
+        for name in self.students:
+            pairs += [(name, o) for o in (self.control, *self.teachers[name], self.ensembles[name])]
+        pairs += [(self.student, other) for other in self.students if self.student]
+        taught = [o for n in self.students for o in (*self.teachers[n], self.ensembles[n])]
+        pairs += [(name, self.control) for name in taught]
+        return {
+            (one, other): ways(*losses)
+            for one, other in dict.fromkeys(pairs)
+            if one != other and {one, other} <= self.models.keys()
+            if (losses := self.losses(one, other))[0]
+        }
 
-    def ensemble(self, name):
-        """Who taught a model: the name of a teacher, or of the ensemble; None if nobody did."""
-        return "+".join(self.teachers.get(name, ())) or None
+    def strangers(self):
+        """[(student, seed)] that learned from other instances of its teachers than those here.
+
+        Whoever trains a teacher again, on another machine say, gets a model a little different.
+        """
+        return [
+            (name, seed)
+            for seed, found in self.seeds.items()
+            for name in self.students
+            if name in found and "taught_by" in found[name]
+            if set(found[name]["taught_by"])
+            != {found[t].get("weights") for t in self.teachers[name] if t in found}
+        ]
 
 
 def text_scores(result):
     """The scores on the text that is reported."""
-    return result.get("report") or result["dev"]
+    return result["report"]
 
 
-def cross_entropy(result):
+def cross_entropy(result, scores="report"):
     """Nats per token; sub-corpora are weighted as in the training text, where that is known."""
-    scores = text_scores(result)
-    return scores.get("weighted_cross_entropy", scores["cross_entropy"])
+    found = result.get(scores, result["report"])
+    return found.get("weighted_cross_entropy", found["cross_entropy"])
 
 
 # ---- what is compared
@@ -130,11 +163,7 @@ def measures(study):
 
 def pair_folders(study):
     """The folders of minimal pairs on which every model of every seed was scored."""
-    scored = [
-        set(text_scores(result)["pairs"])
-        for found in study.seeds.values()
-        for result in found.values()
-    ]
+    scored = [set(text_scores(result)["pairs"]) for result in study.every_result()]
     return sorted(set.intersection(*scored)) if scored else []
 
 
@@ -176,14 +205,37 @@ def verdict(difference, least_gain=LEAST_GAIN):
     return "REVERSED" if all(low > 0 for low, _ in intervals) else "UNDECIDED"
 
 
-def differences(ones, others):
-    """{way: Difference} of `compare`: weighted, plain, and at the fitted temperatures."""
-    every = [*ones, *others]
-    weights = "train" if all(losses.shares is not None for losses in every) else "plain"
-    ways = {weights: (weights, False), "plain": ("plain", False)}
-    if all(losses.scaled_nats is not None for losses in every):
-        ways["temperature-scaled"] = (weights, True)
-    return {name: compare(ones, others, *how) for name, how in ways.items()}
+def judged(study, one, other):
+    """The verdict on two models. Only a student's gain on its control must be `LEAST_GAIN`.
+
+    CALIBRATION: it holds, but not at the temperatures that suit each model best.
+    """
+    found = study.comparisons[one, other]
+    first, scaled = next(iter(found.values())), found.get("temperature-scaled")
+    gain = LEAST_GAIN if other == study.control and one in study.teachers else 0.0
+    answer = verdict(first, gain)
+    if answer == "HOLDS" and scaled is not None and verdict(scaled, gain) != "HOLDS":
+        return "CALIBRATION"
+    return answer
+
+
+def pair_difference(study, one, other, folder):
+    """(points, interval) of two models in a folder of minimal pairs; None where no seed has both.
+
+    The mean over files of the accuracies' difference, itself a mean over seeds, and its 95 %
+    interval over draws of the files: what other paradigms might have shown.
+    """
+    rows = study.shared(one, other)
+    if not rows:
+        return None
+
+    def accuracies(result):
+        return text_scores(result)["pairs"][folder]["per_file"]
+
+    return mean_over_clusters([
+        statistics.fmean(100 * (accuracies(a)[name] - accuracies(b)[name]) for a, b in rows)
+        for name in accuracies(rows[0][0])
+    ])  # fmt: skip
 
 
 # ---- sentences
@@ -191,39 +243,91 @@ def differences(ones, others):
 
 def findings(study):
     """Sentences that say whether the effect appeared, from the numbers alone."""
-    lines, seeds = [], len(study.seeds)
-    if study.control and study.ensemble(study.student) in study.models:
-        taught_by = study.ensemble(study.student)
-        rows = study.shared(study.control, taught_by)
-        leads = [cross_entropy(control) - cross_entropy(other) for control, other in rows]
-        what = "there is something to be taught" if min(leads) > 0 else "it has little to teach"
+    lines = [*lead_sentences(study), *effect_sentences(study)]
+    if study.student in study.models:
+        lines += [*teacher_sentences(study), *ensemble_sentences(study), *win_sentences(study)]
+    for name, seed in study.strangers():
         lines.append(
-            f"The {study.models[taught_by]} is {minus(spread(leads, 3, '+'))} nats per token ahead "
-            f"of the {study.models[study.control]}: {what}."
+            f"The {study.models[name]} of seed {seed} learned from other instances of its teachers "
+            "than those in the table, with the same recipe and seed: its gap is to those."
         )
-    for name, other, ways in study.comparisons:
-        if other != study.control:
+    return lines
+
+
+def lead_sentences(study):
+    """Whether those who taught the student are ahead of the control."""
+    taught_by = study.ensembles.get(study.student)
+    rows = study.shared(study.control, taught_by)
+    if not rows:
+        return []
+    leads = [cross_entropy(a) - cross_entropy(b, "teaching") for a, b in rows]
+    what = "there is something to be taught" if min(leads) > 0 else "it has little to teach"
+    return [
+        f"The {study.models[taught_by]} is {minus(spread(leads, 3, '+'))} nats per token ahead "
+        f"of the {study.models[study.control]}: {what}."
+    ]
+
+
+def difference_text(study, one, other):
+    """A difference with both intervals and its verdict."""
+    found = next(iter(study.comparisons[one, other].values()))
+    return (
+        f"{study.models[one]} minus {study.models[other]}: {minus(f'{found.mean:+.3f}')} nats, "
+        f"95 % intervals {minus(interval(found.over_seeds, 3))} over {len(found.per_seed)} seeds "
+        f"and {minus(interval(found.over_text, 3))} over text: **{judged(study, one, other)}**"
+    )
+
+
+def effect_sentences(study):
+    """Each student against the control, the study's own first."""
+    pairs = [(n, study.control) for n in study.students if (n, study.control) in study.comparisons]
+    pairs.sort(key=lambda pair: pair[0] != study.student)
+    return [difference_text(study, *pair) + "." for pair in pairs]
+
+
+def teacher_sentences(study):
+    """The student against each of its teachers, and which of them are behind the control."""
+    lines = []
+    for teacher in study.teachers[study.student]:
+        if (study.student, teacher) in study.comparisons:
+            line = difference_text(study, study.student, teacher)
+            against = study.comparisons.get((teacher, study.control))
+            if against is not None and next(iter(against.values())).mean > 0:
+                line += "; this teacher is behind the control, so that beating it proves nothing"
+            lines.append(line + ".")
+    return lines
+
+
+def ensemble_sentences(study):
+    """Whether the ensemble taught more than its parts: the student against the other students."""
+    lines = []
+    own = study.comparisons.get((study.student, study.control))
+    for other in study.students:
+        if (study.student, other) not in study.comparisons:
             continue
-        found = next(iter(ways.values()))
-        sentence = (
-            f"{study.models[name]} minus {study.models[other]}: {minus(f'{found.mean:+.3f}')} "
-            f"nats, 95 % intervals {minus(interval(found.over_seeds))} over "
-            f"{len(found.per_seed)} seeds and {minus(interval(found.over_text))} over blocks of "
-            f"text: **{verdict(found)}**"
-        )
-        scaled = ways.get("temperature-scaled")
-        if scaled is not None:
-            sentence += f" (temperature-scaled {minus(f'{scaled.mean:+.3f}')}: {verdict(scaled)})"
-        lines.append(sentence + ".")
+        line = difference_text(study, study.student, other)
+        theirs = study.comparisons.get((other, study.control))
+        if own and theirs and (gain := next(iter(own.values())).mean) < 0:
+            share = next(iter(theirs.values())).mean / gain
+            line += f"; the latter has {minus(f'{share:.0%}')} of the former's gain on the control"
+        lines.append(line + ".")
+    return lines
+
+
+def win_sentences(study):
+    """In how many seeds the student is better than the control and than its teachers."""
+    lines = []
     for measure in measures(study):
-        others = [study.control, *study.teachers.get(study.student, ())]
-        parts = []
-        for other in [o for o in dict.fromkeys(others) if o in study.models]:
-            rows = study.shared(study.student, other)
-            parts.append(f"{study.models[other]} in {measure.wins(rows)} of {len(rows)}")
+        others = dict.fromkeys((study.control, *study.teachers[study.student]))
+        rows = {other: study.shared(study.student, other) for other in others}
+        parts = [
+            f"{study.models[other]} in {measure.wins(found)} of {len(found)}"
+            for other, found in rows.items()
+            if found
+        ]
         if parts:
-            student, plural = study.models[study.student], "s" * (seeds > 1)
             lines.append(
-                f"{measure.name}: the {student} beats the {', the '.join(parts)} seed{plural}."
+                f"{measure.name}: the {study.models[study.student]} beats the "
+                f"{', the '.join(parts)} seed{'s' * (len(study.seeds) > 1)}."
             )
     return lines

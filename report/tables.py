@@ -3,7 +3,9 @@
 from report.compare import interval
 from report.study import (
     cross_entropy,
+    judged,
     minus,
+    pair_difference,
     pair_folders,
     spread,
     text_scores,
@@ -52,11 +54,7 @@ def result_rows(study):
 
 def any_scaled(study):
     """Whether some model was scored at a fitted temperature."""
-    return any(
-        "temperature_scaled" in text_scores(result)
-        for found in study.seeds.values()
-        for result in found.values()
-    )
+    return any("temperature_scaled" in text_scores(result) for result in study.every_result())
 
 
 def record_key(study, name):
@@ -66,32 +64,44 @@ def record_key(study, name):
 
 
 def comparison_rows(study):
-    """Heading and rows: each student against the control, its teachers and their ensemble."""
+    """Heading and rows: the study's comparisons in dev cross-entropy."""
     rows = [["difference", "dev CE", "over seeds", "over text", "by seed", "plain", "scaled"]]
-    for name, other, ways in study.comparisons:
-        found = next(iter(ways.values()))
-        scaled = ways.get("temperature-scaled")
+    rows[0].append("verdict")
+    for (one, other), found in study.comparisons.items():
+        first, scaled = next(iter(found.values())), found.get("temperature-scaled")
         rows.append(
-            [f"{study.models[name]} minus {study.models[other]}", minus(f"{found.mean:+.4f}"),
-             minus(interval(found.over_seeds)), minus(interval(found.over_text)),
-             " ".join(minus(f"{value:+.3f}") for value in found.per_seed),
-             minus(f"{ways['plain'].mean:+.4f}"),
-             "-" if scaled is None else minus(f"{scaled.mean:+.4f}")]
+            [f"{study.models[one]} minus {study.models[other]}", minus(f"{first.mean:+.4f}"),
+             minus(interval(first.over_seeds)), minus(interval(first.over_text)),
+             " ".join(minus(f"{value:+.3f}") for value in first.per_seed),
+             minus(f"{found['plain'].mean:+.4f}"),
+             "-" if scaled is None else minus(f"{scaled.mean:+.4f}"), judged(study, one, other)]
         )  # fmt: skip
+    return rows
+
+
+def pair_rows(study):
+    """Heading and rows: the same in minimal pairs, in points, with intervals over their files."""
+    folders = pair_folders(study)
+    rows = [["difference (points)", *folders]]
+    for one, other in study.comparisons if folders else ():
+        cells = []
+        for folder in folders:
+            mean, bounds = pair_difference(study, one, other, folder)
+            cells.append(minus(f"{mean:+.1f} {interval(bounds, 1)}"))
+        rows.append([f"{study.models[one]} minus {study.models[other]}", *cells])
     return rows
 
 
 def lead_rows(study):
     """Heading and rows: student - control = gap - lead, for each student and seed."""
     rows = [["student", "seed", "lead", "gap", "student - control"]]
-    for name in [n for n in study.models if study.teachers.get(n)]:
-        teacher = study.ensemble(name)
+    for name in study.students:
+        teacher = study.ensembles[name]
         for seed, found in study.seeds.items():
             if not {name, teacher, study.control} <= found.keys():
                 continue
-            one, taught_by, control = (
-                cross_entropy(found[n]) for n in (name, teacher, study.control)
-            )
+            one, control = cross_entropy(found[name]), cross_entropy(found[study.control])
+            taught_by = cross_entropy(found[teacher], "teaching")
             values = (control - taught_by, one - taught_by, one - control)
             rows.append(
                 [study.models[name], str(seed), *(minus(f"{value:+.3f}") for value in values)]
@@ -111,7 +121,7 @@ def detail_rows(study, title, names, value, digits):
 
 def sub_corpus_rows(study):
     """Dev cross-entropy by sub-corpus."""
-    first = next(iter(next(iter(study.seeds.values())).values()))
+    first = study.every_result()[0]
     return detail_rows(
         study, "sub-corpus", text_scores(first)["per_file"],
         lambda result, name: text_scores(result)["per_file"][name]["cross_entropy"], digits=3,
@@ -120,7 +130,7 @@ def sub_corpus_rows(study):
 
 def field_rows(study, folder):
     """Accuracy by field of minimal pairs, in percent."""
-    first = next(iter(next(iter(study.seeds.values())).values()))
+    first = study.every_result()[0]
     return detail_rows(
         study, f"{folder} (%)", text_scores(first)["pairs"][folder]["per_field"],
         lambda result, name: 100 * text_scores(result)["pairs"][folder]["per_field"][name],

@@ -13,7 +13,7 @@ SHARES = {"novels": 0.9, "letters": 0.1}
 
 
 def kept(path, losses, **details):
-    compare.write_losses(path, FILES, losses, 128, **details)
+    compare.write_losses(path, "digest", FILES, losses, 128, **details)
     return read_losses(path)
 
 
@@ -54,7 +54,7 @@ def test_blocks_stay_in_their_file_and_have_about_as_many_words(losses, tmp_path
     assert not set(blocks[found.file_of == 0]) & set(blocks[found.file_of == 1])
     assert (np.diff(blocks) >= 0).all() and len(set(blocks)) == 16  # at least eight a file
     long = [("novel", 60_000, 0.5)]
-    compare.write_losses(tmp_path / "b.npz", long, np.ones(60_000), 128)
+    compare.write_losses(tmp_path / "b.npz", "digest", long, np.ones(60_000), 128)
     found = read_losses(tmp_path / "b.npz")
     words = np.bincount(compare.text_blocks(found), found.targets * 0.5)
     assert len(words) == 60 and words.min() > 400 and words.max() < 600
@@ -67,8 +67,8 @@ def test_the_bootstrap_covers_what_it_should():
     for _ in range(200):
         means = generator.normal(0.0, 1.0, blocks)
         text = compare.Losses(
-            "a", ("novel",), None, np.array([500.0]), np.zeros(blocks, int), np.ones(blocks, int),
-            means, None,
+            "a", "digest", ("novel",), None, np.array([500.0]), np.zeros(blocks, int),
+            np.ones(blocks, int), means, None,
         )  # fmt: skip
         low, high = block_bootstrap(text, means, "plain", resamples=500)
         hits += low <= 0.0 <= high
@@ -79,7 +79,9 @@ def test_neighbours_that_go_together_widen_the_interval(tmp_path):
     """Chunks of one document rise and fall together: blocks notice, single chunks would not."""
     generator = np.random.default_rng(2)
     documents = np.repeat(generator.normal(3.0, 1.0, 50), 1024)
-    compare.write_losses(tmp_path / "a.npz", [("novel", len(documents), 0.5)], documents, 128)
+    compare.write_losses(
+        tmp_path / "a.npz", "digest", [("novel", len(documents), 0.5)], documents, 128
+    )
     found = read_losses(tmp_path / "a.npz")
     low, high = block_bootstrap(found, found.nats, "plain")
     of_chunks = 3.92 * found.nats.std() / 128 / len(found.nats) ** 0.5
@@ -111,9 +113,24 @@ def test_evaluate_prints_the_comparison(losses, tmp_path, capsys):
     assert "train" in printed and "plain" in printed and "-0.1050" in printed
 
 
+def test_chunks_longer_than_a_block_are_blocks(tmp_path):
+    compare.write_losses(tmp_path / "a.npz", "digest", [("novel", 5000, 0.9)], np.ones(5000), 2000)
+    found = read_losses(tmp_path / "a.npz")
+    assert list(compare.text_blocks(found)) == [0, 1, 2]
+    low, high = block_bootstrap(found, found.nats, "plain")
+    assert low == high == 1.0
+
+
+def test_clusters_vary_as_their_mean_does():
+    values = np.random.default_rng(4).normal(1.0, 2.0, 100)
+    mean, (low, high) = compare.mean_over_clusters(values)
+    assert mean == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 10, rel=0.05)
+
+
 def test_losses_of_other_text_and_other_files_are_refused(losses, tmp_path):
     one = kept(tmp_path / "a.npz", losses)
-    compare.write_losses(tmp_path / "b.npz", FILES, losses, 64)
+    compare.write_losses(tmp_path / "b.npz", "digest", FILES, losses, 64)
     other = read_losses(tmp_path / "b.npz")
     with pytest.raises(UserError, match="not of the same text"):
         compare.compare([one], [other])
@@ -127,6 +144,9 @@ def test_losses_of_other_text_and_other_files_are_refused(losses, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="holds no losses"):
             read_losses(tmp_path / name)
+    compare.write_losses(tmp_path / "f.npz", "other", FILES, losses, 128)
+    with pytest.raises(UserError, match="not of the same text"):
+        compare.compare([one], [read_losses(tmp_path / "f.npz")], "plain")
     np.savez(tmp_path / "e.npz", files=np.array(["a"]))
     with pytest.raises(UserError, match="holds no losses"):
         read_losses(tmp_path / "e.npz")

@@ -56,6 +56,34 @@ def test_a_factor_is_varied_one_model_a_value(tmp_path):
     assert len(recipe.entries) == 6
 
 
+def test_an_entry_can_take_back_what_another_gives_it(tmp_path):
+    models = MODELS | {
+        "control": {"model": "llama-tiny-student", "epochs": 4, "random_offset": True},
+        "short": {"like": "control", "epochs": None, "steps": 9, "random_offset": False},
+    }
+    config = read_experiment(written(tmp_path, models=models)).entries["short"].config()
+    assert (config.epochs, config.steps, config.random_offset) == (None, 9, False)
+
+
+def test_ensembles_of_other_weights_are_others(tmp_path):
+    two = {"model": "llama-tiny", "teachers": ["teacher", "control"]}
+    models = MODELS | {
+        "even": two, "same": two | {"teacher_weights": [2, 2]},
+        "uneven": two | {"teacher_weights": [3, 1]},
+    }  # fmt: skip
+    found = read_experiment(written(tmp_path, models=models)).ensembles()
+    assert sorted(found) == ["teacher&control", "teacher&control&3&1"]
+    assert found["teacher&control&3&1"][1] == [3, 1]
+
+
+def test_a_list_is_varied_in_json(tmp_path):
+    vary = ['student.teachers=[["teacher"],["teacher","control"]]']
+    vary += ["control.no_decay=norms,norms+embeddings"]
+    entries = read_experiment(written(tmp_path), vary).entries
+    assert entries['student.teachers=["teacher", "control"]'].teachers == ("teacher", "control")
+    assert entries["control.no_decay=norms+embeddings"].config().no_decay == "norms+embeddings"
+
+
 def test_some_models_bring_their_teachers_along(tmp_path):
     assert list(read_experiment(written(tmp_path)).only(["student"]).entries) == [
         "teacher", "student",
@@ -74,6 +102,13 @@ def test_the_costs_are_the_arithmetic(tmp_path):
     student = found["student"]
     met_by_student = 222_528 - 1000 * 64 - 64
     assert student.flops == (6 * met_by_student + 2 * met) * student.tokens
+    models["student"] = models["student"] | {"cache_teachers": "host"}
+    recipe = read_experiment(written(tmp_path, models=models, vocabulary_size=1000))
+    cached = costs(recipe, 12_801, 8000)["student"]
+    head = 1000 * 96
+    expected = (6 * met_by_student + 2 * head) * student.tokens + 2 * (met - head) * 12_801
+    assert cached.flops == expected
+    assert cached.memory - student.memory == 2 * 96 * 12_801
 
 
 @pytest.mark.parametrize(
@@ -81,6 +116,8 @@ def test_the_costs_are_the_arithmetic(tmp_path):
     [
         ({"models": []}, "models cannot be|JSON object"),
         ({"words": "many"}, "words cannot be 'many'"),
+        ({"words": -1}, "words cannot be -1"),
+        ({"models": MODELS | {"control": {"like": ["x"]}}}, "cannot be like"),
         ({"wrods": 5}, "a recipe has no 'wrods'"),
         ({"student": "nobody"}, "must be the name of a model"),
         ({"student": "control"}, "the student has no teachers"),

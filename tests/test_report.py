@@ -1,27 +1,30 @@
 """The report: what it says and draws is what the results say, with matplotlib and without."""
 
 import copy
+import dataclasses
 import json
 import re
 import sys
 
 import pytest
 
+from harness.files import UserError
 from harness.tables import aligned, markdown
 from report import pages, pictures
 from report.compare import Difference, write_losses
 from report.results import read_log
-from report.study import Study, findings, measures, verdict
+from report.study import Study, findings, judged, measures, pair_difference, verdict
 
 FOLDER = "blimp_filtered"
 TITLES = {
     "gpt2-teacher": "GPT-2 teacher",
     "llama-teacher": "LLaMA teacher",
-    "gpt2-teacher+llama-teacher": "ensemble",
+    "gpt2-teacher&llama-teacher": "ensemble",
     "control": "control (alone)",
     "student": "student (distilled)",
 }
-ENSEMBLE = "gpt2-teacher+llama-teacher"
+TEACHERS = ["gpt2-teacher", "llama-teacher"]
+ENSEMBLE = "gpt2-teacher&llama-teacher"
 CROSS_ENTROPY = {
     "gpt2-teacher": (1.5, 1.6),
     "llama-teacher": (1.6, 1.5),
@@ -45,6 +48,7 @@ def result(role, seed):
         "accuracy_over_files": accuracy,
         "accuracy_over_fields": accuracy + 0.1,
         "per_field": {"island": accuracy, "binding": accuracy},
+        "per_file": {"a": accuracy, "b": accuracy - 0.1, "c": accuracy + 0.1},
     }
     scores = {
         "parameters": 1000,
@@ -55,10 +59,12 @@ def result(role, seed):
         "pairs": {FOLDER: pairs},
     }
     if role == ENSEMBLE:
-        return {"name": role, "report": scores}
+        return {"name": role, "report": scores, "commit": "abc"}
     curve = [[10, value + 5], [20, value + 0.2], [30, value + 0.1], [40, value]]
     training = [[step, value, 0.5 if role == "student" else None] for step in (10, 20, 30, 40)]
     return {
+        "commit": "abc", "machine": "a large one", "weights": f"{role} {seed}",
+        "taught_by": [f"{r} {seed}" for r in TEACHERS] if role == "student" else [],
         "name": role, "preset": "llama-58m" if role == "student" else "x", "report": scores,
         "seconds": 60.0, "epochs": 4.0, "steps": 40, "curve": curve, "training": training,
         "train_cross_entropy": value, "samples": {"The cat": "sat | on <b>it</b>"},
@@ -73,12 +79,15 @@ def study(tmp_path):
         (tmp_path / f"seed-{seed}").mkdir()
         for role, values in CROSS_ENTROPY.items():
             write_losses(
-                tmp_path / f"seed-{seed}" / f"{role}.losses.npz",
+                tmp_path / f"seed-{seed}" / f"{role}.losses.npz", "digest",
                 [("novels", 40, 0.5), ("letters", 60, 0.5)], [values[seed]] * 60, 20,
                 shares={"novels": 0.9, "letters": 0.1},
             )  # fmt: skip
-    teachers = {"student": ("gpt2-teacher", "llama-teacher")}
-    return Study("demo", "About.", TITLES, teachers, "control", "student", seeds, tmp_path)
+    teachers, ensembles = {"student": TEACHERS}, {"student": ENSEMBLE}
+    return Study(
+        "demo", "About.", "the second halves", dict(TITLES), teachers, ensembles, "control",
+        "student", seeds, tmp_path,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -88,12 +97,12 @@ def figure():
 
 def write(study):
     """Writes the report into the study's folder; returns its text and the lines for the screen."""
-    screen = pages.write_report(study, study.folder, command="python x.py", device="cpu")
+    screen = pages.write_report(study, study.folder, "python x.py")
     return (study.folder / "report.md").read_text(encoding="utf-8"), "\n".join(screen)
 
 
 def one_seed(study):
-    return Study(**(vars(study) | {"seeds": {0: study.seeds[0]}}))
+    return dataclasses.replace(study, seeds={0: study.seeds[0]})
 
 
 def test_the_report_begins_with_what_came_out_and_shows_the_curves(study, figure):
@@ -103,7 +112,8 @@ def test_the_report_begins_with_what_came_out_and_shows_the_curves(study, figure
     for name in ("overview", "curves", "training", f"fields-{FOLDER}"):
         assert f"({name}.png)" in text
         assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "`python x.py`, commit " in text and "torch" in text
+    assert "Report: `python x.py`, commit " in text
+    assert "Models, commit: abc. Models, machine: a large one." in text
     row = next(line for line in text.split("\n") if line.startswith("| student (distilled) | 1,"))
     assert "| 1.550 ± 0.000 | 1.850 ± 0.000 |" in row and row.endswith("| 67.6 to 69.8 |")
     assert "student (distilled)" in screen and str(study.folder / "report.md") in screen
@@ -120,7 +130,8 @@ def test_the_page_needs_nothing_else_and_escapes_what_models_wrote(study, figure
 def test_the_json_holds_every_value_and_difference(study):
     write(study)
     found = json.loads((study.folder / "report.json").read_text(encoding="utf-8"))
-    assert found["models"]["student"]["seeds"]["1"]["weighted_cross_entropy"] == 1.55
+    student = found["results"]["1"]["student"]
+    assert student["report"]["weighted_cross_entropy"] == 1.55 and student["epochs"] == 4.0
     first = found["differences"][0]
     assert (first["one"], first["other"]) == ("student", "control")
     assert first["per_seed"] == pytest.approx([-0.15, -0.17])
@@ -152,16 +163,82 @@ def test_lead_and_gap_add_up(study):
     assert f"| student (distilled) | 1 | +0.270 | +0.100 | {m}0.170 |" in text
 
 
-def test_findings_count_the_seeds_in_which_a_model_is_better(study):
+def test_findings_say_what_the_rules_ask_for(study):
     lines = findings(study)
+    m = "\N{MINUS SIGN}"
     assert "is +0.285 ± 0.021 nats per token ahead of the control" in lines[0]
-    assert "over 2 seeds" in lines[1] and lines[1].endswith("blocks of text: **HOLDS**.")
+    assert lines[1] == (
+        f"student (distilled) minus control (alone): {m}0.160 nats, 95 % intervals "
+        f"[{m}0.287, {m}0.033] over 2 seeds and [{m}0.160, {m}0.160] over text: **HOLDS**."
+    )
+    assert lines[2].startswith("student (distilled) minus GPT-2 teacher: +0.000 nats")
     assert (
         "dev cross-entropy: the student (distilled) beats the control (alone) in 2 of 2, "
         "the GPT-2 teacher in 1 of 2, the LLaMA teacher in 1 of 2 seeds."
     ) in lines
-    assert f"minimal pairs of {FOLDER} (mean over files): the student (distilled) beats the " \
-        "control (alone) in 1 of 2" in lines[-1]  # fmt: skip
+    assert lines[-1].startswith(
+        f"minimal pairs of {FOLDER} (mean over files): the student (distilled) beats the "
+        "control (alone) in 1 of 2"
+    )
+
+
+def rewrite(study, role, values, scaled=None):
+    """Gives a model other losses: `values`, one for each seed."""
+    for seed, value in enumerate(values):
+        write_losses(
+            study.folder / f"seed-{seed}" / f"{role}.losses.npz", "digest",
+            [("novels", 40, 0.5), ("letters", 60, 0.5)], [value] * 60, 20,
+            scaled=None if scaled is None else [scaled[seed]] * 60,
+            shares={"novels": 0.9, "letters": 0.1},
+        )  # fmt: skip
+
+
+def test_a_teacher_behind_the_control_is_named_as_such(study):
+    rewrite(study, "gpt2-teacher", (1.8, 1.8))
+    (line,) = [li for li in findings(study) if "beating it proves nothing" in li]
+    assert "minus GPT-2 teacher" in line
+
+
+def test_a_gain_that_goes_away_with_the_temperature_is_called_calibration(study):
+    rewrite(study, "student", (1.55, 1.55), scaled=(1.5, 1.5))
+    rewrite(study, "control", (1.7, 1.72), scaled=(1.5, 1.48))
+    assert judged(study, "student", "control") == "CALIBRATION"
+
+
+def test_another_student_is_compared_with_its_share_of_the_gain(study):
+    study.models["other"] = "born again"
+    study.teachers["other"], study.ensembles["other"] = ["control"], "control"
+    for seed in study.seeds:
+        study.seeds[seed]["other"] = copy.deepcopy(study.seeds[seed]["student"])
+        study.seeds[seed]["other"]["taught_by"] = [f"control {seed}"]
+    rewrite(study, "other", (1.62, 1.64))
+    line = next(li for li in findings(study) if "minus born again" in li)
+    assert line.endswith("the latter has 50% of the former's gain on the control.")
+
+
+def test_teachers_that_were_trained_again_are_named(study):
+    assert not study.strangers()
+    study.seeds[1]["llama-teacher"]["weights"] = "another"
+    assert study.strangers() == [("student", 1)]
+    assert "seed 1 learned from other instances" in findings(study)[-1]
+
+
+def test_the_checkpoint_that_taught_counts_for_lead_and_gap(study):
+    study.seeds[0][ENSEMBLE]["teaching"] = {"cross_entropy": 1.0}
+    text, _ = write(study)
+    m = "\N{MINUS SIGN}"
+    assert f"| student (distilled) | 0 | +0.700 | +0.550 | {m}0.150 |" in text
+
+
+def test_losses_that_were_not_kept_are_missed(study):
+    (study.folder / "seed-1" / "control.losses.npz").unlink()
+    with pytest.raises(UserError, match=r"control\.losses\.npz holds no losses"):
+        write(study)
+
+
+def test_minimal_pairs_are_compared_with_an_interval_over_their_files(study):
+    assert pair_difference(study, "student", "control", FOLDER)[0] == pytest.approx(1.0)
+    assert "| student (distilled) minus control (alone) | +1.0 [+1.0, +1.0] |" in write(study)[0]
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path
     printed = capsys.readouterr().out
     for command in ("make_toy_corpus.py", "tokenize_corpus.py", "train.py", "distill.py"):
         assert f"$ python {command}" in printed
-    assert "FLOPs" in printed and "hours of training at" in printed
+    assert "FLOPs" in printed and "hours of training left" in printed
     report = (out / "report.md").read_text()
     for title in ("GPT-2 teacher", "LLaMA teacher", "ensemble", "control (alone)", "student"):
         assert title in report and title in printed
@@ -97,7 +97,7 @@ def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, c
     changed = recipe(corpus="toy", words=1500, options=OPTIONS | {"steps": 5})
     capsys.readouterr()
     assert run("--recipe", changed, "--out", tmp_path / "b", "--results", kept) == 1
-    assert "(options differ): choose another --out" in capsys.readouterr().err
+    assert "conditions.steps is 4 there and 5 here" in capsys.readouterr().err
 
 
 def test_tuning_never_reads_what_is_reported(recipe, tmp_path, monkeypatch, capsys):
@@ -120,6 +120,27 @@ def test_tuning_never_reads_what_is_reported(recipe, tmp_path, monkeypatch, caps
     assert not (out / "report.md").exists()
 
 
+def test_what_was_scored_for_tuning_is_not_reported(recipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    models = {"teacher": MODELS["llama-teacher"], "control": MODELS["control"]}
+    models["student"] = {"like": "control", "teachers": ["teacher"], "dropout": 0.1}
+    arguments = ["--recipe", recipe(corpus="toy", words=1500, models=models), "--out", out]
+    assert run(*arguments, "--tune", "--first-seed", "100") == 0
+    assert run("--report", out) == 1  # no experiment yet
+    assert run(*arguments, "--models", "control") == 0
+    assert run(*arguments) == 0
+    report = (out / "report.md").read_text()
+    assert (
+        (report.startswith("# Recipe short, 1 seed\n")
+        and "control in 0 of 1" in report)
+        or ("control (alone) in" in report)
+    )
+    # Runs of different dropout have one shape.
+    folders = [out / "seed-0" / name for name in models]
+    assert run("--report", *folders, "--out", tmp_path / "table") == 0
+    assert "student minus control:" in (tmp_path / "table/report.md").read_text()
+
+
 def test_a_seed_can_be_anothers(recipe, tmp_path):
     models = {
         "control": MODELS["control"],
@@ -130,17 +151,24 @@ def test_a_seed_can_be_anothers(recipe, tmp_path):
     assert run("--recipe", recipe(corpus="toy", words=1500, models=models), "--out", out) == 0
     seeds = {n: json.loads((out / f"seed-0/{n}.json").read_text())["seed"] for n in models}
     assert seeds == {"control": 0, "twin": 7, "student": 0}
+    student = json.loads((out / "seed-0/student.json").read_text())
+    twin = json.loads((out / "seed-0/twin.json").read_text())
+    assert student["taught_by"] == [twin["weights"]]
 
 
 def test_runs_of_other_commands_can_be_reported(recipe, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--recipe", recipe(corpus="toy", words=1500), "--out", out) == 0
     folders = [out / "seed-0" / name for name in MODELS]
-    assert run("--report", *folders, "--out", tmp_path / "table") == 0
+    assert run("--report", *folders, tmp_path, "--out", tmp_path / "table") == 0
+    assert "is neither the folder of an experiment nor of a run" in capsys.readouterr().out
     text = (tmp_path / "table/report.md").read_text()
     assert "student minus control:" in text and "| gpt2-teacher |" in text
+    assert "The ensemble of gpt2-teacher, llama-teacher is" in text and "also chose" in text
     assert run("--report", tmp_path, "--out", tmp_path / "table") == 1
-    assert "neither the folder of an experiment nor of a run" in capsys.readouterr().err
+    assert "no folder of an experiment or of a run" in capsys.readouterr().err
+    assert run("--report", folders[2], folders[2], "--out", tmp_path / "table") == 1
+    assert "of one name and seed" in capsys.readouterr().err
 
 
 def test_a_given_corpus_is_sampled_and_resumed(recipe, tmp_path, monkeypatch, capsys):
