@@ -130,10 +130,8 @@ def test_what_was_scored_for_tuning_is_not_reported(recipe, tmp_path, capsys):
     assert run(*arguments, "--models", "control") == 0
     assert run(*arguments) == 0
     report = (out / "report.md").read_text()
-    assert (
-        (report.startswith("# Recipe short, 1 seed\n")
-        and "control in 0 of 1" in report)
-        or ("control (alone) in" in report)
+    assert (report.startswith("# Recipe short, 1 seed\n") and "control in 0 of 1" in report) or (
+        "control (alone) in" in report
     )
     # Runs of different dropout have one shape.
     folders = [out / "seed-0" / name for name in models]
