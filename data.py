@@ -217,7 +217,8 @@ class TokenShard:
             counts = [header[k] for k in ("tokens", "words", "bytes", "vocabulary_size")]
             counts += [header["largest_id"], header["block_bytes"]]
             files = [SourceFile(**f) for f in header["files"]]
-            valid = all(isinstance(n, int) and n >= 0 for n in counts)
+            counts += [n for f in files for n in (f.start, f.stop, f.words, f.bytes)]
+            valid = all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
             valid = valid and header["dtype"] in DTYPES and header["block_bytes"] > 0
             valid = valid and isinstance(header["tokenizer"], str)
             bounds = [0] + [f.stop for f in files]
@@ -268,8 +269,9 @@ def open_corpus(folder):
         TokenShard(folder / "dev.bin"),
         Tokenizer.load(folder / "tokenizer.model"),
     )
+    tokenizer = (corpus.tokenizer.identity, corpus.tokenizer.vocabulary_size)
     for shard in (corpus.train, corpus.dev):
-        if shard.tokenizer != corpus.tokenizer.identity:
+        if (shard.tokenizer, shard.vocabulary_size) != tokenizer:
             raise UserError(
                 f"{shard.path} was not made with {folder / 'tokenizer.model'}: "
                 "run tokenize_corpus.py again"

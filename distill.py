@@ -129,7 +129,9 @@ class DistillConfig(TrainConfig):
         None, "one weight for each teacher's logits; default: all equal"
     )
     alpha: float = option(0.5, "weight of the cross-entropy, from 0 to 1", minimum=0, maximum=1)
-    temperature: float = option(2.0, "softens teachers and student alike", above=0)
+    temperature: float = option(
+        2.0, "softens teachers and student alike", minimum=0.01, maximum=100
+    )
     kl_reduction: str = option(
         "sequence",
         "the KL is averaged over sequences or over tokens; see above",

@@ -132,13 +132,17 @@ def corpus_scores(shard, losses, shares=None):
 
 def _text_scores(losses, words, num_bytes):
     nats = losses.double().sum().item()
-    per_word = nats / words if words else math.inf
+    if not math.isfinite(nats):
+        raise UserError("the model's losses are not finite: use an earlier checkpoint of its run")
+
+    def exp(value):  # None beyond all numbers: text without spaces has hardly any words
+        return math.exp(value) if value < 700 else None
+
     return {
         "cross_entropy": nats / len(losses),
-        "perplexity": math.exp(nats / len(losses)),
-        # None where text has hardly any spaces, and words are no measure of it.
-        "perplexity_per_word": math.exp(per_word) if per_word < 700 else None,
-        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "perplexity": exp(nats / len(losses)),
+        "perplexity_per_word": exp(nats / words) if words else None,
+        "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
     }
 
 

@@ -12,6 +12,7 @@ where there is no dummy prefix. What is imported can be scored by evaluate.py, t
 
 import argparse
 import dataclasses
+import html
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ import torch
 
 from data import BOS, EOS, PAD, UNK, Tokenizer
 from harness.checkpoint import write_checkpoint
-from harness.files import UserError, atomic_write, run_program, write_json, write_text
+from harness.files import UserError, atomic_write, printable, run_program, write_json, write_text
 from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
 
 # Fields of our configs under Hugging Face's names.
@@ -270,6 +271,11 @@ def hf_tokenizer_config(tokenizer, context):
     return config, special
 
 
+def plain(value):
+    """A value as text that is no markup, on one line, in Markdown and in a table of it."""
+    return html.escape(printable(str(value))).replace("|", "\\|")
+
+
 def model_card(checkpoint, model, start_token):
     """README.md: what the checkpoint itself knows of its origin."""
     config, progress = checkpoint["config"], checkpoint["progress"]
@@ -304,13 +310,13 @@ def model_card(checkpoint, model, start_token):
         "pipeline_tag: text-generation",
         "---",
         "",
-        f"# {checkpoint['model']['name']}",
+        f"# {plain(checkpoint['model']['name'])}",
         "",
         "Written by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).",
         "",
         "| fact | value |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, "")),
+        *(f"| {k} | {plain(v)} |" for k, v in facts.items() if v not in (None, "")),
         "",
         *([start, ""] if "train_shard" in config or start_token == "newline" else []),
     ]

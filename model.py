@@ -13,9 +13,10 @@ import torch
 
 from gpt2 import GPT2, GPT2Config
 from harness.checkpoint import read_checkpoint
-from harness.files import UserError
+from harness.files import UserError, printable
 from llama import Llama, LlamaConfig
 
+SPARE_BYTES = 64 << 20  # what reading a file may cost besides eight times its size
 VOCABULARY_SIZE = 16_000  # the paper's; a model in training takes its tokenizer's
 
 ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
@@ -214,10 +215,29 @@ def load_checkpoint(path):
         _, config_class = ARCHITECTURES[name]
         config = config_class(**checkpoint["model"]["shape"])
         check_shape(config)
+        check_size(config, checkpoint["weights"])
         model = rebuilt(config, checkpoint["weights"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that do not fit the model it names") from error
+    if checkpoint["config"]["sequence_length"] > config.max_position_embeddings:
+        raise UserError(f"{path} says that it was trained on more positions than it has")
+    if not all(torch.isfinite(weight).all() for weight in checkpoint["weights"].values()):
+        raise UserError(f"{path} holds weights that are not finite: use an earlier checkpoint")
+    for named in (checkpoint["model"], *checkpoint["teachers"]):
+        named["name"] = printable(named["name"])
     return model.eval(), checkpoint
+
+
+def check_size(config, weights):
+    """Raises ValueError for a config that costs much more memory than its weights have.
+
+    Layers and tables of positions are made before the weights are compared with them.
+    """
+    tables = 8 * config.max_position_embeddings * (config.hidden_size // config.num_attention_heads)
+    if tables > SPARE_BYTES + 8 * sum(weight.nbytes for weight in weights.values()):
+        raise ValueError(f"{config.max_position_embeddings} positions are too many")
+    if config.num_hidden_layers > len(weights):
+        raise ValueError(f"{config.num_hidden_layers} layers are too many")
 
 
 def load_compatible(path, corpus):

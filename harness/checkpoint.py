@@ -17,8 +17,10 @@
 import errno
 import hashlib
 import json
+import pickletools
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,13 @@ from harness.files import UserError, atomic_write
 
 FORMAT, VERSION = "babyllama-checkpoint", 1
 OTHERS = b"babyllama-"  # how this project's other files begin
+# What torch.save writes of ours: the only names that its pickle may look up, and the operations
+# that would look up others.
+WRITTEN = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Z]\w*Storage|torch Size"
+    r"|torch b?float\d+|torch u?int\d+|torch bool|torch\.storage (Untyped|Typed)Storage"
+)
+UNUSED = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
 class DamagedFile(UserError):
@@ -148,6 +157,7 @@ def read_checkpoint(path):
                 "train.py or distill.py wrote"
             )
     try:
+        _check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler given foreign bytes may raise anything at all
         _raise_unless_damaged(path, error)
@@ -171,6 +181,26 @@ def read_checkpoint(path):
         raise DamagedFile(f"{path} is not a checkpoint of this project: something in it is missing")
     checkpoint["digest"] = digest
     return checkpoint
+
+
+def _check_archive(path):
+    """Raises ValueError for an archive that would become larger in memory than it is on disk.
+
+    torch.save compresses nothing, and of what `weights_only` allows we write tensors, dicts and
+    primitives alone: a `bytearray` can be asked to have any size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is compressed")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its members are larger than itself")
+        for member in members:
+            if member.filename.endswith("/data.pkl"):
+                for operation, argument, _ in pickletools.genops(archive.read(member)):
+                    named = operation.name == "GLOBAL"
+                    if operation.name in UNUSED or (named and not WRITTEN.fullmatch(argument)):
+                        raise ValueError(f"it names {argument}")
 
 
 def _raise_unless_damaged(path, error):

@@ -48,11 +48,14 @@ def _discard_output():
 
 
 def say(text):
-    """Prints a line at once; a run goes on when nobody reads it any more."""
+    """Prints a line at once; a run goes on when nobody reads it any more, or it cannot be kept."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         _discard_output()
+    except OSError as error:
+        _discard_output()
+        warn(f"standard output cannot be written ({error.strerror}): the run goes on without it")
 
 
 def warn(text):
@@ -130,6 +133,11 @@ def write_text(path, text):
 def write_json(path, value):
     """Writes `value` as indented JSON through `atomic_write`."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def printable(text):
+    """`text` without what moves a terminal's cursor or cannot be encoded: U+FFFD stands for it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def sha256(data):

@@ -16,6 +16,7 @@ from harness.checkpoint import make_checkpoint, write_checkpoint
 from harness.files import UserError, say, warn, write_text
 from harness.states import STATES, promote, training_state
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
 
 
@@ -48,14 +49,17 @@ def machine(device):
 
 
 class StopSignal:
-    """Within its `with`, SIGTERM and SIGINT are remembered, so that a step can be finished first.
+    """Within its `with`, SIGTERM, SIGINT and SIGHUP are remembered: a step can be finished first.
 
-    `number` is the signal's, or None. A second signal acts at once.
+    `number` is the signal's, or None. A second signal acts at once. A SIGHUP that is ignored, as
+    nohup has it, stays so.
     """
 
     def __enter__(self):
         self.number = None
-        self.previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {s: signal.getsignal(s) for s in STOPPING}
+        if self.previous[signal.SIGHUP] == signal.SIG_IGN:
+            del self.previous[signal.SIGHUP]
         for number in self.previous:
             signal.signal(number, self.receive)
         return self
@@ -70,7 +74,7 @@ class StopSignal:
 
 
 def exit_code(progress):
-    """The exit code of a run that ended with this progress: 0, or 143 / 130 after a signal."""
+    """The exit code of a run that ended with this progress: 0, or 143, 130, 129 after a signal."""
     return 128 + progress["stopped_by"] if progress.get("stopped_by") else 0
 
 

@@ -271,10 +271,13 @@ def lead_sentences(study):
 def difference_text(study, one, other):
     """A difference with both intervals and its verdict."""
     found = next(iter(study.comparisons[one, other].values()))
+    seeds, text = (minus(interval(bounds, 3)) for bounds in (found.over_seeds, found.over_text))
+    intervals = f"95 % intervals {seeds} over {len(found.per_seed)} seeds and {text} over text"
+    if found.over_seeds is None:
+        intervals = f"95 % interval {text} over text, none over seeds"
     return (
         f"{study.models[one]} minus {study.models[other]}: {minus(f'{found.mean:+.3f}')} nats, "
-        f"95 % intervals {minus(interval(found.over_seeds, 3))} over {len(found.per_seed)} seeds "
-        f"and {minus(interval(found.over_text, 3))} over text: **{judged(study, one, other)}**"
+        f"{intervals}: **{judged(study, one, other)}**"
     )
 
 

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -395,6 +396,90 @@ def test_shapes_that_would_fill_the_memory_are_refused(whole_run, tmp_path):
         torch.save(changed, tmp_path / "a.pt")
         with pytest.raises(UserError, match="do not fit"):
             models.load_checkpoint(tmp_path / "a.pt")
+
+
+class Bytes:
+    """Becomes two billion bytes when it is unpickled."""
+
+    def __reduce__(self):
+        return (bytearray, (2_000_000_000,))
+
+
+MEASURE = """
+import resource, sys
+import evaluate, harness.files, model
+small = sys.argv[1]
+harness.files.run_program(lambda: model.load_checkpoint(small) and None)
+for path in sys.argv[2:]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        model.load_checkpoint(path)
+        print("read")
+    except harness.files.UserError:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_file_costs_no_more_memory_than_64_mib_and_eight_times_its_size(whole_run, tmp_path):
+    """Each of them is refused before it has become what it would be."""
+    whole = checkpoints.read_checkpoint(whole_run / "best.pt")
+    del whole["digest"]
+
+    def signed(name, **shape):
+        changed = whole | {"model": whole["model"] | {"shape": whole["model"]["shape"] | shape}}
+        changed["digest"] = checkpoints.content_digest(changed)
+        torch.save(changed, tmp_path / name)
+
+    torch.save(whole | {"extra": Bytes()}, tmp_path / "bytes.pt")
+    torch.save(whole | {"extra": torch.zeros(100_000_000)}, tmp_path / "zeros.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "zeros.pt") as archive,
+        zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in archive.namelist():
+            deflated.writestr(name, archive.read(name))
+    signed("positions.pt", max_position_embeddings=(1 << 20) - 1, hidden_size=(1 << 20) - 256,
+           num_attention_heads=1)  # fmt: skip
+    signed("layers.pt", num_hidden_layers=1000)
+    hostile = [tmp_path / f"{name}.pt" for name in ("bytes", "deflated", "positions", "layers")]
+    command = [sys.executable, "-c", MEASURE, str(whole_run / "best.pt"), *map(str, hostile)]
+    root = Path(__file__).parent.parent
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    costs = [int(line) for line in found.stdout.split()]
+    for path, kib in zip(hostile, costs, strict=True):
+        assert kib * 1024 <= (64 << 20) + 8 * path.stat().st_size, path.name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["config"].update(sequence_length=300), "more positions than it has"),
+        (lambda c: c["weights"]["ln_f.weight"].mul_(math.nan), "not finite"),
+        (lambda c: c["weights"]["ln_f.weight"].fill_(math.inf), "not finite"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(whole_run, tmp_path, change, message):
+    checkpoint = copy.deepcopy(checkpoints.read_checkpoint(whole_run / "best.pt"))
+    del checkpoint["digest"]
+    change(checkpoint)
+    torch.save(checkpoint | {"digest": checkpoints.content_digest(checkpoint)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=message):
+        models.load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_name_reaches_no_terminal_and_no_card_raw(whole_run, data_folder, tmp_path, capsys):
+    checkpoint = copy.deepcopy(checkpoints.read_checkpoint(whole_run / "best.pt"))
+    del checkpoint["digest"]
+    checkpoint["model"]["name"] = "a\x1b[31m|<script>\n\ud800"
+    checkpoint["weights"] = {k: v * 1e30 for k, v in checkpoint["weights"].items()}
+    torch.save(checkpoint | {"digest": checkpoints.content_digest(checkpoint)}, tmp_path / "a.pt")
+    path, data = str(tmp_path / "a.pt"), ["--data", str(data_folder), "--device", "cpu"]
+    assert run_program(lambda: evaluate.main([path, *data])) in (0, 1)  # such weights overflow
+    assert run_program(lambda: export_hf.main([path, "--out", str(tmp_path / "hf")])) == 0
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "<script>" not in card and "&lt;script&gt;" in card
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err + card
 
 
 @pytest.mark.parametrize("size", [3, 10**6])

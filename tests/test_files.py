@@ -1,6 +1,9 @@
 """A write happens whole or not at all; an error is one line and an exit code."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 def fail(error):
     raise error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_cannot_be_kept_does_not_end_a_run():
+    program = "from harness.files import say; say('a'); say('b')"
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=True, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+    assert found.stderr.count("warning: standard output cannot be written") == 1
 
 
 def test_exit_codes(capsys):

@@ -285,7 +285,7 @@ def test_pairs_are_left_out_where_some_model_has_none(study):
 def test_a_single_seed_has_no_spread(study, figure):
     text, _ = write(one_seed(study))
     assert text.startswith("# Recipe demo, 1 seed\n") and "0.150 ±" not in text
-    assert "UNDECIDED (one seed)" in text
+    assert "0.150] over text, none over seeds: **UNDECIDED (one seed)**." in text
 
 
 def test_a_model_that_some_seeds_lack_is_compared_in_the_others(study):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -459,6 +460,24 @@ def test_sigterm_saves_and_exits_with_143(data_folder, tmp_path):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command continues" in printed
     assert (out / "checkpoint.pt").exists()
+
+
+def test_a_closed_terminal_saves_and_nohup_goes_on(data_folder, tmp_path, monkeypatch):
+    def hang_up():
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    options = ["--model", "llama-tiny", "--data", str(data_folder), "--device", "cpu"]
+    options += ["--steps", "4", "--batch-size", "2", "--sequence-length", "16"]
+    for name, handler, code in (("a", signal.SIG_DFL, 129), ("b", signal.SIG_IGN, 0)):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with monkeypatch.context() as patch:
+                interrupt_after(patch, 2, then=hang_up)
+                run = [*options, "--out", str(tmp_path / name)]
+                assert run_program(lambda run=run: train.main(run)) == code
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        assert (tmp_path / name / "checkpoint.pt").exists()
 
 
 # ---- checkpoints at word counts, and other beginnings than chance
