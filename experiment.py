@@ -4,8 +4,10 @@ A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py 
 
     about              what it is for
     corpus             "toy": the invented corpus; without it --train and --dev name folders
+    clean              how the text is cleaned, as tokenize_corpus.py --clean (default: light)
     vocabulary_size    pieces of the tokenizer
     words, dev_words   of training text, and of each half of the dev text, to sample; else all
+    whole_epochs       true: an epoch has only whole batches, as the original's trainer counts steps
     scored             the checkpoint that is scored: best.pt (default) or checkpoint.pt, the last
     options            options of train.py and distill.py for all models
     models             {name: entry}, in the order of training
@@ -20,11 +22,13 @@ is null or false is as if it had not been given, so that an entry can take back 
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
 
 import model as models
+from cleaning import CLEANERS
 from data import count_chunks
 from distill import DistillConfig, check_cache
 from harness.files import UserError
@@ -34,8 +38,9 @@ from train import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
 FIELDS = {
-    "about": str, "corpus": str, "vocabulary_size": int, "words": int, "dev_words": int,
-    "scored": str, "options": dict, "models": dict, "control": str, "student": str,
+    "about": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
+    "dev_words": int, "scored": str, "options": dict, "models": dict, "control": str,
+    "student": str, "whole_epochs": bool,
 }  # fmt: skip
 OURS = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
 
@@ -78,10 +83,24 @@ class Entry:
         kept = {f.name for f in dataclasses.fields(config)} - may_change(type(config))
         return {name: getattr(config, name) for name in sorted((kept | {"dropout"}) - OURS)}
 
-    def arguments(self):
-        """Its options as train.py or distill.py take them, but for the teachers."""
+    def whole_steps(self, num_tokens):
+        """Its steps on so many tokens if each epoch, a last part too, has its whole batches."""
+        config = self.config()
+        if config.steps is not None:
+            return config.steps
+        chunks = count_chunks(num_tokens, config.sequence_length, config.random_offset)
+        return math.ceil(config.epochs) * max(chunks // config.batch_size, 1)
+
+    def arguments(self, steps=None):
+        """Its options as train.py or distill.py take them, but for the teachers.
+
+        `steps`, if given, stands for its epochs.
+        """
         arguments = ["--model", self.preset]
-        for name, value in self.options.items():
+        options = (
+            self.options if steps is None else {**self.options, "epochs": None, "steps": steps}
+        )
+        for name, value in options.items():
             flag = "--" + name.replace("_", "-")
             if value is None or (value is False and name != "compile"):
                 continue  # as if it had not been given
@@ -102,9 +121,11 @@ class Experiment:
     student: str
     vocabulary_size: int = models.VOCABULARY_SIZE
     corpus: str | None = None
+    clean: str = "light"
     words: int | None = None
     dev_words: int | None = None
     scored: str = "best.pt"
+    whole_epochs: bool = False
     about: str = ""
 
     def ensembles(self):
@@ -179,6 +200,8 @@ def _experiment(name, table, vary):
             raise UserError(f'"{key}" must be the name of a model')
     if not entries[found["student"]].teachers:
         raise UserError("the student has no teachers")
+    if found.get("clean", "light") not in CLEANERS:
+        raise UserError(f'"clean" must be one of {", ".join(CLEANERS)}')
     if found.get("scored", "best.pt") not in ("best.pt", "checkpoint.pt"):
         raise UserError('"scored" must be best.pt or checkpoint.pt')
     if found.get("corpus", "toy") != "toy":

@@ -149,7 +149,7 @@ def prepare_data(recipe, args, out):
     """
     data, corpus = out / "data", out / "corpus"
     made_from = {"train": folder_state(args.train), "dev": folder_state(args.dev)}
-    for key in ("corpus", "words", "dev_words", "vocabulary_size"):
+    for key in ("corpus", "words", "dev_words", "vocabulary_size", "clean"):
         made_from[key] = getattr(recipe, key)
     done = data / "made.json"
     with locked(data):
@@ -187,11 +187,11 @@ def make_shards(recipe, args, data, corpus):
     write_dev_halves(dev_folder, parts, recipe.dev_words, train_folder)
     stage(
         tokenize_corpus, "--train", train_folder, "--dev", parts[0], "--out", data,
-        "--vocab-size", recipe.vocabulary_size,
+        "--vocab-size", recipe.vocabulary_size, "--clean", recipe.clean,
     )  # fmt: skip
     stage(
         tokenize_corpus, "--tokenizer", data / "tokenizer.model", "--dev", parts[1],
-        "--out", data / "report",
+        "--out", data / "report", "--clean", recipe.clean,
     )  # fmt: skip
 
 
@@ -314,7 +314,10 @@ def train_model(setup, entry, seed):
     out = folder_of(setup, entry, seed)
     if out in setup.trained:
         return
-    options = [*entry.arguments(), "--data", setup.data, "--seed", seed + entry.seed_offset]
+    steps = None
+    if setup.recipe.whole_epochs:
+        steps = entry.whole_steps(len(TokenShard(setup.data / "train.bin").tokens))
+    options = [*entry.arguments(steps), "--data", setup.data, "--seed", seed + entry.seed_offset]
     options += ["--device", setup.device]
     program = train
     if entry.teachers:

@@ -21,6 +21,7 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
+from cleaning import CLEANERS, VERSIONS, clean
 from data import BOS, EOS, PAD, UNK, Tokenizer, write_shard
 from harness.files import UserError, atomic_write, run_program, warn
 from model import VOCABULARY_SIZE
@@ -31,93 +32,6 @@ MAX_TRAINING_BYTES = 4000  # SentencePiece silently skips training lines of more
 CALL_CHARACTERS = 4000  # SentencePiece's time per character grows with the string
 BLOCK_CHARACTERS = 1 << 18  # what one process is handed at a time
 SPACE_PIECE = "\u2581"  # how SentencePiece spells a space: in text, it cannot be told from one
-
-
-# ---- cleaning: what the paper's preprocessing does to each sub-corpus of BabyLM
-
-CLEANING_VERSION = "1"  # part of each shard's header: raise it when any cleaner changes
-CREDIT_CHARACTERS = 80
-
-
-def tidy_spaces(text):
-    """Runs of blanks become one space, and none stays before punctuation."""
-    text = re.sub(r"[ \t\u00a0]+", " ", text)
-    return re.sub(r" (?=[.,;!?](?!\d))", "", text)  # but ` .5` is a number
-
-
-def clean_cbt(text):
-    """Tidy spaces, and apostrophes joined to their word: `queen 's` becomes `queen's`."""
-    return re.sub(r"(?<=\w) (?='\w)", "", tidy_spaces(text))
-
-
-def clean_open_subtitles(text):
-    """Drops the lines that credit the makers of the subtitles.
-
-    A credit is short: a long line that names subtitles has dialogue in it, and stays.
-    """
-    works = (
-        "captioned|corrected|encoded|ripped|subbed|synced|synchroni[sz]ed|transcribed|translated"
-    )
-    credit = rf"\bsubtitle[ds]\b|^\W*(?:{works}) by\b|\bwww\.|https?://"
-    is_credit = re.compile(credit, re.IGNORECASE).search
-    lines = split_lines(text)
-    return "".join(line for line in lines if len(line) > CREDIT_CHARACTERS or not is_credit(line))
-
-
-def clean_qed(text):
-    """Tidy spaces; shouted lines in sentence case; I where text recognition read l."""
-    lines = [sentence_case(line) for line in split_lines(tidy_spaces(text))]
-    text = re.sub(r"(?<![\w'-])l(?='(?:m|ll|d|ve)\b)", "I", "".join(lines))
-    # At the start of a sentence only: elsewhere `ln` is a logarithm.
-    return re.sub(r"(?m)(^[^\w\n]*|[.!?] [^\w\n]*)l(?=[fnst]\b)", r"\1I", text)
-
-
-def sentence_case(line):
-    """`WHAT DO l SEE?` as `What do I see?`; a line that is not shouted as it is.
-
-    A shouted line has two words or more, and no small letter but an l that was read for an I.
-    """
-    words = re.findall(r"[^\W\d_]{2,}", line)
-    if len(words) < 2 or not line.replace("l", "").isupper():
-        return line
-    line = line.replace("l", "I").lower()
-    line = re.sub(r"(^\W*|[.!?] \W*)(\w)", lambda m: m[1] + m[2].upper(), line)
-    return re.sub(r"\bi\b", "I", line)
-
-
-def clean_wikipedia(text):
-    """Headings, `= = = Title = = =`, keep their words only; blank lines go."""
-    lines = (unmark_heading(line) for line in split_lines(text))
-    return "".join(line for line in lines if line.strip())
-
-
-def unmark_heading(line):
-    """The title of a heading line, or any other line as it is."""
-    marked = line.strip()
-    if re.match(r"= ?=", marked) and re.search(r"= ?=$", marked):
-        return marked.strip("= ") + "\n"
-    return line
-
-
-CLEANERS = {  # children_stories, gutenberg, switchboard and unknown names are left as they are
-    "aochildes": tidy_spaces,
-    "bnc_spoken": tidy_spaces,
-    "cbt": clean_cbt,
-    "open_subtitles": clean_open_subtitles,
-    "qed": clean_qed,
-    "simple_wikipedia": clean_wikipedia,
-    "wikipedia": clean_wikipedia,
-}
-
-
-def clean(name, text):
-    """`text` as the cleaner of the sub-corpus `name` leaves it."""
-    return CLEANERS[name](text) if name in CLEANERS else text
-
-
-def split_lines(text):
-    """The lines of `text`, each with its newline; unlike `splitlines`, at newlines only."""
-    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 # ---- reading
@@ -134,8 +48,8 @@ def text_files(folder):
     return paths
 
 
-def read_folder(folder, cleaning=True):
-    """The texts of a folder, {sub-corpus: text}, in the order of the file names.
+def read_folder(folder, how="light"):
+    """The cleaned texts of a folder, {sub-corpus: text}, in the order of the file names.
 
     Raises `UserError` if there is no such folder, no text in it, or a file that cannot be used.
     """
@@ -147,11 +61,10 @@ def read_folder(folder, cleaning=True):
                 "give each split a folder of its own"
             )
         sources[path.stem] = path
-        text = read_text(path)
-        texts[path.stem] = clean(path.stem, text) if cleaning else text
+        texts[path.stem] = clean(path.stem, read_text(path), how)
         if not texts[path.stem]:
             raise UserError(
-                f"nothing is left of {path} after cleaning: remove it or use --no-clean"
+                f"nothing is left of {path} after cleaning: remove it or use --clean none"
             )
     return texts
 
@@ -337,7 +250,14 @@ def parse_arguments(argv):
         help=f"pieces of the tokenizer (default: {VOCABULARY_SIZE})",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="encode with this one, train none")
-    parser.add_argument("--no-clean", action="store_true", help="take every character as it is")
+    parser.add_argument(
+        "--clean", choices=CLEANERS, default="light",
+        help="light: drop what is no text; paper: exactly what the original does, which also glues "
+        "lines; none: take every character as it is (default: light)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-clean", action="store_const", const="none", dest="clean", help="same as --clean none"
+    )
     args = parser.parse_args(argv)
     if args.tokenizer and args.vocab_size is not None:
         parser.error("--vocab-size has no effect with --tokenizer")
@@ -356,11 +276,7 @@ def main(argv=None):
         raise UserError(f"--out {out} is not a folder: name another")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     folders = {"train": args.train, "dev": args.dev}
-    splits = {
-        split: read_folder(folder, cleaning=not args.no_clean)
-        for split, folder in folders.items()
-        if folder
-    }
+    splits = {split: read_folder(folder, args.clean) for split, folder in folders.items() if folder}
     if tokenizer is None:
         print("training the tokenizer", file=sys.stderr)
         size = args.vocab_size or VOCABULARY_SIZE
@@ -371,9 +287,8 @@ def main(argv=None):
     with multiprocessing.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         entries = {s: encode_split(tokenizer, texts, pool, s) for s, texts in splits.items()}
 
-    cleaning = "none" if args.no_clean else CLEANING_VERSION
     for split, files in entries.items():
-        write_shard(out / f"{split}.bin", files, tokenizer, cleaning=cleaning)
+        write_shard(out / f"{split}.bin", files, tokenizer, cleaning=VERSIONS[args.clean])
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.model_bytes)
     print_table(entries)

@@ -40,6 +40,14 @@ def test_a_model_takes_from_another_what_it_does_not_say_itself(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_papers_steps_are_those_of_the_original():
+    """Trainer of transformers: whole batches an epoch. 107,392 chunks is the rebuilt corpus."""
+    entries = read_experiment("paper").entries
+    steps = [entries[name].whole_steps(107_392 * 128 + 1) for name in entries]
+    assert steps == [2514, 3356, 20136, 20136]
+    assert entries["gpt2-teacher"].arguments(2514)[-2:] == ["--steps", "2514"]
+
+
 def test_switches_and_lists_become_flags(tmp_path):
     models = MODELS | {"control": {"model": "llama-tiny", "compile": False, "random_offset": True}}
     models["student"] = {"model": "llama-tiny", "teachers": ["teacher"], "teacher_weights": [2]}

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
+import cleaning
 import tokenize_corpus
+from cleaning import clean
 from data import Tokenizer, TokenShard
 from harness.files import UserError, run_program
-from tokenize_corpus import clean, encode, line_blocks, main, train_tokenizer, training_pieces
+from tokenize_corpus import encode, line_blocks, main, train_tokenizer, training_pieces
 
 NASTY = [
     "",
@@ -89,7 +91,7 @@ def test_what_needs_no_cleaning_is_left_as_it_is(name):
     assert clean(name, text) == text
 
 
-@pytest.mark.parametrize("name", tokenize_corpus.CLEANERS)
+@pytest.mark.parametrize("name", cleaning.LIGHT)
 def test_clean_text_stays_as_it_is_when_cleaned_again(name):
     text = "= = A = =\n\nSubtitles by B\nTHE l AND lT  'S , OK ?\nthe queen 's  head .\n"
     assert clean(name, clean(name, text)) == clean(name, text)
@@ -102,6 +104,32 @@ def test_an_acronym_is_not_a_shout():
 def test_dialogue_that_runs_into_a_credit_is_kept():
     line = "Subtitles by Ann " + "and then she said that it was over " * 3 + "\n"
     assert clean("open_subtitles", line) == line
+
+
+@pytest.mark.parametrize(
+    "name, before, after",
+    [
+        ("aochildes", "what's that ?\nabout .5 .\n", "what's that?\nabout.5.\n"),
+        ("bnc_spoken", "Oh !\n\nIt  is .\n", "Oh!It is.\n"),
+        ("cbt", "the queen \u2019s head , she 'll\n", "the queen\u2019s head, she'll\n"),
+        ("open_subtitles", f"Hi.\nThe SUBTITLES {90 * 'o'}\nBye.\n", "Hi.\nBye.\n"),
+        (
+            "qed",
+            "WHAT DO l SEE? lT'S Bob. \nNasa is BIG\n",
+            "What do i see? It's bob.\nNasa is BIG",
+        ),
+        ("qed", "(.)\n(laughs)\n\nOK\n", "(.)\n(laughs)\n\nOk"),  # it divides by zero there
+        ("simple_wikipedia", "= = = April = = =\n\nA month.\n\n", "= = = April = = =A month."),
+        ("wikipedia", "\n= = = A b = = =\nIt is. \n\n x\n", "A bIt is.x"),
+    ],
+)
+def test_the_papers_cleaner_does_what_the_original_did(name, before, after):
+    assert clean(name, before, "paper") == after
+
+
+def test_a_shard_says_how_its_text_was_cleaned(corpus):
+    main(arguments(corpus, "--clean", "paper"))
+    assert b'"cleaning": "paper-1"' in (corpus / "out" / "dev.bin").read_bytes()
 
 
 # ---- the tokenizer
