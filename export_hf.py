@@ -1,6 +1,7 @@
 """Takes a checkpoint to Hugging Face's stock classes, and one of theirs back.
 
     python export_hf.py runs/distilled-llama-58m/best.pt --out babyllama-58m
+    python export_hf.py runs/distilled-llama-58m/chck_*.pt --out marks         a folder for each
     python export_hf.py --import babyllama-58m --out babyllama-58m.pt
 
 The folder loads with `AutoModelForCausalLM` and `AutoTokenizer`, under transformers 4.51 and 5.x
@@ -214,6 +215,7 @@ def hf_tokenizer(tokenizer):
     """
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocabulary_size)]
+    (newline,) = tokenizer.encode("\n")
     ids = {piece: i for i, piece in enumerate(pieces)}
     normal = {piece for i, piece in enumerate(pieces) if is_normal(processor, i)}
     splits = [
@@ -234,7 +236,19 @@ def hf_tokenizer(tokenizer):
         "added_tokens": added,
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
         "pre_tokenizer": None,
-        "post_processor": None,
+        # One text is what it is; a second one begins on a line of its own, as in training.
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "newline", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 0}},
+            ],
+            "special_tokens": {
+                "newline": {"id": "newline", "ids": [newline], "tokens": [pieces[newline]]}
+            },
+        },
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -276,8 +290,25 @@ def plain(value):
     return html.escape(printable(str(value))).replace("|", "\\|")
 
 
-def model_card(checkpoint, model, start_token):
-    """README.md: what the checkpoint itself knows of its origin."""
+def hub_metadata(checkpoint):
+    """The lines of YAML with which a card begins: what the Hugging Face hub shows and searches."""
+    loss = checkpoint["progress"].get("dev_cross_entropy")
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "license: mit"]
+    lines += ["language: en", "tags: [babylm, baby-llama]"]
+    if loss is not None and math.isfinite(loss):
+        lines += [
+            "model-index:",
+            f"- name: {json.dumps(plain(checkpoint['model']['name']))}",
+            "  results:",
+            "  - task: {type: text-generation}",
+            "    dataset: {name: dev text of its training, type: text}",
+            f"    metrics: [{{type: cross-entropy, name: nats per token, value: {loss:.4f}}}]",
+        ]
+    return ["---", *lines, "---"]
+
+
+def model_card(checkpoint, model, start_token, positions):
+    """README.md: what the checkpoint itself knows of its origin. `positions` are the export's."""
     config, progress = checkpoint["config"], checkpoint["progress"]
     facts = {
         "model": f"{checkpoint['model']['name']}, {count_parameters(model):,} parameters",
@@ -304,11 +335,13 @@ def model_card(checkpoint, model, start_token):
             "context in which sentences begin in training (`--start-token newline`).",
         }[start_token]
     )
+    seen = config.get("sequence_length", positions)
+    limit = (
+        f"It has {positions} positions, and was trained on {seen} tokens at a time. Give programs "
+        f"that ask for 512 by default `--sequence_length {positions}`."
+    )
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
+        *hub_metadata(checkpoint),
         "",
         f"# {plain(checkpoint['model']['name'])}",
         "",
@@ -318,16 +351,18 @@ def model_card(checkpoint, model, start_token):
         "|---|---|",
         *(f"| {k} | {plain(v)} |" for k, v in facts.items() if v not in (None, "")),
         "",
+        *([limit, ""] if "train_shard" in config else []),
         *([start, ""] if "train_shard" in config or start_token == "newline" else []),
     ]
     return "\n".join(lines)
 
 
-def export(path, out, start_token="as-trained"):
+def export(path, out, start_token="as-trained", positions=None):
     """Writes the checkpoint in `path` as the folder `out`; config.json, which loaders need, last.
 
-    Raises `UserError` if the folder is not empty, or the model's head is tied and `start_token`
-    asks for other input rows.
+    `positions` lets programs give a LLaMA longer texts than it was made for. Raises `UserError` if
+    the folder is not empty, the model's head is tied and `start_token` asks for other input rows,
+    or a GPT-2 is asked for positions that it has no embeddings for.
     """
     model, checkpoint = load_checkpoint(path)
     architecture = checkpoint["model"]["architecture"]
@@ -348,21 +383,27 @@ def export(path, out, start_token="as-trained"):
         (newline,) = tokenizer.encode("\n")
         rows = weights[EMBEDDING[architecture]]
         rows[[BOS, EOS]] = rows[newline].clone()
-    context = model.config.max_position_embeddings
+    context = positions or model.config.max_position_embeddings
+    if positions and (architecture != "llama" or positions < model.config.max_position_embeddings):
+        raise UserError(
+            f"--positions {positions}: {path} is a {architecture} of "
+            f"{model.config.max_position_embeddings}: only a LLaMA can have more"
+        )
     tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, context)
     contents = {
         "generation_config.json": SPECIAL_IDS,
         "tokenizer.json": hf_tokenizer(tokenizer),
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special_tokens_map,
-        "config.json": hf_config(model, architecture),
+        "config.json": hf_config(model, architecture)
+        | {FIELDS[architecture]["max_position_embeddings"]: context},
     }
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, or delete it")
     write_safetensors(out / "model.safetensors", hf_weights(architecture, weights))
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.model_bytes)
-    write_text(out / "README.md", model_card(checkpoint, model, start_token))
+    write_text(out / "README.md", model_card(checkpoint, model, start_token, context))
     for name, content in contents.items():
         write_json(out / name, content)
 
@@ -484,7 +525,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="what to export")
+    parser.add_argument(
+        "checkpoints", nargs="*", metavar="CHECKPOINT",
+        help="what to export; several become folders of --out, by their names",
+    )  # fmt: skip
     parser.add_argument("--import", dest="folder", metavar="DIR", help="what to import instead")
     parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
     parser.add_argument(
@@ -492,15 +536,25 @@ def main(argv=None):
         help="newline: give <s> and </s>, which training never saw, the newline's input embedding "
         "(default: as-trained)",
     )  # fmt: skip
+    parser.add_argument(
+        "--positions", type=int, metavar="N",
+        help="for a LLaMA: how long a text the folder's readers may give it, for programs that ask "
+        "for more than it was trained on; what lies beyond is untrained",
+    )  # fmt: skip
     args = parser.parse_args(argv)
-    if (args.checkpoint is None) == (args.folder is None):
+    if (not args.checkpoints) == (args.folder is None):
         parser.error("give either a CHECKPOINT to export or --import DIR")
-    if args.folder is None:
-        export(Path(args.checkpoint), Path(args.out), args.start_token)
-    elif args.start_token != "as-trained":
-        parser.error("--start-token is for exports")
-    else:
-        import_folder(Path(args.folder), Path(args.out))
+    if args.positions is not None and not 0 < args.positions < 1 << 20:
+        parser.error("--positions must be above 0, and below 1,048,576")
+    out, several = Path(args.out), len(args.checkpoints) > 1
+    if args.folder is not None:
+        if args.start_token != "as-trained" or args.positions:
+            parser.error("--start-token and --positions are for exports")
+        import_folder(Path(args.folder), out)
+    elif len({Path(path).stem for path in args.checkpoints}) < len(args.checkpoints):
+        parser.error("two checkpoints have one name: export them apart")
+    for path in map(Path, args.checkpoints):
+        export(path, out / path.stem if several else out, args.start_token, args.positions)
     print(f"written: {args.out}")
 
 

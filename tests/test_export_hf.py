@@ -100,6 +100,50 @@ def tokenizers_of(tokenizer):
     return Tokenizer.from_str(json.dumps(export_hf.hf_tokenizer(tokenizer)))
 
 
+def test_two_texts_as_a_pair_are_parted_by_a_newline(checkpoint, tokenizer):
+    theirs = transformers.AutoTokenizer.from_pretrained(export(checkpoint))
+    ids = theirs("She came. Yet", "the dog ran.")["input_ids"]
+    assert ids == tokenizer.encode("She came. Yet\nthe dog ran.")
+
+
+def test_a_llama_can_be_given_longer_texts_and_a_gpt2_cannot(checkpoint, capsys):
+    out = checkpoint.parent / "long"
+    arguments = [str(checkpoint), "--out", str(out), "--positions", "512"]
+    code = run_program(lambda: export_hf.main(arguments))
+    if models.load_checkpoint(checkpoint)[1]["model"]["architecture"] == "gpt2":
+        assert code == 1 and "only a LLaMA can have more" in capsys.readouterr().err
+        return
+    assert code == 0 and "--sequence_length 512" in (out / "README.md").read_text()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 512
+    ours, _ = models.load_checkpoint(checkpoint)
+    tokens = torch.randint(V, (1, 200))
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-4, atol=1e-4)
+    assert theirs(torch.randint(V, (1, 512))).logits.isfinite().all()
+
+
+def test_several_checkpoints_become_a_folder_each(checkpoint, capsys):
+    marks = [checkpoint.parent / f"chck_{n}M.pt" for n in (1, 2)]
+    for mark in marks:
+        mark.write_bytes(checkpoint.read_bytes())
+    out = checkpoint.parent / "marks"
+    paths = [str(mark) for mark in marks]
+    assert run_program(lambda: export_hf.main([*paths, "--out", str(out)])) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["chck_1M", "chck_2M"]
+    assert (out / "chck_2M" / "config.json").exists()
+    with pytest.raises(SystemExit):
+        export_hf.main([paths[0], paths[0], "--out", str(out / "x")])
+
+
+def test_the_cards_metadata_is_yaml_that_the_hub_reads(checkpoint):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(export(checkpoint) / "README.md")
+    assert card.data.license == "mit" and card.data.language == "en"
+    assert card.data.eval_results[0].metric_value == 4.5
+
+
 def test_the_card_states_what_the_checkpoint_knows(checkpoint):
     card = (export(checkpoint) / "README.md").read_text(encoding="utf-8")
     for fact in ("1,234", "4.5000", "abc123", "0.003", "gpt2-tiny", "7 of 9", "as initialised"):

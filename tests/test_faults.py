@@ -594,7 +594,7 @@ def fuzz_everything(data_folder, tokenizer, folder, examples):
     def use(path):
         _, found = models.load_checkpoint(path)
         Tokenizer.of_checkpoint(found, path)
-        export_hf.model_card(found, step.objective.model, "as-trained")
+        export_hf.model_card(found, step.objective.model, "as-trained", 256)
 
     def resume(path):
         found = checkpoints.read_checkpoint(path)
