@@ -12,8 +12,10 @@ ties are an artefact of fewer digits.
 What precedes a sentence is a matter of --convention. `newline`, the default, is the context in
 which sentences begin in training, and scores their first token too. The official BabyLM pipelines
 do otherwise: 2023 puts </s> first (and reports the mean over fields), 2024 puts <s> and a blank
-(the mean over files), 2025 puts nothing, so that the first token is not scored. <s> and </s> never
-occur in training here, so under 2023 and 2024 every sentence follows an untrained embedding.
+(the mean over files), 2025 puts nothing, so that the first token is not scored; `bos` is <s> alone,
+as minicons has it with bos_token=True. <s> and </s> never occur in training here, so under 2023,
+2024 and bos every sentence follows an untrained embedding. All but 2025 count 12 fields, as BLiMP's
+tables do: 2025 counts `s-selection` as a thirteenth.
 """
 
 import argparse
@@ -212,6 +214,7 @@ CONVENTIONS = {
     "2023": Convention(EOS),
     "2024": Convention(BOS, blank=" "),
     "2025": Convention(None),
+    "bos": Convention(BOS),
 }
 
 
@@ -222,7 +225,7 @@ class Pair:
     field: str
 
 
-def read_pairs(folder):
+def read_pairs(folder, convention="newline"):
     """The pairs of each *.jsonl of a folder, {file stem: [Pair]}, in sorted order.
 
     Raises `UserError`, naming file and line, for anything but objects with `sentence_good` and
@@ -240,7 +243,7 @@ def read_pairs(folder):
             try:
                 entry = json.loads(line)
                 field = entry.get("linguistics_term", path.stem)
-                field = SAME_FIELD.get(field, field)
+                field = field if convention == "2025" else SAME_FIELD.get(field, field)
                 pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
                 valid = all(s and s.encode() for s in (pair.good, pair.bad, pair.field))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -369,6 +372,18 @@ def report(results):
     return aligned(rows)
 
 
+def field_tables(results):
+    """The lines of a table for each folder of pairs: accuracies by field, a model a column."""
+    lines = []
+    for folder in results[0]["pairs"]:
+        rows = [[f"{Path(folder).name}, by field", *(r["model"] for r in results)]]
+        for field in results[0]["pairs"][folder]["per_field"]:
+            values = (r["pairs"][folder]["per_field"][field] for r in results)
+            rows.append([field, *(f"{value:.4f}" for value in values)])
+        lines += ["", *aligned(rows)]
+    return lines
+
+
 def load_all(paths, device):
     """[(model, checkpoint)] of the paths; `UserError` unless all share one tokenizer."""
     loaded = [load_checkpoint(path) for path in paths]
@@ -395,7 +410,10 @@ def parse_arguments(argv):
         "--teacher-weights", nargs="+", type=float, metavar="WEIGHT",
         help="one weight for each checkpoint of --ensemble (default: all equal)",
     )  # fmt: skip
-    parser.add_argument("--data", metavar="DIR", help="folder of dev.bin (default: data/babylm)")
+    parser.add_argument(
+        "--data", metavar="DIR",
+        help="folder of dev.bin (default: that of the first checkpoint's run, else data/babylm)",
+    )  # fmt: skip
     parser.add_argument(
         "--weight-by", metavar="SHARD",
         help="a train.bin: also the mean over sub-corpora weighted by their tokens in it",
@@ -477,12 +495,14 @@ def entries_of(args, loaded):
     return entries
 
 
-def open_shard(args, tokenizer, first):
+def open_shard(args, tokenizer, first, own_data):
     """The dev shard to score, or None where there are pairs to score and no text asked for.
 
-    Raises `UserError` if it was asked for and is missing or of another tokenizer than `first`'s.
+    `own_data` is the folder of data of the run of `first`, if its checkpoint says it. Raises
+    `UserError` if the shard was asked for and is missing or of another tokenizer than `first`'s.
     """
-    path = Path(args.data or "data/babylm") / "dev.bin"
+    found = own_data and (Path(own_data) / "dev.bin").is_file()
+    path = Path(args.data or (own_data if found else "data/babylm")) / "dev.bin"
     optional = args.data is None and bool(args.pairs)
     if optional and not path.exists():
         print(f"no {path}: minimal pairs only; --data DIR scores text", file=sys.stderr)
@@ -509,9 +529,9 @@ class DevText:
     fitted_on: TokenShard | None  # --temperature-scaled
 
 
-def open_text(args, tokenizer, first):
+def open_text(args, tokenizer, first, own_data):
     """The `DevText` of the command line, or None where only pairs are scored."""
-    shard = open_shard(args, tokenizer, first)
+    shard = open_shard(args, tokenizer, first, own_data)
     if shard is None:
         for option in ("weight_by", "temperature_scaled", "losses"):
             if getattr(args, option):
@@ -560,11 +580,12 @@ def main(argv=None):
     if args.compare:
         return compare_files(args)
     check_weights(args.teacher_weights, len(args.ensemble))
-    pairs = {folder: read_pairs(folder) for folder in args.pairs}
+    pairs = {folder: read_pairs(folder, args.convention) for folder in args.pairs}
     paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
     loaded = dict(zip(paths, load_all(paths, choose_device(args.device))))
     tokenizer = Tokenizer.of_checkpoint(loaded[paths[0]][1], paths[0])
-    text = open_text(args, tokenizer, paths[0])
+    own_data = loaded[paths[0]][1]["config"].get("data")
+    text = open_text(args, tokenizer, paths[0], own_data)
     results, scores = [], []
     for entry in entries_of(args, loaded):
         result = {"path": entry.path, "model": entry.name}
@@ -579,7 +600,7 @@ def main(argv=None):
         result["pairs"] = {f: accuracies(pairs[f], found) for f, found in by_folder.items()}
         results.append(result)
         scores.append(list(by_folder.values()))
-    print("\n".join(report(results)))
+    print("\n".join([*report(results), *field_tables(results)]))
     if args.json:
         write_json(args.json, {"convention": args.convention, "checkpoints": results})
     if args.pair_scores:

@@ -8,6 +8,7 @@ The tokenizer sees the training split alone. Nothing is written before everythin
 """
 
 import argparse
+import codecs
 import functools
 import io
 import multiprocessing
@@ -42,13 +43,16 @@ def text_files(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one of *.train, *.dev, *.test or *.txt")
-    paths = sorted(path for path in folder.glob("[!.]*") if path.suffix in SUFFIXES)
+    paths = sorted(p for p in folder.glob("[!.]*") if p.suffix in SUFFIXES and p.is_file())
+    inner = sorted({p.parent.name for p in folder.glob("*/[!.]*") if p.suffix in SUFFIXES})
+    if inner:
+        warn(f"{folder}: text in its folders ({', '.join(inner)}) is not read: move it up")
     if not paths:
         raise UserError(f"{folder} holds no text: files named *.train, *.dev, *.test or *.txt")
     return paths
 
 
-def read_folder(folder, how="light"):
+def read_folder(folder, how="light", keep_cr=False):
     """The cleaned texts of a folder, {sub-corpus: text}, in the order of the file names.
 
     Raises `UserError` if there is no such folder, no text in it, or a file that cannot be used.
@@ -61,7 +65,7 @@ def read_folder(folder, how="light"):
                 "give each split a folder of its own"
             )
         sources[path.stem] = path
-        texts[path.stem] = clean(path.stem, read_text(path), how)
+        texts[path.stem] = clean(path.stem, read_text(path, how != "none", keep_cr), how)
         if not texts[path.stem]:
             raise UserError(
                 f"nothing is left of {path} after cleaning: remove it or use --clean none"
@@ -69,17 +73,29 @@ def read_folder(folder, how="light"):
     return texts
 
 
-def read_text(path):
-    """The text of a file, every character as it is. Raises `UserError` if empty or not UTF-8."""
+def read_text(path, windows=True, keep_cr=False):
+    """The text of a file, every character as it is but for what Windows adds to a text.
+
+    With `windows` a byte-order mark goes, and line ends become newlines unless `keep_cr`; both are
+    told. Raises `UserError` if the file is empty or not UTF-8.
+    """
     try:
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
+        utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         raise UserError(
             f"{path} is not UTF-8 at byte {error.start}: convert it, "
-            "for example with iconv -f latin1 -t utf-8"
+            f"for example with iconv -f {'utf-16' if utf16 else 'latin1'} -t utf-8"
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if windows and text.startswith("\ufeff"):
+        warn(f"{path}: its byte-order mark is left out")
+        text = text[1:]
+    if windows and "\r\n" in text and not keep_cr:
+        warn(f"{path}: its line ends are those of Windows, and are read as newlines (--keep-cr)")
+        text = text.replace("\r\n", "\n")
     if not text:
         raise UserError(f"{path} is empty: remove it or fill it")
     if count := text.count(SPACE_PIECE):
@@ -256,6 +272,9 @@ def parse_arguments(argv):
         "lines; none: take every character as it is (default: light)",
     )  # fmt: skip
     parser.add_argument(
+        "--keep-cr", action="store_true", help="keep the carriage returns of Windows' line ends"
+    )
+    parser.add_argument(
         "--no-clean", action="store_const", const="none", dest="clean", help="same as --clean none"
     )
     args = parser.parse_args(argv)
@@ -276,7 +295,13 @@ def main(argv=None):
         raise UserError(f"--out {out} is not a folder: name another")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     folders = {"train": args.train, "dev": args.dev}
-    splits = {split: read_folder(folder, args.clean) for split, folder in folders.items() if folder}
+    splits = {
+        split: read_folder(folder, args.clean, args.keep_cr)
+        for split, folder in folders.items()
+        if folder
+    }
+    if same := [n for n, text in splits.get("train", {}).items() if splits["dev"].get(n) == text]:
+        raise UserError(f"train and dev have the same text in {', '.join(same)}: give others")
     if tokenizer is None:
         print("training the tokenizer", file=sys.stderr)
         size = args.vocab_size or VOCABULARY_SIZE

@@ -81,7 +81,7 @@ def corpus_seconds(folder, words, device):
     """Seconds of tokenising, opening and scoring a toy corpus of so many words, {what: seconds}."""
     text = folder / "text"
     make_toy_corpus.main(["--out", str(text), "--words", str(words)])
-    arguments = ["--train", str(text / "train"), "--dev", str(text / "train")]
+    arguments = ["--train", str(text / "train"), "--dev", str(text / "dev")]
     arguments += ["--out", str(folder), "--vocab-size", "1000"]
     seconds = {"tokenising": best_of(lambda: tokenize_corpus.main(arguments), 1)}
     seconds["opening a shard"] = best_of(lambda: TokenShard(folder / "train.bin"), 5)

@@ -177,6 +177,7 @@ def test_conventions_differ_in_what_precedes_a_sentence(tokenizer):
         "2023": [EOS, *ids],
         "2024": [BOS, *blank],
         "2025": ids,
+        "bos": [BOS, *ids],
     }
     assert chains.keys() == CONVENTIONS.keys()
     for convention, chain in chains.items():
@@ -331,3 +332,28 @@ def test_shares_of_text_that_has_none_of_the_files_are_refused(
     arguments += ["--weight-by", str(tmp_path / "other" / "train.bin")]
     assert run_program(lambda: evaluate.main(arguments)) == 1
     assert "leave out --weight-by" in capsys.readouterr().err
+
+
+def test_a_run_is_scored_on_its_own_text_where_none_is_named(
+    tokenizer, data_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    model = models.build_model("llama-tiny", V)
+    config = {"sequence_length": 32, "data": str(data_folder)}
+    save_model(tmp_path / "a.pt", model, tokenizer, "llama-tiny", config=config)
+    arguments = ["a.pt", "--device", "cpu", "--json", "s.json"]
+    assert run_program(lambda: evaluate.main(arguments)) == 0
+    (entry,) = json.loads((tmp_path / "s.json").read_text())["checkpoints"]
+    assert entry["per_file"].keys() == {f.name for f in TokenShard(data_folder / "dev.bin").files}
+
+
+def test_fields_are_shown_and_2025_counts_one_more(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = write_pairs(tmp_path / "pairs", [p | {"linguistics_term": "s-selection"}
+                                              for p in PAIRS[:1]])  # fmt: skip
+    for convention, field in (("newline", "argument_structure"), ("2025", "s-selection")):
+        arguments = [checkpoints[0], "--pairs", str(folder), "--device", "cpu"]
+        assert run_program(
+            lambda a=arguments, c=convention: evaluate.main([*a, "--convention", c])
+        ) == 0  # fmt: skip
+        assert f"\n{field} " in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """From text to shards: what cleaning changes, what encoding must not, and what is refused."""
 
 import io
+import os
 import random
 import re
 
@@ -51,7 +52,7 @@ def corpus(tmp_path):
     for seed, split in enumerate(("train", "dev")):
         (tmp_path / split).mkdir()
         for name in ("stories", "aochildes"):
-            text = words(3000, seed).replace(".\n", " .\n") + "žluťoučký kůň\r\n"
+            text = words(3000, seed).replace(".\n", " .\n") + "žluťoučký kůň\n"
             (tmp_path / split / f"{name}.{split}").write_bytes(text.encode())
     return tmp_path
 
@@ -223,6 +224,8 @@ def test_shards_hold_the_cleaned_text_file_by_file(corpus, capsys):
 
 
 def test_no_clean_keeps_every_character(corpus):
+    with open(corpus / "dev" / "stories.dev", "ab") as file:
+        file.write("\ufeffas Windows has it\r\n".encode())
     main(arguments(corpus, "--no-clean"))
     tokenizer = Tokenizer.load(corpus / "out" / "tokenizer.model")
     raw = b"".join((corpus / "dev" / f"{n}.dev").read_bytes() for n in ("aochildes", "stories"))
@@ -341,3 +344,44 @@ def test_a_flag_without_effect_is_wrong_usage(corpus, more, capsys):
         main(arguments(corpus, *more))
     assert stop.value.code == 2
     assert "--vocab-size" in capsys.readouterr().err
+
+
+# ---- text as Windows writes it
+
+
+def test_what_windows_adds_is_told_and_left_out(corpus, capsys):
+    raw = (corpus / "dev" / "aochildes.dev").read_bytes()
+    (corpus / "dev" / "aochildes.dev").write_bytes(b"\xef\xbb\xbf" + raw.replace(b"\n", b"\r\n"))
+    assert run_program(lambda: main(arguments(corpus))) == 0
+    error = capsys.readouterr().err
+    assert "byte-order mark is left out" in error and "read as newlines" in error
+    shard = TokenShard(corpus / "out" / "dev.bin")
+    (span,) = [file for file in shard.files if file.name == "aochildes"]
+    tokenizer = Tokenizer.load(corpus / "out" / "tokenizer.model")
+    text = tokenizer.decode(shard.tokens[span.start : span.stop])
+    assert text == clean("aochildes", raw.decode())
+    main(arguments(corpus, "--keep-cr"))
+    assert TokenShard(corpus / "out" / "dev.bin").bytes > shard.bytes
+
+
+def test_utf_16_is_named(corpus, capsys):
+    (corpus / "dev" / "aochildes.dev").write_bytes("text\n".encode("utf-16"))
+    assert run_program(lambda: main(arguments(corpus))) == 1
+    assert "iconv -f utf-16" in capsys.readouterr().err
+
+
+def test_text_in_folders_and_pipes_are_not_taken_for_text(corpus, capsys):
+    (corpus / "dev" / "more").mkdir()
+    (corpus / "dev" / "more" / "qed.dev").write_text("text")
+    os.mkfifo(corpus / "dev" / "pipe.dev")
+    assert run_program(lambda: main(arguments(corpus))) == 0
+    assert "text in its folders (more) is not read" in capsys.readouterr().err
+
+
+def test_train_and_dev_of_the_same_text_are_refused(corpus, capsys):
+    for path in (corpus / "dev").iterdir():
+        path.unlink()
+    for path in (corpus / "train").iterdir():
+        (corpus / "dev" / f"{path.stem}.dev").write_bytes(path.read_bytes())
+    assert run_program(lambda: main(arguments(corpus))) == 1
+    assert "train and dev have the same text in" in capsys.readouterr().err
