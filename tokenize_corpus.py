@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from cleaning import CLEANERS, VERSIONS, clean
 from data import BOS, EOS, PAD, UNK, Tokenizer, write_shard
-from harness.files import UserError, atomic_write, run_program, warn
+from harness.files import UserError, atomic_write, fsync_folder, run_program, warn
 from model import VOCABULARY_SIZE
 
 SUFFIXES = {".train", ".dev", ".test", ".txt"}
@@ -285,6 +286,23 @@ def parse_arguments(argv):
     return args
 
 
+def write_corpus(out, entries, tokenizer, cleaning):
+    """Writes the shards {split: entries} and their tokenizer: all of them, or none.
+
+    They are written into a folder within `out` and then moved: a full disk is met before that.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix="new-") as folder:
+        new = Path(folder)
+        for split, files in entries.items():
+            write_shard(new / f"{split}.bin", files, tokenizer, cleaning)
+        with atomic_write(new / "tokenizer.model") as file:
+            file.write(tokenizer.model_bytes)
+        for path in new.iterdir():
+            path.replace(out / path.name)
+    fsync_folder(out)
+
+
 def main(argv=None):
     """Reads, trains, encodes, then writes. Raises `UserError` before it has written anything."""
     args = parse_arguments(argv)
@@ -312,10 +330,7 @@ def main(argv=None):
     with multiprocessing.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         entries = {s: encode_split(tokenizer, texts, pool, s) for s, texts in splits.items()}
 
-    for split, files in entries.items():
-        write_shard(out / f"{split}.bin", files, tokenizer, cleaning=VERSIONS[args.clean])
-    with atomic_write(out / "tokenizer.model") as file:
-        file.write(tokenizer.model_bytes)
+    write_corpus(out, entries, tokenizer, VERSIONS[args.clean])
     print_table(entries)
     print(
         f"wrote {', '.join([*(f'{s}.bin' for s in entries), 'tokenizer.model'])} to {out}{os.sep}"

@@ -119,6 +119,10 @@ def locked(folder):
             raise UserError(
                 f"{folder} is in use by another run: wait, or choose another"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            raise UserError(
+                f"{folder} cannot be locked ({error.strerror}): choose a folder on a local disk"
+            ) from error
         yield
     finally:
         os.close(handle)

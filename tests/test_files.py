@@ -1,5 +1,6 @@
 """A write happens whole or not at all; an error is one line and an exit code."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.files import UserError, atomic_write, run_program
+from harness.files import UserError, atomic_write, locked, run_program
 
 
 def test_what_is_written_arrives_whole(tmp_path):
@@ -62,3 +63,13 @@ def test_exit_codes(capsys):
     assert run_program(lambda: fail(UserError("say what to do"))) == 1
     assert capsys.readouterr().err == "error: say what to do\n"
     assert run_program(lambda: fail(KeyboardInterrupt())) == 130
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("harness.files.fcntl.flock", refuse)
+    message = r"cannot be locked \(No locks available\): choose a folder"
+    with pytest.raises(UserError, match=message), locked(tmp_path):
+        pass

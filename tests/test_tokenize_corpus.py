@@ -385,3 +385,18 @@ def test_train_and_dev_of_the_same_text_are_refused(corpus, capsys):
         (corpus / "dev" / f"{path.stem}.dev").write_bytes(path.read_bytes())
     assert run_program(lambda: main(arguments(corpus))) == 1
     assert "train and dev have the same text in" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(corpus, monkeypatch, capsys):
+    main(arguments(corpus))
+    before = {path.name: path.read_bytes() for path in (corpus / "out").iterdir()}
+    write_shard = tokenize_corpus.write_shard
+
+    def fail_at_dev(path, *details):
+        if path.name == "dev.bin":
+            raise UserError(f"cannot write {path}: No space left on device")
+        return write_shard(path, *details)
+
+    monkeypatch.setattr(tokenize_corpus, "write_shard", fail_at_dev)
+    assert run_program(lambda: main(arguments(corpus, "--no-clean"))) == 1
+    assert {path.name: path.read_bytes() for path in (corpus / "out").iterdir()} == before
