@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import shlex
 import shutil
 import statistics
@@ -42,8 +41,8 @@ from harness.tables import aligned
 from model import load_checkpoint
 from report.pages import write_report
 from report.results import read_log, read_result, read_study, study_fields, trial_lines
+from sampling import folder_state, sample_corpus, write_dev_halves
 
-BLOCK_LINES = 50  # a sample of a corpus is made of runs of lines, so that sentences keep company
 PROMPTS = ("Once upon a time", "The children", "I think that")
 SAMPLE_TOKENS = 40
 GUESSED_SHARE = 0.3  # before anything was measured
@@ -86,62 +85,6 @@ def training_stage(program, out, deadline, *arguments):
 # ---- data
 
 
-def sample_lines(text, fraction):
-    """`fraction` of a text's runs of lines, rounded down, evenly spread over it; at least one."""
-    lines = text.split("\n")
-    blocks = [lines[i : i + BLOCK_LINES] for i in range(0, len(lines), BLOCK_LINES)]
-    kept = [
-        block
-        for i, block in enumerate(blocks)
-        if math.floor((i + 1) * fraction) > math.floor(i * fraction)
-    ]
-    return "\n".join(line for block in kept or blocks[:1] for line in block)
-
-
-def sample_corpus(folder, target, words):
-    """Writes a sample of each file of a folder, all in one proportion, with about `words` words."""
-    texts = {
-        path.name: tokenize_corpus.read_text(path) for path in tokenize_corpus.text_files(folder)
-    }
-    fraction = min(1.0, words / max(sum(len(text.split()) for text in texts.values()), 1))
-    for name, text in texts.items():
-        write_text(target / name, sample_lines(text, fraction))
-
-
-def halves(text):
-    """The two halves of a text, by words, cut between lines."""
-    lines = text.split("\n")
-    words = [len(line.split()) for line in lines]
-    seen, middle = 0, 0
-    while 2 * seen < sum(words):
-        seen += words[middle]
-        middle += 1
-    return "\n".join(lines[:middle]), "\n".join(lines[middle:])
-
-
-def write_dev_halves(folder, targets, words=None, train_folder=None):
-    """Writes the first halves of a folder's files into one of `targets`, the second into the other.
-
-    With `words`, each half is a sample of at most about so many, whose files have the shares that
-    they have of the text in `train_folder`, as far as they last; what it has not is left out.
-    """
-    shares = {}
-    if words is not None:
-        paths = tokenize_corpus.text_files(train_folder)
-        counts = {p.stem: len(tokenize_corpus.read_text(p).split()) for p in paths}
-        shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
-    for path in tokenize_corpus.text_files(folder):
-        if words is not None and not shares.get(path.stem):
-            continue
-        for target, half in zip(targets, halves(tokenize_corpus.read_text(path))):
-            if not half.split():
-                raise UserError(f"{path} cannot be cut in two halves: it has too few lines")
-            if words is not None:
-                share = words * shares[path.stem] / len(half.split())
-                half = sample_lines(half, min(1.0, share))
-            write_text(target / path.name, half)
-
-
 def prepare_data(recipe, args, out):
     """The folder of shards, made once; `UserError` if it was made from something else.
 
@@ -163,13 +106,6 @@ def prepare_data(recipe, args, out):
             f"{out} was made from other text ({', '.join(different)} differ): choose another --out"
         )
     return data
-
-
-def folder_state(folder):
-    """What tells a folder of text from another: its files and their sizes, or None."""
-    if folder is None:
-        return None
-    return {path.name: path.stat().st_size for path in tokenize_corpus.text_files(folder)}
 
 
 def make_shards(recipe, args, data, corpus):

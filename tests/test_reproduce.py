@@ -9,7 +9,7 @@ import make_toy_corpus
 import reproduce
 from conftest import interrupt_after, write_text
 from harness.files import run_program
-from reproduce import halves, sample_lines, write_dev_halves
+from sampling import halves, sample_lines, write_dev_halves
 
 OPTIONS = {"steps": 4, "batch_size": 4, "sequence_length": 32, "eval_sequences": 8, "log_every": 2}
 MODELS = {

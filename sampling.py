@@ -1,0 +1,75 @@
+"""The text of an experiment: a sample of a corpus, and two halves of its dev text.
+
+What chooses and what is reported must not share a document: the first halves of the dev files
+choose, the second are reported. (Odd and even chunks would share them all.)
+"""
+
+import math
+
+import tokenize_corpus
+from harness.files import UserError, write_text
+
+BLOCK_LINES = 50  # a sample is made of runs of lines, so that sentences keep company
+
+
+def sample_lines(text, fraction):
+    """`fraction` of a text's runs of lines, rounded down, evenly spread over it; at least one."""
+    lines = text.split("\n")
+    blocks = [lines[i : i + BLOCK_LINES] for i in range(0, len(lines), BLOCK_LINES)]
+    kept = [
+        block
+        for i, block in enumerate(blocks)
+        if math.floor((i + 1) * fraction) > math.floor(i * fraction)
+    ]
+    return "\n".join(line for block in kept or blocks[:1] for line in block)
+
+
+def sample_corpus(folder, target, words):
+    """Writes a sample of each file of a folder, all in one proportion, with about `words` words."""
+    texts = {
+        path.name: tokenize_corpus.read_text(path) for path in tokenize_corpus.text_files(folder)
+    }
+    fraction = min(1.0, words / max(sum(len(text.split()) for text in texts.values()), 1))
+    for name, text in texts.items():
+        write_text(target / name, sample_lines(text, fraction))
+
+
+def halves(text):
+    """The two halves of a text, by words, cut between lines."""
+    lines = text.split("\n")
+    words = [len(line.split()) for line in lines]
+    seen, middle = 0, 0
+    while 2 * seen < sum(words):
+        seen += words[middle]
+        middle += 1
+    return "\n".join(lines[:middle]), "\n".join(lines[middle:])
+
+
+def write_dev_halves(folder, targets, words=None, train_folder=None):
+    """Writes the first halves of a folder's files into one of `targets`, the second into the other.
+
+    With `words`, each half is a sample of at most about so many, whose files have the shares that
+    they have of the text in `train_folder`, as far as they last; what it has not is left out.
+    """
+    shares = {}
+    if words is not None:
+        paths = tokenize_corpus.text_files(train_folder)
+        counts = {p.stem: len(tokenize_corpus.read_text(p).split()) for p in paths}
+        shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
+    for path in tokenize_corpus.text_files(folder):
+        if words is not None and not shares.get(path.stem):
+            continue
+        for target, half in zip(targets, halves(tokenize_corpus.read_text(path))):
+            if not half.split():
+                raise UserError(f"{path} cannot be cut in two halves: it has too few lines")
+            if words is not None:
+                share = words * shares[path.stem] / len(half.split())
+                half = sample_lines(half, min(1.0, share))
+            write_text(target / path.name, half)
+
+
+def folder_state(folder):
+    """What tells a folder of text from another: its files and their sizes, or None."""
+    if folder is None:
+        return None
+    return {path.name: path.stat().st_size for path in tokenize_corpus.text_files(folder)}
