@@ -2,6 +2,7 @@
 
     python evaluate.py runs/*/best.pt --pairs blimp_filtered supplement_filtered --json scores.json
     python evaluate.py student.pt --ensemble gpt2.pt llama.pt      what the student was taught
+    python evaluate.py student.pt --surprisals bits.tsv --text stimuli.txt       for psycholinguists
     python evaluate.py --compare student-*.npz --against control-*.npz     one of --losses a seed
 
 Cross-entropy in nats per token, over the chunks that training cuts; perplexity per token and per
@@ -28,52 +29,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import BOS, EOS, Tokenizer, TokenShard
+from data import Tokenizer, TokenShard
 from harness.devices import choose_device
 from harness.files import UserError, atomic_write, run_program, warn, write_json
 from harness.tables import aligned
-from loss import BLOCK_ROWS, ensemble_logits
+from loss import BLOCK_ROWS
 from model import check_weights, count_parameters, load_checkpoint
 from report.compare import comparison_rows, read_losses, write_losses
+from scoring import CONVENTIONS, Ensemble, context_length, encoded, token_losses
+from surprisal import write_surprisals
 
 BATCH_TOKENS = 8192
 TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
 NEWTON_STEPS = 10
 SAME_FIELD = {"s-selection": "argument_structure"}  # 13 terms in the files, 12 in BLiMP's tables
-
-
-class Ensemble(nn.Module):
-    """Several models as one: the weighted mean of their logits, (B, T) → (B, T, V)."""
-
-    def __init__(self, members, weights=None):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.weights = weights or [1.0] * len(members)
-        lengths = [m.config.max_position_embeddings for m in members]
-        self.max_position_embeddings = min(lengths)
-
-    def forward(self, tokens):
-        return ensemble_logits([m(tokens) for m in self.members], self.weights)
-
-
-def context_length(model):
-    """The longest input, in tokens, that `model` reads."""
-    return getattr(model, "config", model).max_position_embeddings
-
-
-@torch.no_grad()
-def token_losses(model, tokens, targets):
-    """-log p(target) in nats: (B, T), (B, T) → (B, T) float32 on the CPU."""
-    device = next(model.parameters()).device
-    logits = model(tokens.to(device)).flatten(0, 1)  # (N, V)
-    size = BLOCK_ROWS if device.type == "cpu" else len(logits)  # what a processor's cache holds
-    blocks = zip(logits.split(size), targets.to(device).flatten().split(size))
-    losses = [F.cross_entropy(z.float(), t, reduction="none") for z, t in blocks]
-    return torch.cat(losses).view(targets.shape).cpu()
 
 
 # ---- dev text
@@ -202,23 +174,6 @@ def fitted_temperature(model, shard, sequence_length):
 
 
 @dataclass(frozen=True)
-class Convention:
-    """What precedes a sentence: text, a token's id or nothing; perhaps a blank, which is scored."""
-
-    prefix: str | int | None
-    blank: str = ""
-
-
-CONVENTIONS = {
-    "newline": Convention("\n"),
-    "2023": Convention(EOS),
-    "2024": Convention(BOS, blank=" "),
-    "2025": Convention(None),
-    "bos": Convention(BOS),
-}
-
-
-@dataclass(frozen=True)
 class Pair:
     good: str
     bad: str
@@ -265,7 +220,7 @@ def sentence_scores(model, tokenizer, sentences, convention="newline"):
     Sentences of one length share a batch, so that nothing is padded. Raises `UserError` for a
     sentence that is longer than the model's context.
     """
-    ids = _encoded(tokenizer, sentences, convention)
+    ids = encoded(tokenizer, sentences, convention)
     longest = max(range(len(ids)), key=lambda i: len(ids[i]), default=None)
     if longest is not None and len(ids[longest]) - 1 > context_length(model):
         raise UserError(
@@ -280,16 +235,6 @@ def sentence_scores(model, tokenizer, sentences, convention="newline"):
             scores[batch] = -losses.double().sum(1)
             bar.update(len(batch))
     return scores
-
-
-def _encoded(tokenizer, sentences, convention):
-    """The ids of each sentence, after what the convention puts before it."""
-    how = CONVENTIONS[convention]
-    if isinstance(how.prefix, str):
-        prefix = tokenizer.encode(how.prefix)
-    else:
-        prefix = [] if how.prefix is None else [how.prefix]
-    return [prefix + ids for ids in tokenizer.encode([how.blank + s for s in sentences])]
 
 
 def _batches_of_one_length(ids):
@@ -427,6 +372,13 @@ def parse_arguments(argv):
         help="write the loss of every chunk of the one model that is scored (npz), to compare",
     )  # fmt: skip
     parser.add_argument(
+        "--surprisals", metavar="FILE",
+        help="score nothing else: bits of each word and token of --text, tab-separated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", metavar="FILE", help="text for --surprisals; each line stands for itself"
+    )
+    parser.add_argument(
         "--compare", nargs="+", metavar="FILE",
         help="score nothing: differences of what --losses wrote, a file for each seed ...",
     )  # fmt: skip
@@ -453,6 +405,10 @@ def parse_arguments(argv):
         return args
     if not args.checkpoints and not args.ensemble:
         parser.error("give at least one checkpoint")
+    if (args.surprisals is None) != (args.text is None):
+        parser.error("--surprisals and --text go together")
+    if args.surprisals and len(args.checkpoints) + bool(args.ensemble) > 1:
+        parser.error("--surprisals are those of one model: give one checkpoint, or one --ensemble")
     if args.losses and len(args.checkpoints) + bool(args.ensemble) > 1:
         parser.error("--losses writes those of one model: give one checkpoint, or one --ensemble")
     if args.pair_scores and not args.pairs:
@@ -584,6 +540,10 @@ def main(argv=None):
     paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
     loaded = dict(zip(paths, load_all(paths, choose_device(args.device))))
     tokenizer = Tokenizer.of_checkpoint(loaded[paths[0]][1], paths[0])
+    if args.surprisals:
+        (entry,) = entries_of(args, loaded)
+        write_surprisals(args.surprisals, args.text, entry.model, tokenizer, args.convention)
+        return 0
     own_data = loaded[paths[0]][1]["config"].get("data")
     text = open_text(args, tokenizer, paths[0], own_data)
     results, scores = [], []

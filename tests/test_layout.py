@@ -22,6 +22,9 @@ ALLOWED = {  # modules of the root that a module of the root may import
     "train": {"data", "loss", "model"},
     "distill": {"data", "loss", "model", "train"},
     "tokenize_corpus": NOUNS | {"cleaning"},
+    "scoring": {"data", "loss"},
+    "surprisal": {"scoring"},
+    "evaluate": NOUNS | {"scoring", "surprisal"},
     "sampling": {"tokenize_corpus"},
     "experiment": {"cleaning", "data", "model", "train", "distill"},
 }

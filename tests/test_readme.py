@@ -38,6 +38,7 @@ def small_world(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         pair = {"sentence_good": "the cat runs", "sentence_bad": "the dog runs"}
         (tmp_path / folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "stimuli.txt").write_text("the cat runs\nthe old dog sees\n")
     tiny = {"gpt2": models.PRESETS["gpt2-tiny"], "llama": models.PRESETS["llama-tiny-student"]}
     recipe = models.Recipe(1e-3, 4, 0.1, 10)
     for name in models.PRESETS:
