@@ -175,6 +175,8 @@ def begin_or_continue(train_step, config, provenance, steps):
     restore(train_step, checkpoint, found)
     if progress["step"] >= steps:
         say(f"{config.out} is finished at {steps} steps; a new run needs another --out")
+        if not (Path(config.out) / "best.pt").exists():
+            warn(f"its best.pt is gone: {found} has the weights of the last step")
     else:
         say(f"continuing after step {progress['step']} of {found}")
     return progress, found
@@ -291,11 +293,16 @@ def check_continues(checkpoint, config, provenance, path, full=True):
         if key == "shape" and isinstance(there, dict):
             changed = [f for f in now if there.get(f) != now[f]]
             differing += [f"shape: {f} ({there.get(f)} there, {now[f]} now)" for f in changed]
+        elif key == "teacher_digests" and there != now and sorted(there or ()) == sorted(now):
+            differing.append("teachers (the same in another order)")
         elif there != now:
             short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader
             differing.append(f"{key} ({there} there, {now} now)" if short else key)
     if differing:
+        finished = whole and progress["step"] >= progress["steps"]
+        longer = finished and {text.split(" ")[0] for text in differing} <= {"steps", "epochs"}
+        more = f", with --init {path} to train these weights on" if longer else ""
         raise UserError(
             f"{path} is of another run: {', '.join(differing)}; give the same options, or another "
-            "--out for a new run"
+            f"--out for a new run{more}"
         )

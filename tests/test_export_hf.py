@@ -221,7 +221,8 @@ def test_what_was_imported_can_teach_and_be_trained_further(checkpoint, tmp_path
 
 def their_score(model, tokenizer, sentence, convention):
     """log p of a sentence from logits, shift and sum, as the official pipelines do it."""
-    prefix = {"2023": [tokenizer.eos_token_id], "2024": [tokenizer.bos_token_id], "2025": []}
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    prefix = {"2023": eos, "2024": bos, "2025": [], "bos": bos}
     text = " " + sentence if convention == "2024" else sentence
     context = prefix.get(convention, tokenizer("\n")["input_ids"])
     ids = torch.tensor([context + tokenizer(text)["input_ids"]])

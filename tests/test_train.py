@@ -283,6 +283,19 @@ def test_another_recipe_is_not_continued(whole_run, data_folder):
         trained(config_for(data_folder, whole_run[0], seed=5, learning_rate=1e-3))
 
 
+def test_a_finished_run_names_the_ways_on(data_folder, tmp_path, capsys):
+    out = tmp_path / "r"
+    short = {"model": "llama-tiny", "steps": 2}
+    trained(config_for(data_folder, out, **short))
+    with pytest.raises(UserError, match="to train these weights on"):
+        trained(config_for(data_folder, out, **short | {"steps": 4}))
+    with pytest.raises(UserError, match=r"for a new run$"):
+        trained(config_for(data_folder, out, **short | {"steps": 4, "seed": 5}))
+    (out / "best.pt").unlink()
+    trained(config_for(data_folder, out, **short))
+    assert "best.pt is gone" in capsys.readouterr().err
+
+
 def test_what_may_change_on_resuming_does(data_folder, tmp_path, monkeypatch):
     config = config_for(data_folder, tmp_path / "r", model="llama-tiny")
     with monkeypatch.context() as patch:
