@@ -339,6 +339,12 @@ def load_all(paths, device):
     return loaded
 
 
+def scoring_options(args):
+    """What was given of the options that say what to score and where to put it."""
+    names = ("data", "weight_by", "temperature_scaled", "losses", "pairs", "pair_scores", "json")
+    return [getattr(args, name) for name in names]
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -399,8 +405,7 @@ def parse_arguments(argv):
     if (args.compare is None) != (args.against is None):
         parser.error("--compare and --against go together")
     if args.compare:
-        given = ("checkpoints", "ensemble", "data", "pairs", "json", "losses", "pair_scores")
-        if any(getattr(args, name) for name in given):
+        if args.checkpoints or args.ensemble or args.surprisals or any(scoring_options(args)):
             parser.error("--compare scores nothing: give it and --against alone")
         return args
     if not args.checkpoints and not args.ensemble:
@@ -409,6 +414,10 @@ def parse_arguments(argv):
         parser.error("--surprisals and --text go together")
     if args.surprisals and len(args.checkpoints) + bool(args.ensemble) > 1:
         parser.error("--surprisals are those of one model: give one checkpoint, or one --ensemble")
+    if args.surprisals and any(scoring_options(args)):
+        parser.error(
+            "--surprisals scores nothing else: of the other options only --convention goes"
+        )
     if args.losses and len(args.checkpoints) + bool(args.ensemble) > 1:
         parser.error("--losses writes those of one model: give one checkpoint, or one --ensemble")
     if args.pair_scores and not args.pairs:

@@ -146,7 +146,7 @@ class Experiment:
                 f"no model of recipe {self.name} is called {sorted(unknown)[0]}: choose from "
                 f"{', '.join(self.entries)}"
             )
-        wanted = set(names) | {t for name in names for t in self.entries[name].teachers}
+        wanted = set(names)
         while more := {t for name in wanted for t in self.entries[name].teachers} - wanted:
             wanted |= more
         entries = {name: e for name, e in self.entries.items() if name in wanted}
@@ -238,7 +238,7 @@ def _value(text):
 def _entry(name, entry, known, entries, shared):
     """The `Entry` of a table's model; `entries` are those above it."""
     merged = _merged(name, known, {name})
-    title = entry.get("title", name) if isinstance(entry, dict) else name
+    title = entry.get("title", name)  # the one thing besides `like` that is not taken over
     for key in ("like", "title"):
         merged.pop(key, None)
     preset, teachers = merged.pop("model", None), merged.pop("teachers", [])

@@ -35,7 +35,7 @@ from data import Tokenizer, TokenShard
 from generate import written
 from harness.checkpoint import content_digest, read_checkpoint
 from harness.devices import choose_compute, choose_device
-from harness.files import UserError, locked, run_program, say, warn, write_json, write_text
+from harness.files import UserError, locked, run_program, say, warn, write_json
 from harness.record import commit, machine
 from harness.tables import aligned
 from model import load_checkpoint
@@ -175,7 +175,7 @@ def run_model(setup, name, entries, weights, seed):
         wanted |= described(setup, entries[0], seed)
     else:
         wanted |= {"members": [described(setup, e, seed) for e in entries], "weights": weights}
-    if known_result(path, wanted, setup):
+    if is_done(path, wanted, setup):
         return
     for entry in entries:
         train_model(setup, entry, seed)
@@ -209,13 +209,13 @@ def described(setup, entry, seed):
     }  # fmt: skip
 
 
-def known_result(path, wanted, setup):
-    """The result in a file, or None where there is none that says all that is asked for.
+def is_done(path, wanted, setup):
+    """Whether a file holds the result, and all scores that are asked for.
 
     Raises `UserError` if it is another model's.
     """
     if not path.exists():
-        return None
+        return False
     result = read_result(path)
     if different := list(differences(result, wanted)):
         raise UserError(
@@ -223,14 +223,14 @@ def known_result(path, wanted, setup):
             "--results, or move it away"
         )
     if setup.tuning:
-        return result
-    missing = {Path(f).name for f in setup.pairs} - result.get("report", {"pairs": {}})[
-        "pairs"
-    ].keys()
-    if "report" not in result or missing:
-        say(f"{path} lacks {', '.join(missing) or 'scores on the reported dev text'}: made again")
-        return None
-    return result
+        return True
+    if "report" not in result:
+        say(f"{path} lacks scores on the reported dev text: made again")
+        return False
+    missing = {Path(folder).name for folder in setup.pairs} - result["report"]["pairs"].keys()
+    if missing:
+        say(f"{path} lacks {', '.join(sorted(missing))}: made again")
+    return not missing
 
 
 def differences(there, wanted, at=""):
@@ -327,7 +327,11 @@ def print_plan(setup, seeds):
     shard = TokenShard(setup.data / "train.bin")
     costs = experiment.costs(setup.recipe, len(shard.tokens), shard.words)
     speeds, how = known_speeds(setup, costs, seeds)
-    left = {name: flops_left(setup, name, costs[name], seeds) / speeds[name] for name in costs}
+    left = {
+        name: sum(cost.flops * (1 - progress_of(setup, name, seed)[0]) for seed in seeds)
+        / speeds[name]
+        for name, cost in costs.items()
+    }  # seconds
     rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "minutes left", "disk", "memory"]]
     for name, cost in costs.items():
         rows.append(
@@ -358,11 +362,6 @@ def progress_of(setup, name, seed):
     config = setup.recipe.entries[name].config()
     steps = config.steps or config.epochs * found["steps"] / max(found["epochs"], 1e-9)
     return min(found["steps"] / max(steps, 1), 1.0), found["seconds"]
-
-
-def flops_left(setup, name, cost, seeds):
-    """FLOPs of a model's training that are not done yet, over the seeds."""
-    return sum(cost.flops * (1 - progress_of(setup, name, seed)[0]) for seed in seeds)
 
 
 def known_speeds(setup, costs, seeds):
@@ -505,7 +504,6 @@ def main(argv=None):
         if args.dry_run:
             return 0
         if not args.tune:
-            results.mkdir(parents=True, exist_ok=True)
             write_json(results / "experiment.json", study_fields(recipe))
         for seed in seeds:
             run_seed(setup, seed)
@@ -561,7 +559,7 @@ def score_runs(folders, args, out):
     if len(dev_texts) > 1:
         raise UserError("--report: these runs have different dev text: report them apart")
     fields = run_fields({name: checkpoint for (_, name), (_, checkpoint) in found.items()})
-    write_text(out / "experiment.json", json.dumps(fields))
+    write_json(out / "experiment.json", fields)
     for (seed, name), (folder, checkpoint) in found.items():
         result = {"name": name, "preset": checkpoint["model"]["name"], "seed": seed}
         log = folder / "log.jsonl"

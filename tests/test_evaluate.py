@@ -316,6 +316,7 @@ def test_losses_are_kept_weighted_and_scaled_from_the_command_line(
         ["--compare", "a.npz"],
         ["--against", "a.npz"],
         ["--compare", "a.npz", "--against", "b.npz", "--ensemble", "a.pt"],
+        ["--surprisals", "a.tsv", "--text", "a.txt", "--json", "a.json"],
     ],
 )
 def test_options_that_do_not_go_together_exit_with_2(options):
