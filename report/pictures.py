@@ -4,7 +4,7 @@ import io
 import statistics
 from collections import defaultdict
 
-from report.study import advantage, measures, text_scores
+from report.study import advantage, measures
 
 # ---- learning curves
 
@@ -263,13 +263,12 @@ def paint_fields(figure, study, folder):
     """Draws a group of bars for each field of a folder's minimal pairs."""
     axes, colour = figure.subplots(), colours(study)
     names = overview_order(study)
-    fields = text_scores(study.results(names[0])[0])["pairs"][folder]["per_field"]
+    fields = study.results(names[0])[0]["report"]["pairs"][folder]["per_field"]
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         means = [
             statistics.fmean(
-                100 * text_scores(r)["pairs"][folder]["per_field"][field]
-                for r in study.results(name)
+                100 * r["report"]["pairs"][folder]["per_field"][field] for r in study.results(name)
             )
             for field in fields
         ]

@@ -109,11 +109,6 @@ class Study:
         ]
 
 
-def text_scores(result):
-    """The scores on the text that is reported."""
-    return result["report"]
-
-
 def cross_entropy(result, scores="report"):
     """Nats per token; sub-corpora are weighted as in the training text, where that is known."""
     found = result.get(scores, result["report"])
@@ -154,7 +149,7 @@ def measures(study):
                 f"minimal pairs of {folder} (mean over files)",
                 f"minimal pairs judged right, {folder}\n(%, mean over files, higher is better)",
                 lambda result, f=folder: 100
-                * text_scores(result)["pairs"][f]["accuracy_over_files"],
+                * result["report"]["pairs"][f]["accuracy_over_files"],
                 lower_is_better=False, digits=1, unit="points",
             )
         )  # fmt: skip
@@ -163,7 +158,7 @@ def measures(study):
 
 def pair_folders(study):
     """The folders of minimal pairs on which every model of every seed was scored."""
-    scored = [set(text_scores(result)["pairs"]) for result in study.every_result()]
+    scored = [set(result["report"]["pairs"]) for result in study.every_result()]
     return sorted(set.intersection(*scored)) if scored else []
 
 
@@ -230,7 +225,7 @@ def pair_difference(study, one, other, folder):
         return None
 
     def accuracies(result):
-        return text_scores(result)["pairs"][folder]["per_file"]
+        return result["report"]["pairs"][folder]["per_file"]
 
     return mean_over_clusters([
         statistics.fmean(100 * (accuracies(a)[name] - accuracies(b)[name]) for a, b in rows)

@@ -8,7 +8,6 @@ from report.study import (
     pair_difference,
     pair_folders,
     spread,
-    text_scores,
 )  # fmt: skip
 
 # BLiMP (mean over files) that others measured at these sizes on ten million words, by preset and
@@ -25,7 +24,7 @@ ON_RECORD = {
 def result_rows(study):
     """Heading and rows of the main table: one row for each model, over all seeds."""
     folders = pair_folders(study)
-    record = any(key in ON_RECORD for key in map(lambda n: record_key(study, n), study.models))
+    record = any(record_key(study, name) in ON_RECORD for name in study.models)
     heading = ["model", "parameters", "epochs", "seconds", "train CE", "dev CE", "plain"]
     heading += ["temperature"] * any_scaled(study)
     heading += [f"{f}, {kind} (%)" for f in folders for kind in ("files", "fields")]
@@ -34,18 +33,18 @@ def result_rows(study):
         runs = study.results(name)
         if not runs:
             continue
-        row = [title, f"{text_scores(runs[0])['parameters']:,}"]
+        row = [title, f"{runs[0]['report']['parameters']:,}"]
         row.append("-" if "epochs" not in runs[0] else f"{runs[0]['epochs']:.3g}")
         for key, digits in (("seconds", 0), ("train_cross_entropy", 3)):
             row.append(spread([r[key] for r in runs if r.get(key) is not None], digits))
         row.append(spread([cross_entropy(r) for r in runs], 3))
-        row.append(spread([text_scores(r)["cross_entropy"] for r in runs], 3))
+        row.append(spread([r["report"]["cross_entropy"] for r in runs], 3))
         if any_scaled(study):
-            scaled = [text_scores(r).get("temperature_scaled") for r in runs]
+            scaled = [r["report"].get("temperature_scaled") for r in runs]
             row.append(spread([s["temperature"] for s in scaled if s], 3))
         for folder in folders:
             for key in ("accuracy_over_files", "accuracy_over_fields"):
-                row.append(spread([100 * text_scores(r)["pairs"][folder][key] for r in runs], 1))
+                row.append(spread([100 * r["report"]["pairs"][folder][key] for r in runs], 1))
         if record:
             row.append(ON_RECORD.get(record_key(study, name), "-"))
         rows.append(row)
@@ -54,7 +53,7 @@ def result_rows(study):
 
 def any_scaled(study):
     """Whether some model was scored at a fitted temperature."""
-    return any("temperature_scaled" in text_scores(result) for result in study.every_result())
+    return any("temperature_scaled" in result["report"] for result in study.every_result())
 
 
 def record_key(study, name):
@@ -123,8 +122,8 @@ def sub_corpus_rows(study):
     """Dev cross-entropy by sub-corpus."""
     first = study.every_result()[0]
     return detail_rows(
-        study, "sub-corpus", text_scores(first)["per_file"],
-        lambda result, name: text_scores(result)["per_file"][name]["cross_entropy"], digits=3,
+        study, "sub-corpus", first["report"]["per_file"],
+        lambda result, name: result["report"]["per_file"][name]["cross_entropy"], digits=3,
     )  # fmt: skip
 
 
@@ -132,7 +131,7 @@ def field_rows(study, folder):
     """Accuracy by field of minimal pairs, in percent."""
     first = study.every_result()[0]
     return detail_rows(
-        study, f"{folder} (%)", text_scores(first)["pairs"][folder]["per_field"],
-        lambda result, name: 100 * text_scores(result)["pairs"][folder]["per_field"][name],
+        study, f"{folder} (%)", first["report"]["pairs"][folder]["per_field"],
+        lambda result, name: 100 * result["report"]["pairs"][folder]["per_field"][name],
         digits=1,
     )  # fmt: skip
