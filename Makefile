@@ -3,12 +3,12 @@ PY := .venv/bin/python
 
 .PHONY: setup demo test test-faults bench
 
-setup: .venv/.installed
+setup: .venv/lib/installed
 
-.venv/.installed: requirements.txt pyproject.toml
+.venv/lib/installed: requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q -r requirements.txt
-	$(PY) -m pip install -q ".[dev,plots]"
+	$(PY) -m pip install -q -r requirements.txt -c requirements.lock
+	$(PY) -m pip install -q ".[dev,plots]" -c requirements.lock
 	touch $@
 
 demo: setup

@@ -212,6 +212,9 @@ class TokenShard:
         return header_bytes, digest
 
     def _parse_header(self, body):
+        values = sum(map(body.count, (b",", b"[", b"{")))  # of some 80 bytes each in memory
+        if 80 * values > (64 << 20) + 6 * len(body):
+            raise self._damaged("its header is not one that is written here")
         try:
             header = json.loads(body)
             counts = [header[k] for k in ("tokens", "words", "bytes", "vocabulary_size")]
@@ -223,12 +226,13 @@ class TokenShard:
             valid = valid and isinstance(header["tokenizer"], str)
             bounds = [0] + [f.stop for f in files]
             valid = valid and bounds == [f.start for f in files] + [header["tokens"]]
-            valid = valid and bounds == sorted(bounds)
+            valid = valid and bounds == sorted(bounds) and len(header["digests"]) >= 0
+            single = (header["shard"], header["shards"]) == (1, 1)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged("its header cannot be read") from error
         if not valid:
             raise self._damaged("its header contradicts itself")
-        if (header["shard"], header["shards"]) != (1, 1):
+        if not single:
             raise UserError(f"{self.path} is one of several shards: only single shards are read")
         if header["largest_id"] >= header["vocabulary_size"]:
             raise UserError(

@@ -43,6 +43,7 @@ from scoring import CONVENTIONS, Ensemble, context_length, encoded, token_losses
 from surprisal import write_surprisals
 
 BATCH_TOKENS = 8192
+MAX_LINE_BYTES = 1 << 20  # of a file of pairs: no sentence that a model can read is as long
 TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
 NEWTON_STEPS = 10
 SAME_FIELD = {"s-selection": "argument_structure"}  # 13 terms in the files, 12 in BLiMP's tables
@@ -186,7 +187,7 @@ def read_pairs(folder, convention="newline"):
     Raises `UserError`, naming file and line, for anything but objects with `sentence_good` and
     `sentence_bad`. The field is `linguistics_term`, or the file's name where there is none.
     """
-    paths = sorted(Path(folder).glob("*.jsonl"))
+    paths = sorted(path for path in Path(folder).glob("*.jsonl") if path.is_file())
     if not paths:
         raise UserError(f"{folder} holds no *.jsonl: give a folder of BLiMP-style minimal pairs")
     pairs = {}
@@ -195,6 +196,8 @@ def read_pairs(folder, convention="newline"):
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if not line.strip():
                 continue
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"{path}, line {number}: {len(line)} bytes are no minimal pair")
             try:
                 entry = json.loads(line)
                 field = entry.get("linguistics_term", path.stem)
@@ -466,7 +469,7 @@ def open_shard(args, tokenizer, first, own_data):
     `own_data` is the folder of data of the run of `first`, if its checkpoint says it. Raises
     `UserError` if the shard was asked for and is missing or of another tokenizer than `first`'s.
     """
-    found = own_data and (Path(own_data) / "dev.bin").is_file()
+    found = isinstance(own_data, str) and (Path(own_data) / "dev.bin").is_file()
     path = Path(args.data or (own_data if found else "data/babylm")) / "dev.bin"
     optional = args.data is None and bool(args.pairs)
     if optional and not path.exists():

@@ -73,7 +73,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # in old f
 CONTEXT_IF_UNSAID = {"llama": 2048, "gpt2": 1024}  # where a config.json leaves out the default
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 1 << 21  # some 15,000 tensors; the format's own limit is 100 MB
 SPECIAL = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 # Text that a lossy tokenizer would change: runs of blanks, a tab, a ligature, a no-break space.
@@ -416,6 +416,8 @@ def read_config(folder):
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a folder that save_pretrained wrote")
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise UserError(f"{path} does not describe a model: it is too large")
     try:
         theirs = json.loads(path.read_bytes())
         kind = theirs["model_type"]

@@ -77,6 +77,10 @@ def main(argv=None):
 
     if not args.prompt:
         raise UserError("--prompt is empty: give at least one character")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt is not UTF-8: convert it first") from error
     model, checkpoint = load_checkpoint(args.checkpoint)
     model.to(choose_device(args.device))
     tokenizer = Tokenizer.of_checkpoint(checkpoint, args.checkpoint)

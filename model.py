@@ -168,7 +168,7 @@ def check_shape(config):
         if field.type is int:
             valid = type(value) is int and 0 < value < 1 << 20
         elif field.type is float:
-            valid = type(value) in (int, float) and 0 <= value < math.inf
+            valid = type(value) in (int, float) and 0 <= value < 1e15
             valid = valid and not (field.name == "dropout" and value >= 1)
         else:
             valid = type(value) is field.type

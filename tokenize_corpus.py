@@ -14,9 +14,9 @@ import io
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cleaning import CLEANERS, VERSIONS, clean
 from data import BOS, EOS, PAD, UNK, Tokenizer, write_shard
-from harness.files import UserError, atomic_write, fsync_folder, run_program, warn
+from harness.files import UserError, atomic_write, fsync_folder, locked, run_program, warn
 from model import VOCABULARY_SIZE
 
 SUFFIXES = {".train", ".dev", ".test", ".txt"}
@@ -291,15 +291,19 @@ def write_corpus(out, entries, tokenizer, cleaning):
 
     They are written into a folder within `out` and then moved: a full disk is met before that.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix="new-") as folder:
-        new = Path(folder)
-        for split, files in entries.items():
-            write_shard(new / f"{split}.bin", files, tokenizer, cleaning)
-        with atomic_write(new / "tokenizer.model") as file:
-            file.write(tokenizer.model_bytes)
-        for path in new.iterdir():
-            path.replace(out / path.name)
+    new = out / "new.tmp"
+    with locked(new):
+        for left_by_a_kill in new.iterdir():
+            left_by_a_kill.unlink()
+        try:
+            for split, files in entries.items():
+                write_shard(new / f"{split}.bin", files, tokenizer, cleaning)
+            with atomic_write(new / "tokenizer.model") as file:
+                file.write(tokenizer.model_bytes)
+            for path in new.iterdir():
+                path.replace(out / path.name)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     fsync_folder(out)
 
 

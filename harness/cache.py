@@ -56,8 +56,9 @@ class Layout:
 class TeacherCache:
     """Hidden states by chunk: `read(ids)` returns what `write(ids, states)` was given."""
 
-    def __init__(self, arrays, digests=None):
-        self.arrays, self.digests = arrays, digests
+    def __init__(self, arrays, digests=None, file=None):
+        self.arrays, self.digests, self.file = arrays, digests, file
+        self.size = file and os.fstat(file.fileno()).st_size
         self.filled = torch.zeros(len(arrays[0]), dtype=torch.bool)
         if digests is not None:
             self.filled = torch.from_numpy(digests.any(axis=1))
@@ -90,15 +91,17 @@ class TeacherCache:
                     f"{path} is damaged, or was made with other teachers, tokenizer, data, "
                     "--sequence-length or --precision: choose another file, or delete it"
                 )
-        mapped = np.memmap(path, np.uint8, mode="r+")
+        file = open(path, "r+b")
+        mapped = np.memmap(file, np.uint8, mode="r+")
         digests = mapped[len(header) : start].reshape(layout.num_chunks, DIGEST_BYTES)
-        cache = cls(_arrays(mapped[start:], layout), digests)
+        cache = cls(_arrays(mapped[start:], layout), digests, file)
         if not is_new:
             cache.drop_damaged(path)
         return cache
 
     def read(self, chunk_ids):
         """[(B, T, C_k)] of the chunks `chunk_ids` (B,) on the CPU; None if any is not there."""
+        self._check_size()
         if not self.filled[chunk_ids].all():
             return None
         # Not to wait for a GPU: the few ids are on their way when this returns.
@@ -109,6 +112,7 @@ class TeacherCache:
 
         Returns them in the dtype in which they will be read.
         """
+        self._check_size()
         states = [state.to(array.dtype) for array, state in zip(self.arrays, states)]
         for array, state in zip(self.arrays, states):
             ids = chunk_ids.to(array.device, non_blocking=True)
@@ -118,6 +122,14 @@ class TeacherCache:
                 self.digests[i] = self.digest(i)
         self.filled[chunk_ids] = True
         return states
+
+    def _check_size(self):
+        """Raises `UserError` if someone cut the file: to read beyond its end is a SIGBUS."""
+        if self.file and os.fstat(self.file.fileno()).st_size != self.size:
+            raise UserError(
+                f"{self.file.name} was cut by another program: delete it, and give the same "
+                "command again"
+            )
 
     def digest(self, chunk):
         """The SHA-256 of all teachers' states of a chunk, as 32 bytes."""

@@ -24,6 +24,7 @@ def run_program(main):
     or the end of memory becomes one line on standard error. 141 says that whoever read the output
     left early.
     """
+    _mend_standard_streams()
     try:
         return main() or 0
     except UserError as error:
@@ -41,6 +42,21 @@ def run_program(main):
         print(f"error: out of memory: {error or 'free some, or use a machine with more'}".rstrip(),
               file=sys.stderr)  # fmt: skip
         return 1
+
+
+def _mend_standard_streams():
+    """A closed stream leads nowhere; what a terminal's encoding lacks is printed as "?".
+
+    Where one is closed, the next file that is opened would get its number, and be written into.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's cannot be
+            getattr(sys, name).reconfigure(errors="replace")
 
 
 def _discard_output():

@@ -10,7 +10,7 @@ from harness.states import STATES
 
 GIB = 1 << 30
 MILLION = 1_000_000
-SPARE_BYTES = 64 << 20  # room on the disk for what is small: log, folder, tokenizer
+SPARE_BYTES = 64 << 20  # at most: room on the disk for what is small, such as log and tokenizer
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,14 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     if plan.marks:
         say(f"marks      {', '.join(plan.marks)}")
     say(f"memory     {(16 * trained + 4 * frozen) / GIB:.2f} GiB of state, plus activations")
-    _check_disk(plan, Path(out), trained)
+    check_disk(plan, Path(out), trained)
 
 
-def _check_disk(plan, out, trained):
+def check_disk(plan, out, trained):
+    """Prints how many bytes a run of `trained` parameters writes. `UserError` without room."""
     # Two full states and a third on its way; best.pt and the word marks are weights alone.
-    needed = (3 * 12 + 4 * (1 + len(plan.marks))) * trained + SPARE_BYTES
+    needed = (3 * 12 + 4 * (1 + len(plan.marks))) * trained
+    needed += min(needed, SPARE_BYTES)
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
     written = [out / name for name in (*STATES, "best.pt", *plan.marks)]
     there = sum(path.stat().st_size for path in written if path.exists())

@@ -272,6 +272,10 @@ def _forget_best(progress):
     progress.update(best_dev_cross_entropy=math.inf, best_step=0)
 
 
+def _same_in_another_order(there, now):
+    return isinstance(there, list) and sorted(map(str, there)) == sorted(now)
+
+
 def check_continues(checkpoint, config, provenance, path, full=True):
     """Raises `UserError`, listing what differs, unless the checkpoint is of this very run.
 
@@ -293,7 +297,7 @@ def check_continues(checkpoint, config, provenance, path, full=True):
         if key == "shape" and isinstance(there, dict):
             changed = [f for f in now if there.get(f) != now[f]]
             differing += [f"shape: {f} ({there.get(f)} there, {now[f]} now)" for f in changed]
-        elif key == "teacher_digests" and there != now and sorted(there or ()) == sorted(now):
+        elif key == "teacher_digests" and there != now and _same_in_another_order(there, now):
             differing.append("teachers (the same in another order)")
         elif there != now:
             short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader

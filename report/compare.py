@@ -6,9 +6,10 @@ averaged over the seeds. `evaluate.py --compare` prints both, from what `--losse
 """
 
 import math
+import os
 import statistics
 from dataclasses import dataclass
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -84,6 +85,10 @@ def write_losses(path, text, files, losses, sequence_length, scaled=None, shares
 def read_losses(path):
     """The `Losses` in an .npz of `evaluate.py --losses`. Raises `UserError` if it is none."""
     try:
+        with ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > (16 << 20) + 4 * os.path.getsize(path):
+            raise ValueError("no losses can be packed as densely")
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
         pieces = arrays["file_of"], arrays["targets"], arrays["nats"]
@@ -100,7 +105,9 @@ def read_losses(path):
             arrays["words_per_token"], arrays["file_of"], arrays["targets"],
             arrays["nats"].astype(np.float64), arrays.get("scaled_nats"),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, BadZipFile) as error:
+    except Exception as error:  # a decompressor given foreign bytes may raise anything at all
+        if isinstance(error, MemoryError):
+            raise
         raise UserError(
             f"{path} holds no losses: write them with evaluate.py --losses FILE"
         ) from error

@@ -1,8 +1,11 @@
 """Fixtures: a corpus, a tokenizer and shards so small that every test can have its own run."""
 
+import datetime
+import json
 import os
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +15,17 @@ import export_hf
 import model as models
 import tokenize_corpus
 from data import Tokenizer, TokenShard, write_shard
-from harness.checkpoint import write_checkpoint
+from distill import DistillConfig
+from harness.checkpoint import content_digest, read_checkpoint, write_checkpoint
 from harness.devices import autocast_for
+from harness.options import may_change
+from harness.record import commit
 from harness.states import Provenance
 from train import TrainStep, build_optimizer
 
 torch.set_num_threads(2)
+ROOT = Path(__file__).parent.parent
+FIGURES = {}  # {name: (what was done, outcome)} of the long tests
 TEXT = "the a cat dog child sees hears small old garden river runs sleeps and but never"
 WORDS = TEXT.split(" ")
 
@@ -86,6 +94,20 @@ def hf_twin(model, weights=True, attention="eager"):
     return twin.eval()
 
 
+def comparable(out):
+    """What a run wrote, but for times: weights, moments, best weights, log."""
+    full, best = (read_checkpoint(out / n) for n in ("checkpoint.pt", "best.pt"))
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    entries = [e for e in entries if "step" in e]
+    for entry in entries:
+        entry.pop("tokens_per_second", None)
+    kept = ("weights", "training", "progress", "config")
+    free = may_change(DistillConfig)
+    options = {key: value for key, value in full["config"].items() if key not in free}
+    parts = [content_digest(full[key]) for key in kept[:3]]
+    return options, parts, content_digest(best["weights"]), entries
+
+
 def interrupt_after(
     monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM), step_class=TrainStep
 ):
@@ -121,6 +143,20 @@ def data_folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def train_shard(data_folder):
     return TokenShard(data_folder / "train.bin")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def faults_report():
+    """Writes benchmarks/results/faults.md where all the long tests have run."""
+    yield
+    names = ("random kills", "kills at a stage", "kills at a call", "full disks", "flips")
+    names += ("fields", "fuzzed", "llama-58m")
+    if set(names) <= FIGURES.keys():
+        where = f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
+        lines = ["# Faults", "", f"`make test-faults`, commit {commit()}, {where}."]
+        lines += ["", "| what was done | outcome |", "|---|---|"]
+        lines += [f"| {' | '.join(FIGURES[name])} |" for name in names]
+        (ROOT / "benchmarks" / "results" / "faults.md").write_text("\n".join(lines) + "\n")
 
 
 def pytest_collection_modifyitems(items):

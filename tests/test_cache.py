@@ -109,6 +109,18 @@ def test_any_changed_byte_of_a_chunk_is_found_and_the_chunk_made_again(tmp_path,
         assert "1 chunks are damaged" in capsys.readouterr().err
 
 
+def test_a_file_that_is_cut_while_it_is_used_ends_the_run_and_no_more(tmp_path):
+    """Reading beyond the end of a file that is mapped would kill the process with a SIGBUS."""
+    ids, cache = torch.tensor([0]), open_file(tmp_path / "c")
+    cache.write(ids, states(ids))
+    (tmp_path / "c").rename(tmp_path / "d")  # another name, or none, does no harm
+    assert cache.read(ids) is not None
+    os.truncate(tmp_path / "d", PAGE_BYTES)
+    for use in (lambda: cache.read(ids), lambda: cache.write(ids, states(ids))):
+        with pytest.raises(UserError, match="was cut by another program"):
+            use()
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -151,7 +152,9 @@ def test_the_ensemble_averages_logits():
         b"{",
         b"\xff",
         b"17",
+        b'{"sentence_good": "' + b"a " * (1 << 19) + b'", "sentence_bad": "b"}',
     ],
+    ids=lambda line: line[:40],
 )
 def test_a_line_that_is_no_pair_is_named(tmp_path, line):
     folder = write_pairs(tmp_path / "p", PAIRS)
@@ -162,6 +165,7 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, line):
 
 
 def test_a_folder_without_pairs_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "nobody_writes_here.jsonl")
     with pytest.raises(UserError, match=r"no \*\.jsonl"):
         read_pairs(tmp_path)
 

@@ -1,27 +1,22 @@
 """Breaking things on purpose: kills, full disks, damaged bytes, hostile files, two runs at once.
 
 The quick ones run in `make test`; those marked `faults` in `make test-faults`, which also writes
-benchmarks/results/faults.md.
+benchmarks/results/faults.md. Every call at which a kill can come: test_kills.py; files made up:
+test_fuzzing.py.
 """
 
 import copy
-import datetime
-import json
 import math
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import distill
 import evaluate
@@ -29,54 +24,27 @@ import export_hf
 import model as models
 import tokenize_corpus
 import train
-from conftest import provenance_of, save_model, step_of, train_tokenizer, write_text
-from data import FIRST_LINE_BYTES, Batch, Tokenizer, TokenShard
+from conftest import (
+    FIGURES,
+    comparable,
+    save_model,
+    train_tokenizer,
+    write_text,
+)
+from data import Tokenizer, TokenShard
 from harness import checkpoint as checkpoints
 from harness import plan
-from harness.files import UserError, locked, run_program, sha256
-from harness.options import may_change
-from harness.record import commit
-from harness.states import check_continues, restore, training_state
-from llama import Llama, LlamaConfig
+from harness.files import UserError, locked, run_program
 
 ROOT = Path(__file__).parent.parent
-FIGURES = {}  # what the long tests counted
 
 OPTIONS = ["--model", "gpt2-tiny", "--steps", "30", "--batch-size", "4", "--sequence-length", "32"]
 OPTIONS += ["--eval-sequences", "8", "--save-every", "7", "--eval-every", "10", "--log-every", "5"]
 OPTIONS += ["--device", "cpu", "--precision", "fp32"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def report():
-    """Writes the figures where all the long tests have run."""
-    yield
-    names = ("random kills", "kills at a stage", "flips", "fuzzed", "llama-58m")
-    if not set(names) <= FIGURES.keys():
-        return
-    where = f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
-    lines = ["# Faults", "", f"`make test-faults`, commit {commit()}, {where}."]
-    lines += ["", "| what was done | outcome |", "|---|---|"]
-    lines += [f"| {' | '.join(FIGURES[name])} |" for name in names]
-    (ROOT / "benchmarks" / "results" / "faults.md").write_text("\n".join(lines) + "\n")
-
-
 def command(data_folder, out):
     return [*OPTIONS, "--data", str(data_folder), "--out", str(out)]
-
-
-def comparable(out):
-    """What a run wrote, but for times: weights, moments, best weights, log."""
-    full, best = (checkpoints.read_checkpoint(out / n) for n in ("checkpoint.pt", "best.pt"))
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    entries = [e for e in entries if "step" in e]
-    for entry in entries:
-        entry.pop("tokens_per_second", None)
-    kept = ("weights", "training", "progress", "config")
-    free = may_change(train.TrainConfig)
-    options = {key: value for key, value in full["config"].items() if key not in free}
-    parts = [checkpoints.content_digest(full[key]) for key in kept[:3]]
-    return options, parts, checkpoints.content_digest(best["weights"]), entries
 
 
 @pytest.fixture(scope="module")
@@ -398,58 +366,6 @@ def test_shapes_that_would_fill_the_memory_are_refused(whole_run, tmp_path):
             models.load_checkpoint(tmp_path / "a.pt")
 
 
-class Bytes:
-    """Becomes two billion bytes when it is unpickled."""
-
-    def __reduce__(self):
-        return (bytearray, (2_000_000_000,))
-
-
-MEASURE = """
-import resource, sys
-import evaluate, harness.files, model
-small = sys.argv[1]
-harness.files.run_program(lambda: model.load_checkpoint(small) and None)
-for path in sys.argv[2:]:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        model.load_checkpoint(path)
-        print("read")
-    except harness.files.UserError:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-def test_a_file_costs_no_more_memory_than_64_mib_and_eight_times_its_size(whole_run, tmp_path):
-    """Each of them is refused before it has become what it would be."""
-    whole = checkpoints.read_checkpoint(whole_run / "best.pt")
-    del whole["digest"]
-
-    def signed(name, **shape):
-        changed = whole | {"model": whole["model"] | {"shape": whole["model"]["shape"] | shape}}
-        changed["digest"] = checkpoints.content_digest(changed)
-        torch.save(changed, tmp_path / name)
-
-    torch.save(whole | {"extra": Bytes()}, tmp_path / "bytes.pt")
-    torch.save(whole | {"extra": torch.zeros(100_000_000)}, tmp_path / "zeros.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "zeros.pt") as archive,
-        zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
-    ):
-        for name in archive.namelist():
-            deflated.writestr(name, archive.read(name))
-    signed("positions.pt", max_position_embeddings=(1 << 20) - 1, hidden_size=(1 << 20) - 256,
-           num_attention_heads=1)  # fmt: skip
-    signed("layers.pt", num_hidden_layers=1000)
-    hostile = [tmp_path / f"{name}.pt" for name in ("bytes", "deflated", "positions", "layers")]
-    command = [sys.executable, "-c", MEASURE, str(whole_run / "best.pt"), *map(str, hostile)]
-    root = Path(__file__).parent.parent
-    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    costs = [int(line) for line in found.stdout.split()]
-    for path, kib in zip(hostile, costs, strict=True):
-        assert kib * 1024 <= (64 << 20) + 8 * path.stat().st_size, path.name
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -494,210 +410,6 @@ def test_moments_of_another_size_are_refused(data_folder, tmp_path, capsys, size
     torch.save(changed, tmp_path / "checkpoint.pt")
     assert run_program(lambda: train.main(run_here)) == 1
     assert "no state of this run's model" in capsys.readouterr().err
-
-
-# ---- fuzzing: bytes of any kind end in the project's own error, or in what was written
-
-
-def only_our_error(function):
-    """True if `function` refused its input; anything but a `UserError` is a failure."""
-    try:
-        function()
-    except UserError:
-        return True
-    return False
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
-    max_leaves=12,
-)
-
-
-def edits(length):
-    """Perhaps a cut, then bytes that replace others: damage of any kind, or none."""
-    replaced = st.tuples(st.integers(0, length - 1), st.binary(min_size=1, max_size=9))
-    return st.tuples(st.just(length) | st.integers(0, length), st.lists(replaced, max_size=4))
-
-
-def edited(whole, edit):
-    stop, replaced = edit
-    content = bytearray(whole[:stop])
-    for position, new in replaced:
-        content[position : position + len(new)] = new
-    return bytes(content)
-
-
-def replacements(tree, values):
-    """Where in a nested dict to put something else, and what: a few of them, or none."""
-
-    def paths(inner, before=()):
-        for key, value in inner.items():
-            yield (*before, key)
-            if isinstance(value, dict):
-                yield from paths(value, (*before, key))
-
-    return st.lists(st.tuples(st.sampled_from(list(paths(tree))), values), max_size=2)
-
-
-def with_replacements(tree, changes):
-    tree = copy.deepcopy(tree)
-    for path, value in changes:
-        inner = tree
-        for key in path[:-1]:
-            inner = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            inner[path[-1]] = value
-    return tree
-
-
-def fuzz(path, reader, examples, strategy, write):
-    """Runs `reader` on what `write(path, example)` wrote: how many, and how many were refused."""
-    count = [0, 0]
-
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(strategy)
-    def one(example):
-        write(path, example)
-        count[0] += 1
-        count[1] += only_our_error(lambda: reader(path))
-
-    one()
-    return count
-
-
-def small_step(shape):
-    return step_of(train.CrossEntropyObjective(Llama(shape)), weight_decay=0.1)
-
-
-def fuzz_everything(data_folder, tokenizer, folder, examples):
-    """How many inputs each reader was given, and how many it refused: {reader: [count, refused]}.
-
-    Damaged files, files of anything at all, and files that are made up but have valid digests.
-    """
-    shape = LlamaConfig(300, 8, 8, 1, 2)
-    step = small_step(shape)
-    step(Batch.whole(torch.arange(2), *torch.zeros((2, 2, 4), dtype=torch.int64)), 1e-3)
-    options = train.TrainConfig(sequence_length=4)
-    progress = {"step": 1, "steps": 9, "best_step": 0, "best_dev_cross_entropy": 9.0}
-    given = provenance_of(step.objective.model, tokenizer, "small")
-    config = given.conditions(options)
-    save_model(
-        folder / "small.pt", step.objective.model, tokenizer, "small", config=config,
-        progress=progress, training=training_state(step),
-    )  # fmt: skip
-    checkpoint = checkpoints.read_checkpoint(folder / "small.pt")
-    del checkpoint["digest"]
-
-    def use(path):
-        _, found = models.load_checkpoint(path)
-        Tokenizer.of_checkpoint(found, path)
-        export_hf.model_card(found, step.objective.model, "as-trained", 256)
-
-    def resume(path):
-        found = checkpoints.read_checkpoint(path)
-        check_continues(found, options, given, path)
-        step = small_step(shape)
-        restore(step, found, path)
-        step(Batch.whole(torch.arange(2), *torch.zeros((2, 2, 4), dtype=torch.int64)), 1e-3)
-
-    whole = (data_folder / "train.bin").read_bytes()
-    first_line, body = whole[:FIRST_LINE_BYTES], whole[FIRST_LINE_BYTES:4096]
-    assert int(first_line.split()[2]) == 4096  # the header's size
-
-    def as_bytes(path, content):
-        path.write_bytes(content)
-
-    def damaged(original):
-        return lambda path, edit: path.write_bytes(edited(original, edit))
-
-    def signed_shard(path, changes):
-        header = json.dumps(with_replacements(json.loads(body), changes)).encode()
-        header = header.ljust(4096 - FIRST_LINE_BYTES)
-        path.write_bytes(first_line[:-65] + sha256(header).encode() + b"\n" + header + whole[4096:])
-
-    def signed_checkpoint(path, changes):
-        changed = with_replacements(checkpoint, changes)
-        torch.save(changed | {"digest": checkpoints.content_digest(changed)}, path)
-
-    def safetensors(path, example):
-        entries, changes = example
-        header, end = {}, 0
-        for name, (kind, shape) in entries.items():
-            start, end = end, end + {"F32": 4}.get(kind, 2) * math.prod(shape)
-            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-        for name, key, value in changes:
-            if name in header:
-                header[name][key] = value
-        encoded = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(end))
-
-    others = JSON | st.sampled_from([torch.zeros(3), torch.zeros(8, 8), torch.zeros(()).long()])
-    names = st.sampled_from("abc")
-    tensors = st.dictionaries(
-        names,
-        st.tuples(st.sampled_from(["F32", "F16", "BF16"]), st.lists(st.integers(0, 4), max_size=3)),
-    )
-    numbers = st.lists(st.integers(-8, 64) | st.integers(), max_size=3)
-    keys = st.sampled_from(["dtype", "shape", "data_offsets"])
-    changes = st.lists(st.tuples(names, keys, numbers | JSON), max_size=1)
-    anything = st.text(st.characters())  # lone surrogates too
-    sentences = {"sentence_good": anything, "sentence_bad": anything}
-    entries = st.fixed_dictionaries(sentences, optional={"linguistics_term": JSON}) | JSON
-    pairs = folder / "pairs"
-    pairs.mkdir()
-
-    def jsonl(path, lines):
-        path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-
-    def read_pairs(path):
-        return evaluate.read_pairs(path.parent)
-
-    shard, weights, pair = folder / "a.bin", folder / "a.pt", pairs / "a.jsonl"
-    small, model_file = (folder / "small.pt").read_bytes(), folder / "a.model"
-    kinds = [
-        ("shards", shard, TokenShard, edits(len(whole)), damaged(whole)),
-        ("shards", shard, TokenShard, st.binary(max_size=300), as_bytes),
-        ("shards", shard, TokenShard, replacements(json.loads(body), JSON), signed_shard),
-        ("checkpoints", weights, models.load_checkpoint, edits(len(small)), damaged(small)),
-        ("checkpoints", weights, use, replacements(checkpoint, others), signed_checkpoint),
-        ("resume points", weights, resume, replacements(checkpoint, others), signed_checkpoint),
-        ("safetensors", folder / "a.safetensors", export_hf.read_safetensors,
-         st.tuples(tensors, changes), safetensors),
-        ("safetensors", folder / "a.safetensors", export_hf.read_safetensors,
-         st.binary(max_size=200), as_bytes),
-        ("pairs", pair, read_pairs, st.lists(entries, max_size=3), jsonl),
-        ("pairs", pair, read_pairs, st.binary(max_size=100), as_bytes),
-        ("tokenizers", model_file, Tokenizer.load, edits(len(tokenizer.model_bytes)),
-         damaged(tokenizer.model_bytes)),
-        ("tokenizers", model_file, Tokenizer.load, st.binary(max_size=200), as_bytes),
-    ]  # fmt: skip
-    totals = {}
-    for name, path, reader, strategy, write in kinds:
-        count = fuzz(path, reader, examples, strategy, write)
-        totals[name] = [a + b for a, b in zip(totals.get(name, [0, 0]), count)]
-    return totals
-
-
-def test_no_bytes_crash_a_reader(data_folder, tokenizer, tmp_path):
-    for total, refused in fuzz_everything(data_folder, tokenizer, tmp_path, 30).values():
-        assert total >= 30 and 0 < refused < total  # what is whole is read
-
-
-@pytest.mark.faults
-def test_thousands_of_inputs_crash_no_reader(data_folder, tokenizer, tmp_path):
-    totals = fuzz_everything(data_folder, tokenizer, tmp_path, 2000)
-    inputs = sum(total for total, _ in totals.values())
-    counted = ", ".join(
-        f"{name} {refused:,} of {total:,}" for name, (total, refused) in totals.items()
-    )
-    FIGURES["fuzzed"] = (
-        f"{inputs:,} inputs made up for all that is read: damaged, of anything at all, and made up "
-        "with valid digests",
-        f"no crash, no hang; refused with the project's own error: {counted}; the others are valid",
-    )
 
 
 # ---- text

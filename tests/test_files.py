@@ -47,14 +47,39 @@ def fail(error):
     raise error
 
 
+def in_a_process(program, **options):
+    """A program of the standard library and harness.files in a process of its own, to its end."""
+    shared = {"stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent.parent}
+    return subprocess.run([sys.executable, "-c", program], **shared | options, check=True)
+
+
+def test_a_terminal_that_lacks_a_character_shows_another():
+    program = "from harness import files; files.run_program(lambda: print('caf\\xe9 \\udcff'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    found = in_a_process(program, stdout=subprocess.PIPE, env=environment)
+    assert found.stdout == "caf? ?\n"
+
+
+def test_no_file_takes_the_place_of_a_stream_that_is_closed(tmp_path):
+    """What is printed or warned must not end up in a checkpoint that got the number 1 or 2."""
+    program = (
+        "import os, sys\nfrom harness.files import UserError, run_program\n"
+        "def main():\n"
+        f"    with open({str(tmp_path / 'x')!r}, 'w') as file:\n"
+        "        print('told'), print('warned', file=sys.stderr)\n"
+        "        os.write(1, b'by a library'), os.write(2, b'by a library')\n"
+        "        file.write('written')\n"
+        "    raise UserError('say what to do')\n"
+        "sys.exit(0 if run_program(main) == 1 else 9)"
+    )
+    in_a_process(program, preexec_fn=lambda: (os.close(0), os.close(1), os.close(2)))
+    assert (tmp_path / "x").read_text() == "written"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_output_that_cannot_be_kept_does_not_end_a_run():
-    program = "from harness.files import say; say('a'); say('b')"
     with open("/dev/full", "w") as full:
-        found = subprocess.run(
-            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
-            check=True, cwd=Path(__file__).parent.parent,
-        )  # fmt: skip
+        found = in_a_process("from harness.files import say; say('a'); say('b')", stdout=full)
     assert found.stderr.count("warning: standard output cannot be written") == 1
 
 

@@ -1,5 +1,7 @@
 """Text from both architectures: seeded, sampled as asked, never longer than asked."""
 
+import os
+
 import pytest
 import torch
 
@@ -58,4 +60,7 @@ def test_the_program_prints_the_prompt_and_more(model, tokenizer, tmp_path, caps
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert run_program(lambda: program.main([str(tmp_path / "none.pt"), "--prompt", "a"])) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    latin1 = os.fsdecode(b"caf\xe9")
+    assert run_program(lambda: program.main([str(tmp_path / "none.pt"), "--prompt", latin1])) == 1
+    no_file, no_text = capsys.readouterr().err.splitlines()
+    assert "does not exist" in no_file and "--prompt is not UTF-8" in no_text

@@ -1,9 +1,23 @@
 """The arithmetic of a run."""
 
+from collections import namedtuple
+
 import pytest
 
+from harness import plan as plans
 from harness.files import UserError
-from harness.plan import word_marks
+from harness.plan import Plan, word_marks
+
+
+def test_a_small_run_needs_little_room(tmp_path, monkeypatch):
+    """What is kept free besides the states is no more than they are, and at most 64 MiB."""
+    plan, usage = Plan(10, 1, 1, 1, 1, {}, 0), namedtuple("usage", "free")
+    for parameters, enough in ((10_000, 800_000), (100_000_000, 4_000_000_000 + (64 << 20))):
+        monkeypatch.setattr(plans.shutil, "disk_usage", lambda _, n=enough: usage(n))
+        plans.check_disk(plan, tmp_path, parameters)
+        monkeypatch.setattr(plans.shutil, "disk_usage", lambda _, n=enough: usage(n - 1))
+        with pytest.raises(UserError, match="bytes needed"):
+            plans.check_disk(plan, tmp_path, parameters)
 
 
 def test_the_marks_of_the_2025_rules():
