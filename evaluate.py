@@ -197,7 +197,9 @@ def read_pairs(folder, convention="newline"):
             if not line.strip():
                 continue
             if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"{path}, line {number}: {len(line)} bytes are no minimal pair")
+                raise UserError(
+                    f"{path}, line {number}: {len(line)} bytes are no minimal pair: remove it"
+                )
             try:
                 entry = json.loads(line)
                 field = entry.get("linguistics_term", path.stem)

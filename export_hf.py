@@ -417,7 +417,7 @@ def read_config(folder):
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a folder that save_pretrained wrote")
     if path.stat().st_size > MAX_HEADER_BYTES:
-        raise UserError(f"{path} does not describe a model: it is too large")
+        raise UserError(f"{path} is too large for a config: give what save_pretrained wrote")
     try:
         theirs = json.loads(path.read_bytes())
         kind = theirs["model_type"]

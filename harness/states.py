@@ -272,10 +272,6 @@ def _forget_best(progress):
     progress.update(best_dev_cross_entropy=math.inf, best_step=0)
 
 
-def _same_in_another_order(there, now):
-    return isinstance(there, list) and sorted(map(str, there)) == sorted(now)
-
-
 def check_continues(checkpoint, config, provenance, path, full=True):
     """Raises `UserError`, listing what differs, unless the checkpoint is of this very run.
 
@@ -297,8 +293,9 @@ def check_continues(checkpoint, config, provenance, path, full=True):
         if key == "shape" and isinstance(there, dict):
             changed = [f for f in now if there.get(f) != now[f]]
             differing += [f"shape: {f} ({there.get(f)} there, {now[f]} now)" for f in changed]
-        elif key == "teacher_digests" and there != now and _same_in_another_order(there, now):
-            differing.append("teachers (the same in another order)")
+        elif there != now and key == "teacher_digests" and isinstance(there, list):
+            reordered = sorted(map(str, there)) == sorted(now)
+            differing.append("teachers (the same in another order)" if reordered else key)
         elif there != now:
             short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader
             differing.append(f"{key} ({there} there, {now} now)" if short else key)

@@ -105,9 +105,9 @@ def read_losses(path):
             arrays["words_per_token"], arrays["file_of"], arrays["targets"],
             arrays["nats"].astype(np.float64), arrays.get("scaled_nats"),
         )  # fmt: skip
+    except MemoryError:
+        raise
     except Exception as error:  # a decompressor given foreign bytes may raise anything at all
-        if isinstance(error, MemoryError):
-            raise
         raise UserError(
             f"{path} holds no losses: write them with evaluate.py --losses FILE"
         ) from error

@@ -151,6 +151,7 @@ def faults_report():
     yield
     names = ("random kills", "kills at a stage", "kills at a call", "full disks", "flips")
     names += ("fields", "fuzzed", "llama-58m")
+    FIGURES.setdefault("full disks", ("disks that are full", "not tried: none can be mounted"))
     if set(names) <= FIGURES.keys():
         where = f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
         lines = ["# Faults", "", f"`make test-faults`, commit {commit()}, {where}."]

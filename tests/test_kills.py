@@ -24,10 +24,9 @@ from llama import LlamaConfig
 
 pytestmark = pytest.mark.faults
 CALLS, DISKS = {}, {}
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 OPTIONS = "--batch-size 8 --sequence-length 16 --eval-sequences 4 --steps 5 --save-every 2"
 OPTIONS += " --eval-every 2 --log-every 2 --device cpu --precision fp32 --save-at-words 200"
-MODEL = ["--shape", ",".join(f"{key}={value}" for key, value in SHAPE.items())]
+OPTIONS += " --model llama-tiny --shape hidden_size=16,intermediate_size=32,num_hidden_layers=1"
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +62,7 @@ def teachers(tmp_path_factory, tokenizer):
 
 def program(name, root, data_folder, teachers):
     """The task of a program, but for what is done with it: `folder` is all that it writes."""
-    arguments = [*OPTIONS.split(), *MODEL, "--data", str(data_folder), "--out", str(root / "run")]
-    arguments += ["--model", "llama-tiny"]
+    arguments = [*OPTIONS.split(), "--data", str(data_folder), "--out", str(root / "run")]
     if name == "distill":
         arguments += ["--teachers", *teachers, "--cache-teachers", str(root / "states.cache")]
     return {"program": name, "arguments": arguments, "folder": str(root)}
@@ -173,7 +171,7 @@ def disk(tmp_path):
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     worker, data_folder, teachers, tmp_path, disk, name
 ):
-    """Of every size from nothing to enough; what was whole before is whole after."""
+    """Of thirteen sizes, from nothing to what the end leaves, which is less than a save needs."""
     (root, resize), refused = disk, 0
     if name == "tokenize_corpus":
         arguments = [*write_texts(tmp_path / "texts", 1), "--out", str(root / "run")]
