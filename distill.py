@@ -55,7 +55,8 @@ class PlainObjective(nn.Module):
     def prepare(self, batch):
         """The batch with the teachers' final hidden states, which is all that is read of them.
 
-        K × (B, T, C_k), from the cache where they are there. A batch of which any chunk is missing
+        K × (B, T, C_k), in the type that products read, from the cache where they are there. A
+        batch of which any chunk is missing
         is computed whole, always in the same shape, so that what the cache holds does not depend on
         what else it held.
         """
@@ -66,7 +67,8 @@ class PlainObjective(nn.Module):
             states = [teacher.hidden_states(batch.tokens) for teacher in self.teachers]
             if self.cache:
                 states = self.cache.write(batch.chunk_ids, states)
-        states = tuple(s.to(batch.tokens.device, non_blocking=True) for s in states)
+        device = batch.tokens.device
+        states = tuple(s.to(device, matmul_dtype(s), non_blocking=True) for s in states)
         return dataclasses.replace(batch, teacher_states=states)
 
     def constants(self, batch):
@@ -154,6 +156,7 @@ def load_teachers(config, corpus):
     Raises `UserError` if one has another tokenizer, another vocabulary or a shorter context.
     """
     teachers, records = [], []
+    precision = choose_compute(config.device, config.precision).precision
     for path in config.teachers:
         teacher, checkpoint = models.load_compatible(path, corpus)
         positions = teacher.config.max_position_embeddings
@@ -165,7 +168,20 @@ def load_teachers(config, corpus):
         teachers.append(teacher)
         name = checkpoint["model"]["name"]
         records.append({"name": name, "digest": content_digest(checkpoint["weights"])})
+        if precision == "bf16":
+            narrow_layers(teacher)
     return teachers, records
+
+
+def narrow_layers(model):
+    """Keeps the matrices and biases of a frozen model's layers in bfloat16.
+
+    Autocast makes the same bits of them in every step. What is read in float32 remains so:
+    embeddings, norms, and the head, which is rounded once it is centred (`loss.join_heads`).
+    """
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
 
 
 def open_teacher_cache(config, corpus, teachers, records):

@@ -252,10 +252,10 @@ def fit(objective, config, stream, evaluate, provenance):
     optimizers = build_optimizer(
         objective, config.weight_decay, config.optimizer, config.beta2, config.no_decay
     )
-    devices.check_graph(config.cuda_graph, compute.device, optimizers)
     train_step = TrainStep(
         objective, optimizers, compute.autocast, config.micro_batch_size, config.clip
     )
+    graphed = devices.wants_graph(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
     schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio
     with locked(config.out):
         progress, found = states.begin_or_continue(train_step, config, provenance, plan.steps)
@@ -263,7 +263,7 @@ def fit(objective, config, stream, evaluate, provenance):
             return progress
         if config.compile or (config.compile is None and compute.device.type == "cuda"):
             devices.compile_blocks(objective)
-        take_step = devices.GraphedStep(train_step) if config.cuda_graph else train_step
+        take_step = devices.GraphedStep(train_step) if graphed else train_step
         recorder = Recorder(train_step, config, plan, provenance, progress, found)
         with recorder, StopSignal() as stop:
             for step in range(progress["step"] + 1, plan.steps + 1):

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.files import UserError
+from harness.files import UserError, warn
 
 GRAPH_WARM_UP = 3  # plain steps before a CUDA graph is captured: what is made once is then made
+GRAPH_TOKENS = 8192  # of a step, up to which one is captured unless --no-cuda-graph is given
+GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a whole batch and a ragged one
 
 
 def choose_device(name):
@@ -102,15 +104,22 @@ class CPUAutocast(torch.autocast):
 def compile_blocks(objective):
     """Compiles the layers of all the objective's models (their `blocks`), and the loss's rows.
 
-    The layers of a model are alike, so that each model is compiled once. `objective.compiled` tells
-    the objective to compile what is its own.
+    The layers of a model are alike, so that each model is compiled once for each shape of its
+    input. Shapes are static: a symbolic batch size makes slower kernels. What earlier runs of this
+    process compiled is dropped, and the limit is raised beyond which torch would go on eagerly,
+    with a warning only: models of one architecture share it. `objective.compiled` tells the
+    objective to compile what is its own.
     """
     objective.compiled = True
+    torch._dynamo.reset()
+    compiled = [module for module in objective.modules() if hasattr(module, "blocks")]
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, GRAPHS_OF_A_MODEL * len(compiled) + 1)
     # On a CPU dropout is drawn as eager code does: the same masks, and quicker than compiled ones.
     options = {"fallback_random": next(objective.parameters()).device.type == "cpu"}
-    for module in objective.modules():
-        for block in getattr(module, "blocks", ()):
-            block.compile(options=options)
+    for module in compiled:
+        for block in module.blocks:
+            block.compile(options=options, dynamic=False)
 
 
 class GraphedStep:
@@ -122,33 +131,25 @@ class GraphedStep:
     memory that it was captured with, so batch and learning rates are copied to fixed places, and it
     keeps the memory of its activations. Numbers that are no tensors stay as captured: all batches
     must have one shape and the same counts.
+
+    Where no graph can be captured, or its first replay does not do what a plain step does, the
+    plain step is taken from then on, with a warning.
     """
 
     def __init__(self, train_step):
         self.train_step = train_step
-        device = train_step.nonfinite_steps.device
+        self.device = train_step.nonfinite_steps.device
         for group in train_step.groups:
-            group["lr"], group["capturable"] = torch.zeros((), device=device), True
-        self.warm_up, self.cuda_stream = GRAPH_WARM_UP, None
-        self.parts = self.graph = self.terms = None
+            group["lr"], group["capturable"] = torch.zeros((), device=self.device), True
+        self.warm_up, self.cuda_stream, self.parts = GRAPH_WARM_UP, None, None
+        self.replay = None  # a function without arguments, once a graph is captured and verified
 
     def __call__(self, batch, learning_rate):
         self.load(batch, learning_rate)
-        if self.cuda_stream is None:
-            self.cuda_stream = torch.cuda.Stream()
-        if self.warm_up:
-            self.warm_up -= 1
-            self.cuda_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.cuda_stream):
-                terms = self.train_step.update(self.parts)
-            torch.cuda.current_stream().wait_stream(self.cuda_stream)
-            return terms
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.cuda_stream):
-                self.terms = self.train_step.update(self.parts)
-        self.graph.replay()
-        return self.terms
+        if self.warm_up == 0:
+            self.replay = self.verified_replay()
+        self.warm_up -= 1
+        return self.replay() if self.replay else self.update()
 
     def load(self, batch, learning_rate):
         """Puts a step's input where `update` reads it."""
@@ -163,6 +164,75 @@ class GraphedStep:
         for group, ratio in zip(self.train_step.groups, self.train_step.rate_ratios):
             group["lr"].fill_(learning_rate * ratio)
 
+    def update(self):
+        """The plain step, on the stream on which the graph is captured."""
+        if self.device.type != "cuda":
+            return self.train_step.update(self.parts)
+        if self.cuda_stream is None:
+            self.cuda_stream = torch.cuda.Stream()
+        self.cuda_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.cuda_stream):
+            terms = self.train_step.update(self.parts)
+        torch.cuda.current_stream().wait_stream(self.cuda_stream)
+        return terms
+
+    def capture(self):
+        """Captures the update, which is not executed by that; a function that replays it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.cuda_stream):
+            terms = self.train_step.update(self.parts)
+
+        def replay():
+            graph.replay()
+            return terms
+
+        return replay
+
+    def verified_replay(self):
+        """What `capture` returns, if it does the same as `update`; else None, with a warning."""
+        problem = "a replayed step is not what a plain one is"
+        try:
+            replay = self.capture()
+            if self.agrees(replay):
+                return replay
+        except RuntimeError as error:  # any of CUDA's, and memory that does not suffice
+            problem = str(error).partition("\n")[0]
+            for optimizer in self.train_step.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        warn(f"training goes on without a CUDA graph: {problem}")
+        return None
+
+    def agrees(self, replay):
+        """Whether a replayed step ends where a plain one does. All is left as it was.
+
+        To the bit, where a plain step repeats its own bits; else the difference is to be of the
+        size of that between two plain steps: atomic additions come in any order.
+        """
+        before = [tensor.clone() for tensor in self.state()]
+
+        def outcome(step):
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                step()
+            after = [tensor.clone() for tensor in self.state()]
+            with torch.no_grad():
+                for tensor, value in zip(self.state(), before):
+                    tensor.copy_(value)
+            return after
+
+        def distance(some, others):
+            return max((a - b).abs().max().item() for a, b in zip(some, others) if a.numel())
+
+        plain, again, replayed = outcome(self.update), outcome(self.update), outcome(replay)
+        return distance(replayed, plain) <= 4 * distance(again, plain)
+
+    def state(self):
+        """All tensors that an update changes."""
+        step = self.train_step
+        kept = [value for o in step.optimizers for s in o.state.values() for value in s.values()]
+        counters = [step.nonfinite_in_a_row, step.nonfinite_steps]
+        kept += [*counters, *step.parameters.values(), *step.objective.buffers()]
+        return [value.detach() for value in kept if isinstance(value, torch.Tensor)]
+
 
 def skips_on_device(optimizer):
     """Whether the optimizer reads `found_inf` on the device and then changes nothing.
@@ -174,12 +244,23 @@ def skips_on_device(optimizer):
     )
 
 
-def check_graph(wanted, device, optimizers):
-    """Raises `UserError` where --cuda-graph is asked for and cannot be had."""
-    if wanted and device.type != "cuda":
-        raise UserError(f"--cuda-graph needs a GPU of CUDA; training is on {device}: leave it out")
-    if wanted and not all(map(skips_on_device, optimizers)):
+def wants_graph(choice, compute, optimizers, tokens):
+    """Whether steps of so many tokens are to be replayed as a CUDA graph.
+
+    `choice` is that of --cuda-graph. None takes one on CUDA where a step has few tokens, so that
+    launching its kernels takes longer than executing them. Raises `UserError` where a graph is
+    asked for and cannot be had.
+    """
+    on_cuda, skipping = compute.device.type == "cuda", all(map(skips_on_device, optimizers))
+    if choice is None:
+        return on_cuda and skipping and tokens <= GRAPH_TOKENS
+    if choice and not on_cuda:
+        raise UserError(
+            f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}: leave it out"
+        )
+    if choice and not skipping:
         raise UserError(
             "--cuda-graph needs an optimizer that skips a step on the device, as --optimizer adamw "
             "does: leave one of the two out"
         )
+    return choice

@@ -59,7 +59,12 @@ class RunConfig:
     compile: bool | None = option(
         None, "torch.compile the layers; default: on CUDA only", may_change=True
     )
-    cuda_graph: bool = option(False, "replay the training step as one CUDA graph", may_change=True)
+    cuda_graph: bool | None = option(
+        None,
+        "replay the training step as one CUDA graph, once a replay was seen to do what a plain "
+        "step does; default: on CUDA, where a step has at most 8,192 tokens",
+        may_change=True,
+    )
     dry_run: bool = option(False, "print the arithmetic of the run and stop", may_change=True)
 
 

@@ -110,7 +110,8 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     say(f"run        {plan.steps:,} steps = {epochs}")
     if plan.marks:
         say(f"marks      {', '.join(plan.marks)}")
-    say(f"memory     {(16 * trained + 4 * frozen) / GIB:.2f} GiB of state, plus activations")
+    kept = sum(p.nbytes for p in objective.parameters() if not p.requires_grad)
+    say(f"memory     {(16 * trained + kept) / GIB:.2f} GiB of state, plus activations")
     check_disk(plan, Path(out), trained)
 
 

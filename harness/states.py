@@ -63,13 +63,15 @@ def trained_parameters(objective):
 def training_state(train_step):
     """What resuming needs besides the model's weights.
 
-    The optimizers' states and the objective's own parameters by parameter name; random states.
+    The optimizers' states and the objective's own parameters by parameter name; random states. All
+    of it is on the CPU: what is digested and then written is copied from a GPU once.
     """
     parameters, device = train_step.parameters, train_step.nonfinite_steps.device
     states = {name: {} for name in parameters}
     for optimizer in train_step.optimizers:
         for name, parameter in parameters.items():
-            states[name] |= optimizer.state.get(parameter, {})
+            for key, value in optimizer.state.get(parameter, {}).items():
+                states[name][key] = value.cpu() if isinstance(value, torch.Tensor) else value
     return {
         "optimizer": states,
         "objective": {n: p.detach().cpu().contiguous() for n, p in _own(parameters).items()},

@@ -1,19 +1,25 @@
 """Where and how a step is computed: precision, compiled layers, and one CUDA graph for a step."""
 
 import dataclasses
+import functools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import loss
 import model as models
 from conftest import interrupt_after, step_of
 from data import BatchStream, count_chunks
-from distill import DistillConfig, EnsembleObjective
+from distill import DistillConfig, EnsembleObjective, narrow_layers
 from harness.cache import Layout, TeacherCache
-from harness.devices import GraphedStep, choose_device
+from harness.devices import Compute, GraphedStep, choose_device, wants_graph
+from harness.files import UserError
+from harness.states import training_state
 from test_train import config_for, fitted, trained
 from train import CrossEntropyObjective
 
@@ -99,6 +105,55 @@ def test_every_update_does_the_same_to_the_same_memory(train_shard, kind):
     assert 0 < len(differing) < 10
 
 
+class NoWaiting(TorchDispatchMode):
+    """Forbids whatever would make a GPU's step wait: to read a value of the device on the host.
+
+    On a CPU the device's memory is told from the host's by where it comes from: `host` are the
+    tensors that are on the host beside a GPU too, and what is made of them alone is there as well.
+    """
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "item")
+
+    def __init__(self, host):
+        super().__init__()
+        self.host = {tensor.untyped_storage()._cdata for tensor in host}
+        self.kept, self.asked_of_host = list(host), 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        read = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)]
+        on_host = read and all(t.untyped_storage()._cdata in self.host for t in read)
+        name = str(operation).split(".")[1]
+        if name in self.WAITING:
+            assert on_host, f"{operation} waits for the device"
+            self.asked_of_host += 1
+        result = operation(*args, **(kwargs or {}))
+        self.kept += (made := [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)])
+        if on_host:
+            self.host |= {t.untyped_storage()._cdata for t in made}
+        return result
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("kind", ["alone", "distilled", "cached"])
+def test_a_step_never_waits_for_the_device(train_shard, kind, micro_batch_size):
+    """A whole step: teachers, filling and reading of the cache, clipping, skipping."""
+    step = full_step("alone" if kind == "alone" else "distilled", "cpu", "bf16")
+    step.micro_batch_size, host = micro_batch_size, []
+    if kind == "cached":
+        chunks = count_chunks(len(train_shard.tokens), 32)
+        cache = TeacherCache.in_memory(Layout(chunks, 32, (96, 96), torch.bfloat16), "cpu")
+        step.objective.cache, host = cache, [cache.filled]
+    batch = BatchStream(train_shard, 8, 32, seed=0)(0)
+    for _ in range(2):
+        with NoWaiting([*host, batch.chunk_ids]) as mode:
+            step(batch, 1e-3)
+    assert bool(mode.asked_of_host) == (kind == "cached")  # whether the chunks are in the cache
+
+    step.optimizers[0].defaults["fused"] = False  # one that asks on the host whether to skip
+    with pytest.raises(AssertionError, match="waits"), NoWaiting(host):
+        step(batch, 1e-3)
+
+
 @objectives()
 def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
     stream = BatchStream(train_shard, 8, 32, seed=0)
@@ -113,10 +168,158 @@ def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+class Replaying(GraphedStep):
+    """A graphed step whose graph is a plain update on the CPU; `replays` counts them."""
+
+    replays = 0
+
+    def capture(self):
+        def replay():
+            self.replays += 1
+            return self.train_step.update(self.parts)
+
+        return replay
+
+
+class Drifting(Replaying):
+    """One whose replay also changes a weight by the least that a weight can change."""
+
+    def capture(self):
+        replay, weight = super().capture(), next(iter(self.train_step.parameters.values()))
+
+        def drifting():
+            terms = replay()
+            with torch.no_grad():
+                weight.view(-1)[7] = torch.nextafter(weight.view(-1)[7], torch.tensor(9.0))
+            return terms
+
+        return drifting
+
+
+class Uncapturable(Replaying):
+    def capture(self):
+        raise RuntimeError("operation not permitted when stream is capturing\nand a trace")
+
+
+@pytest.mark.parametrize("step_class", [Replaying, Drifting, Uncapturable])
+def test_a_graph_is_taken_once_its_replay_is_what_a_plain_step_is(train_shard, capsys, step_class):
+    """Verifying changes nothing: dropout draws on as it would have without."""
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    plain = GraphedStep(full_step("alone", "cpu", "fp32"))
+    plain.warm_up = math.inf
+    torch.manual_seed(1)
+    losses = [plain(stream(i), 1e-3)["loss"].item() for i in range(7)]
+    step = step_class(full_step("alone", "cpu", "fp32"))
+    torch.manual_seed(1)
+    assert losses == [step(stream(i), 1e-3)["loss"].item() for i in range(7)]
+    weights = zip(plain.train_step.parameters.values(), step.train_step.parameters.values())
+    assert all(torch.equal(a, b) for a, b in weights)
+    warnings = capsys.readouterr().err.splitlines()
+    if step_class is Replaying:
+        assert step.replays == 1 + 4 and not warnings  # three plain steps come first
+    else:
+        assert step.replays == (step_class is Drifting) and step.replay is None
+        [warning] = warnings
+        assert "without a CUDA graph" in warning and "trace" not in warning
+
+
+def test_a_graph_is_the_default_on_cuda_for_steps_of_few_tokens():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    adamw = [torch.optim.AdamW([parameter], fused=True)]
+    muonish = [torch.optim.SGD([parameter])]
+    cuda, cpu = Compute(torch.device("cuda"), "bf16"), Compute(torch.device("cpu"), "fp32")
+    assert wants_graph(None, cuda, adamw, 4096) and wants_graph(True, cuda, adamw, 1 << 20)
+    assert not wants_graph(None, cuda, adamw, 32_768) and not wants_graph(None, cuda, muonish, 64)
+    assert not wants_graph(None, cpu, adamw, 64) and not wants_graph(False, cuda, adamw, 64)
+    for compute, optimizers in ((cpu, adamw), (cuda, muonish)):
+        with pytest.raises(UserError, match="leave"):
+            wants_graph(True, compute, optimizers, 64)
+
+
+def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(
+    data_folder, tmp_path, monkeypatch
+):
+    """Teachers, a control and a student in one process, as reproduce.py trains them.
+
+    Batches and dev batches are ragged, which is another graph each. Beyond its limit torch would
+    go on without compiling and only warn; here it raises. The graphs are executed eagerly.
+    """
+    counter = CompileCounter()
+
+    def compile_eagerly(module, options, dynamic):
+        module._compiled_call_impl = torch.compile(
+            module._call_impl, backend=counter, dynamic=dynamic
+        )
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    rows = functools.cache(lambda: torch.compile(loss._rows, backend=counter, dynamic=False))
+    monkeypatch.setattr(loss, "_compiled_rows", rows)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+
+    def graphs_of(name, out, teachers=()):
+        counter.clear()
+        config = config_for(
+            data_folder, tmp_path / out, model=name, steps=2, micro_batch_size=3, compile=True,
+            eval_sequences=37,
+        )  # fmt: skip
+        model = models.build_model(name, 300)
+        objective = CrossEntropyObjective(model)
+        if teachers:
+            objective = EnsembleObjective(model, teachers, DistillConfig(teachers=[]))
+        fitted(objective, config)
+        return counter.frame_count
+
+    alone = 4 + 2  # whole and ragged: of the layers in training and on dev, of the loss in training
+    assert graphs_of("gpt2-tiny", "gpt2") == alone
+    assert graphs_of("llama-tiny", "llama") == alone
+    assert graphs_of("llama-tiny-student", "control") == alone
+    sizes = [128, 160, 192, 224, 256]
+    teachers = [models.build_model("llama-tiny", 300, intermediate_size=size) for size in sizes]
+    assert graphs_of("llama-tiny-student", "student", teachers) == alone + 2 * len(teachers)
+
+
+def test_layers_of_a_frozen_teacher_are_kept_in_the_bits_that_autocast_makes_of_them(train_shard):
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
+    ends = []
+    for narrow in (lambda model: None, narrow_layers):
+        step = full_step("distilled", "cpu", "bf16")
+        for teacher in step.objective.teachers:
+            narrow(teacher)
+        terms = step(batch, 1e-3)
+        ends.append([terms["loss"], *(p.detach() for p in step.parameters.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+    types = {p.dtype for p in step.objective.teachers[0].blocks[0].attn.parameters()}
+    assert types == {torch.bfloat16} and step.objective.teachers[1].head.dtype == torch.float32
+
+
 @pytest.mark.gpu
-@objectives()
-def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind):
+def test_what_a_checkpoint_keeps_has_left_the_gpu(train_shard):
+    step = full_step("alone", "cuda", "bf16")
+    step(BatchStream(train_shard, 8, 32, seed=0, device="cuda")(0), 1e-3)
+    kept = [t for t in tree_leaves(training_state(step)) if isinstance(t, torch.Tensor)]
+    assert len(kept) > 50 and not any(tensor.is_cuda for tensor in kept)
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_gpu_goes_on_without_a_graph(train_shard, monkeypatch, capsys):
     stream = BatchStream(train_shard, 8, 32, seed=0, device="cuda")
+    step = GraphedStep(full_step("alone", "cuda", "bf16"))
+    update = step.train_step.update
+    monkeypatch.setattr(
+        step.train_step, "update", lambda parts: (update(parts), parts[0].tokens.sum().item())[0]
+    )
+    losses = [step(stream(i), 1e-3)["loss"].item() for i in range(8)]
+    assert step.replay is None and all(map(math.isfinite, losses))
+    assert "without a CUDA graph" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(8, 32), (32, 128)], ids=["256 tokens", "4096 tokens"])
+@objectives()
+def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind, size):
+    """With more than 3,072 tokens the embedding's gradient is computed by another kernel."""
+    stream = BatchStream(train_shard, *size, seed=0, device="cuda")
     ends = []
     for wrap in (lambda step: step, GraphedStep):
         plain = full_step(kind, "cuda", "bf16")
@@ -126,7 +329,7 @@ def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind):
         end = torch.cat([p.detach().flatten() for p in parameters])
         ends.append((losses, end - start, torch.cuda.get_rng_state()))
     (eager, moved, random), (graphed, moved_by_graph, random_of_graph) = ends
-    assert step.graph is not None and plain.nonfinite_steps == 0
+    assert step.replay and plain.nonfinite_steps == 0
     assert torch.equal(random, random_of_graph)  # dropout went on, replay by replay
     assert torch.allclose(torch.tensor(eager), torch.tensor(graphed), rtol=1e-3)
     # Adam makes whole steps of rounding errors where a gradient is zero, as that of a key's bias.
