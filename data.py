@@ -53,6 +53,9 @@ class Tokenizer:
 
     def __init__(self, model_bytes, name="tokenizer.model"):
         self.model_bytes = bytes(model_bytes)
+        # A piece begins with this byte, and takes up to 80 bytes of memory.
+        if 80 * self.model_bytes.count(b"\n") > (64 << 20) + 6 * len(self.model_bytes):
+            raise UserError(f"{name} is not a SentencePiece model: it is nothing but empty pieces")
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocabulary_size = self.processor.vocab_size()
@@ -212,10 +215,10 @@ class TokenShard:
         return header_bytes, digest
 
     def _parse_header(self, body):
-        # A value takes up to 80 bytes of memory, as an empty list does in three bytes of JSON; in
-        # what `write_shard` writes, one value takes more than 13 bytes of the header.
-        values = sum(map(body.count, (b",", b"[", b"{")))
-        if 80 * values > (64 << 20) + 6 * len(body):
+        # An empty list takes 80 bytes of memory, in three bytes of JSON; an object with something
+        # in it takes 300. In what `write_shard` writes there is far more text to each of them.
+        memory = 80 * (body.count(b",") + body.count(b"[")) + 300 * body.count(b"{")
+        if memory > (64 << 20) + 6 * len(body):
             raise self._damaged("its header is not one that is written here")
         try:
             header = json.loads(body)

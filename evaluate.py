@@ -174,7 +174,7 @@ def fitted_temperature(model, shard, sequence_length):
 # ---- minimal pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     good: str
     bad: str
@@ -193,30 +193,32 @@ def read_pairs(folder, convention="newline"):
     pairs = {}
     for path in paths:
         pairs[path.stem] = []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(
-                    f"{path}, line {number}: {len(line)} bytes are no minimal pair: remove it"
-                )
-            try:
-                entry = json.loads(line)
-                field = entry.get("linguistics_term", path.stem)
-                field = field if convention == "2025" else SAME_FIELD.get(field, field)
-                pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
-                valid = all(s and s.encode() for s in (pair.good, pair.bad, pair.field))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                valid = False
-            if not valid:
-                raise UserError(
-                    f"{path}, line {number}: expected a JSON object with sentence_good and "
-                    "sentence_bad, two strings that are not empty"
-                )
-            pairs[path.stem].append(pair)
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    pairs[path.stem].append(_pair(line, f"{path}, line {number}", convention))
         if not pairs[path.stem]:
             raise UserError(f"{path} holds no pair")
     return pairs
+
+
+def _pair(line, where, convention):
+    """The pair that a line of JSON holds. `UserError`, beginning with `where`, if it holds none."""
+    if len(line) > MAX_LINE_BYTES:
+        raise UserError(f"{where}: {len(line)} bytes are no minimal pair: remove it")
+    try:
+        entry = json.loads(line)
+        field = entry.get("linguistics_term", Path(where.partition(", line ")[0]).stem)
+        field = field if convention == "2025" else SAME_FIELD.get(field, field)
+        pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
+        if all(s and s.encode() for s in (pair.good, pair.bad, pair.field)):
+            return pair
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UserError(
+        f"{where}: expected a JSON object with sentence_good and sentence_bad, two strings that "
+        "are not empty"
+    )
 
 
 def sentence_scores(model, tokenizer, sentences, convention="newline"):

@@ -289,7 +289,8 @@ def parse_arguments(argv):
 def write_corpus(out, entries, tokenizer, cleaning):
     """Writes the shards {split: entries} and their tokenizer: all of them, or none.
 
-    They are written into a folder within `out` and then moved: a full disk is met before that.
+    They are written into a folder within `out` and then moved: a full disk is met before that. A
+    kill between the moves leaves a folder without train.bin, which the same command completes.
     """
     new = out / "new.tmp"
     with locked(new):
@@ -300,8 +301,10 @@ def write_corpus(out, entries, tokenizer, cleaning):
                 write_shard(new / f"{split}.bin", files, tokenizer, cleaning)
             with atomic_write(new / "tokenizer.model") as file:
                 file.write(tokenizer.model_bytes)
-            for path in new.iterdir():
-                path.replace(out / path.name)
+            if "train" in entries:  # until the new one comes, last of all, the folder is refused
+                (out / "train.bin").unlink(missing_ok=True)
+            for path in sorted(new.iterdir()):
+                os.replace(path, out / path.name)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     fsync_folder(out)

@@ -29,6 +29,7 @@ import torch
 from harness.files import UserError, atomic_write
 
 FORMAT, VERSION = "babyllama-checkpoint", 1
+OPERATION_BYTES = 90  # of memory, that one operation of a pickle may cost
 OTHERS = b"babyllama-"  # how this project's other files begin
 # What torch.save writes of ours: the only names that its pickle may look up, and the operations
 # that would look up others.
@@ -187,17 +188,21 @@ def _check_archive(path):
     """Raises ValueError for an archive that would become larger in memory than it is on disk.
 
     torch.save compresses nothing, and of what `weights_only` allows we write tensors, dicts and
-    primitives alone: a `bytearray` can be asked to have any size.
+    primitives alone: a `bytearray` can be asked to have any size, and a byte can make a dict.
     """
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it is compressed")
-        if sum(member.file_size for member in members) > path.stat().st_size:
+        if sum(member.file_size for member in members) > size:
             raise ValueError("its members are larger than itself")
         for member in members:
             if member.filename.endswith("/data.pkl"):
-                for operation, argument, _ in pickletools.genops(archive.read(member)):
+                operations = pickletools.genops(archive.read(member))
+                for count, (operation, argument, _) in enumerate(operations):
+                    if OPERATION_BYTES * count > (64 << 20) + 6 * size:
+                        raise ValueError("its pickle does too much")
                     named = operation.name == "GLOBAL"
                     if operation.name in UNUSED or (named and not WRITTEN.fullmatch(argument)):
                         raise ValueError(f"it names {argument}")

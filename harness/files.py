@@ -47,7 +47,8 @@ def run_program(main):
 def _mend_standard_streams():
     """A closed stream leads nowhere; what a terminal's encoding lacks is printed as "?".
 
-    Where one is closed, the next file that is opened would get its number, and be written into.
+    On standard error it is shown as an escape, so that a path can be told. Where a stream is
+    closed, the next file that is opened would get its number, and be written into.
     """
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -56,7 +57,8 @@ def _mend_standard_streams():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's cannot be
-            getattr(sys, name).reconfigure(errors="replace")
+            errors = "replace" if name == "stdout" else "backslashreplace"
+            getattr(sys, name).reconfigure(errors=errors)
 
 
 def _discard_output():
@@ -139,6 +141,8 @@ def locked(folder):
             raise UserError(
                 f"{folder} cannot be locked ({error.strerror}): choose a folder on a local disk"
             ) from error
+        if not folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise UserError(f"{folder} is in use by another run, which removes it: try again")
         yield
     finally:
         os.close(handle)

@@ -96,7 +96,10 @@ class RunLog:
         try:
             print(json.dumps(finite), file=self.file, flush=True)
         except OSError as error:
-            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write {self.file.name}: {error.strerror}; make room, and the same command "
+                "continues"
+            ) from error
 
 
 def _lines_until(path, last_step):

@@ -18,6 +18,10 @@ from harness.files import UserError, atomic_write
 BLOCK_WORDS = 500  # neighbouring chunks share a document: blocks of this size are near independent
 LEAST_BLOCKS = 8  # in a file, however short, for one block alone would not vary
 RESAMPLES = 10_000
+KINDS = {  # of the arrays in a file of losses, as numpy names them
+    "text": "U", "files": "U", "words_per_token": "f", "share": "f",
+    "file_of": "u", "targets": "u", "nats": "f", "scaled_nats": "f",
+}  # fmt: skip
 BOOTSTRAP_SEED = 2023
 
 
@@ -98,15 +102,21 @@ def read_losses(path):
         for name, like in (("share", per_file[0]), ("scaled_nats", pieces[0])):
             if name in arrays and arrays[name].shape != like.shape:
                 raise ValueError("lengths differ")
-        if pieces[0].max() >= len(per_file[0]) or pieces[1].min() < 1:
+        if any(arrays[name].dtype.kind not in kinds for name, kinds in KINDS.items()
+               if name in arrays):  # fmt: skip
+            raise ValueError("an array is of another type")
+        numbers = [value for value in arrays.values() if value.dtype.kind == "f"]
+        if not all(np.isfinite(value).all() for value in numbers):
+            raise ValueError("a number is not finite")
+        if pieces[0].min() < 0 or pieces[0].max() >= len(per_file[0]) or pieces[1].min() < 1:
             raise ValueError("a piece is impossible")
+        if per_file[1].min() < 0 or ("share" in arrays and arrays["share"].min() < 0):
+            raise ValueError("a file is impossible")
         return Losses(
             str(path), str(arrays["text"]), tuple(map(str, arrays["files"])), arrays.get("share"),
             arrays["words_per_token"], arrays["file_of"], arrays["targets"],
             arrays["nats"].astype(np.float64), arrays.get("scaled_nats"),
         )  # fmt: skip
-    except MemoryError:
-        raise
     except Exception as error:  # a decompressor given foreign bytes may raise anything at all
         raise UserError(
             f"{path} holds no losses: write them with evaluate.py --losses FILE"

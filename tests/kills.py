@@ -19,6 +19,7 @@ import importlib
 import io
 import json
 import os
+import pathlib
 import shutil
 import sys
 from pathlib import Path
@@ -52,6 +53,9 @@ class Watch:
         for name in CALLS:
             setattr(os, name, self.wrapped(name))
         builtins.open = io.open = self.opened
+        if accessor := getattr(pathlib, "_normal_accessor", None):  # Python 3.10's paths call these
+            for name in {*CALLS, "open"} & set(dir(accessor)):
+                setattr(accessor, name, self.opened if name == "open" else getattr(os, name))
 
     def below(self, target, dir_fd=None):
         """The name below the folder of a path or an open file, or None."""

@@ -54,10 +54,11 @@ def in_a_process(program, **options):
 
 
 def test_a_terminal_that_lacks_a_character_shows_another():
-    program = "from harness import files; files.run_program(lambda: print('caf\\xe9 \\udcff'))"
+    show = "print('caf\\xe9 \\udcff'), files.warn('a\\udcff')"
+    program = f"from harness import files; files.run_program(lambda: ({show}, 0)[-1])"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     found = in_a_process(program, stdout=subprocess.PIPE, env=environment)
-    assert found.stdout == "caf? ?\n"
+    assert found.stdout == "caf? ?\n" and found.stderr == "warning: a\\udcff\n"
 
 
 def test_no_file_takes_the_place_of_a_stream_that_is_closed(tmp_path):

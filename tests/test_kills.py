@@ -121,7 +121,8 @@ def write_texts(folder, seed):
     return ["--train", str(folder / "train"), "--dev", str(folder / "dev"), "--vocab-size", "300"]
 
 
-def test_a_kill_at_any_call_of_the_tokenizer_leaves_no_mixture(worker, tmp_path):
+@pytest.mark.parametrize("tokenizer", ["new", "kept"])
+def test_a_kill_at_any_call_of_the_tokenizer_leaves_no_mixture(worker, tmp_path, tokenizer):
     """Old shards or new ones, or a folder that is refused; the same command makes it whole."""
     root, copies = tmp_path / "r", tmp_path / "copies"
     copies.mkdir()
@@ -129,6 +130,9 @@ def test_a_kill_at_any_call_of_the_tokenizer_leaves_no_mixture(worker, tmp_path)
     common = {"program": "tokenize_corpus", "folder": str(root)}
     assert worker(**common, arguments=[*old, "--out", str(root)])["code"] == 0
     before = kills.content(root)
+    if tokenizer == "kept":  # with another one, old shards would be refused for that alone
+        kept = shutil.copy(root / "tokenizer.model", tmp_path)
+        new = [*new[:-2], "--tokenizer", kept]
     task = common | {"arguments": [*new, "--out", str(root)]}
     whole = worker(**task, copies=str(copies))
     after = kills.content(root)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_only_the_four_packages_are_needed_at_run_time():
     stated = (ROOT / "requirements.txt").read_text().split()
     packages = {line.split("==")[0].split(">=")[0] for line in stated}
     assert packages == {"torch", "sentencepiece", "numpy", "tqdm"}
+
+
+def test_the_set_up_installs_exact_versions_of_what_is_needed():
+    locked = [
+        line for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line
+    ]
+    needed = (ROOT / "requirements.txt").read_text().split()
+    assert {line.split("==")[0] for line in locked} == {re.split("[=>]", n)[0] for n in needed}
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    setup = subprocess.run(["make", "-nB", "setup"], **options)
+    installing = [line for line in setup.stdout.splitlines() if "pip install" in line]
+    assert installing and all("-c requirements.lock" in line for line in installing)
 
 
 def test_modules_can_be_imported_without_doing_anything(tmp_path):
