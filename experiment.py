@@ -8,6 +8,7 @@ A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py 
     vocabulary_size    pieces of the tokenizer
     words, dev_words   of training text, and of each half of the dev text, to sample; else all
     whole_epochs       true: an epoch has only whole batches, as the original's trainer counts steps
+    precision          in which models are scored: fp32 (default), bf16, or auto
     scored             the checkpoint that is scored: best.pt (default) or checkpoint.pt, the last
     options            options of train.py and distill.py for all models
     models             {name: entry}, in the order of training
@@ -39,9 +40,10 @@ from train import TrainConfig
 FOLDER = Path(__file__).parent / "recipes"
 FIELDS = {
     "about": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
-    "dev_words": int, "scored": str, "options": dict, "models": dict, "control": str,
-    "student": str, "whole_epochs": bool,
+    "dev_words": int, "scored": str, "precision": str, "options": dict, "models": dict,
+    "control": str, "student": str, "whole_epochs": bool,
 }  # fmt: skip
+UNDECIDED = ("compile", "cuda_graph")  # switches that are neither on nor off by default
 OURS = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
 
 
@@ -102,10 +104,10 @@ class Entry:
         )
         for name, value in options.items():
             flag = "--" + name.replace("_", "-")
-            if value is None or (value is False and name != "compile"):
+            if value is None or (value is False and name not in UNDECIDED):
                 continue  # as if it had not been given
             if isinstance(value, bool):
-                arguments += [flag if value else "--no-compile"]
+                arguments += [flag if value else flag.replace("--", "--no-")]
             else:
                 arguments += [flag, *map(str, value if isinstance(value, list) else [value])]
         return arguments
@@ -125,6 +127,7 @@ class Experiment:
     words: int | None = None
     dev_words: int | None = None
     scored: str = "best.pt"
+    precision: str = "fp32"
     whole_epochs: bool = False
     about: str = ""
 
@@ -204,6 +207,8 @@ def _experiment(name, table, vary):
         raise UserError(f'"clean" must be one of {", ".join(CLEANERS)}')
     if found.get("scored", "best.pt") not in ("best.pt", "checkpoint.pt"):
         raise UserError('"scored" must be best.pt or checkpoint.pt')
+    if found.get("precision", "fp32") not in ("fp32", "bf16", "auto"):
+        raise UserError('"precision" must be fp32, bf16 or auto')
     if found.get("corpus", "toy") != "toy":
         raise UserError('"corpus" can only be toy: other text is given by --train and --dev')
     return Experiment(name, entries, **found)

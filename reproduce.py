@@ -31,7 +31,7 @@ import experiment
 import make_toy_corpus
 import tokenize_corpus
 import train
-from data import Tokenizer, TokenShard
+from data import Tokenizer, TokenShard, open_corpus
 from generate import written
 from harness.checkpoint import content_digest, read_checkpoint
 from harness.devices import choose_compute, choose_device
@@ -106,6 +106,19 @@ def prepare_data(recipe, args, out):
             f"{out} was made from other text ({', '.join(different)} differ): choose another --out"
         )
     return data
+
+
+def given_data(recipe, folder):
+    """The folder of --data, with what `prepare_data` makes. `UserError` if it lacks something."""
+    corpus, report = open_corpus(folder), Path(folder) / "report" / "dev.bin"
+    if TokenShard(report).tokenizer != corpus.tokenizer.identity:
+        raise UserError(f"{report} is of another tokenizer than {folder}/dev.bin")
+    if corpus.tokenizer.vocabulary_size != recipe.vocabulary_size:
+        raise UserError(
+            f"{folder} has {corpus.tokenizer.vocabulary_size} pieces and the recipe asks for "
+            f"{recipe.vocabulary_size}: make it with --recipe {recipe.name} --dry-run"
+        )
+    return corpus.folder
 
 
 def make_shards(recipe, args, data, corpus):
@@ -278,6 +291,7 @@ def score(setup, entries, weights, seed, path):
     else:
         which = [folder_of(setup, entries[0], seed) / setup.recipe.scored]
     common = ["--weight-by", setup.data / "train.bin", "--device", setup.device]
+    common += ["--precision", setup.recipe.precision]
     found = {"commit": commit(), "machine": machine(setup.device), "torch": torch.__version__}
     found["dev"] = evaluated(path, *which, *common, "--data", setup.data)
     if setup.tuning:
@@ -416,6 +430,11 @@ def parse_arguments(argv):
     )
     parser.add_argument("--dev", metavar="DIR", help="folder of dev text")
     parser.add_argument(
+        "--data", metavar="DIR",
+        help="instead of --train and --dev: OUT/data of a command like this one, which --dry-run "
+        "stops as soon as it is made; it is small enough to be taken to another machine",
+    )  # fmt: skip
+    parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="DIR", help="folders of minimal pairs to score"
     )
     parser.add_argument(
@@ -457,8 +476,8 @@ def parse_arguments(argv):
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
-    if args.report and any((args.train, args.dev, args.results, args.words, args.models, args.vary,
-                            args.tune, args.dry_run, args.seeds > 1, args.first_seed)):  # fmt: skip
+    training = (args.train, args.dev, args.data, args.results, args.words, args.models, args.vary)
+    if args.report and any((*training, args.tune, args.dry_run, args.seeds > 1, args.first_seed)):
         parser.error("--report trains nothing: only --out, --pairs and --device go with it")
     if len({Path(folder).name for folder in args.pairs}) < len(args.pairs):
         parser.error("--pairs: two folders have one name")
@@ -469,13 +488,15 @@ def parse_arguments(argv):
 
 def check_text(recipe, args, parser):
     """Wrong usage ends the program: a recipe needs text, or makes its own."""
-    if recipe.corpus == "toy" and (args.train or args.dev or args.pairs):
+    if recipe.corpus == "toy" and (args.train or args.dev or args.data or args.pairs):
         parser.error(
             f"--recipe {args.recipe} makes its own text and pairs: leave out --train, --dev, "
-            "--pairs"
+            "--data, --pairs"
         )
-    if recipe.corpus is None and not (args.train and args.dev):
-        parser.error(f"--recipe {args.recipe} needs --train DIR and --dev DIR")
+    if args.data and (args.train or args.dev or args.words):
+        parser.error("--data is text that is ready: leave out --train, --dev, --words")
+    if recipe.corpus is None and not args.data and not (args.train and args.dev):
+        parser.error(f"--recipe {args.recipe} needs --train DIR and --dev DIR, or --data DIR")
 
 
 def main(argv=None):
@@ -496,7 +517,7 @@ def main(argv=None):
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     setup = None
     try:
-        data = prepare_data(recipe, args, out)
+        data = given_data(recipe, args.data) if args.data else prepare_data(recipe, args, out)
         pairs = [str(out / "corpus" / "pairs")] if recipe.corpus == "toy" else args.pairs
         results = Path(args.results or out)
         setup = Setup(chosen, data, pairs, out, results, args.device, deadline, args.tune)

@@ -21,7 +21,7 @@ class Ensemble(nn.Module):
         self.max_position_embeddings = min(lengths)
 
     def forward(self, tokens):
-        return ensemble_logits([m(tokens) for m in self.members], self.weights)
+        return ensemble_logits([m(tokens).float() for m in self.members], self.weights)
 
 
 def context_length(model):

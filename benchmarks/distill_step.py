@@ -28,6 +28,7 @@ from benchmarks.contest import compete  # noqa: E402
 from benchmarks.findings import Findings, benchmark_parser  # noqa: E402
 from benchmarks.steps import (  # noqa: E402
     VOCABULARY,
+    data_sheet_flops,
     flops_per_token,
     hugging_face_model,
     hugging_face_step,
@@ -154,7 +155,7 @@ def referee(args, device):
     tokens = args.steps * args.batch_size * args.sequence_length
 
     def judge(name, result):
-        return rate(result, tokens, flops_of(name, args), ceiling)
+        return rate(result, tokens, flops_of(name, args), ceiling, data_sheet_flops(device))
 
     rates = compete(findings, commands, args.rounds, device, judge)
     show_rates(rates)

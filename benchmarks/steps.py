@@ -15,6 +15,7 @@ from harness.devices import GRAPH_WARM_UP, GraphedStep, autocast_for, compile_bl
 from train import TrainStep, build_optimizer
 
 VOCABULARY = 16_000
+DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 operations per second
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 
@@ -28,9 +29,17 @@ def our_train_step(objective, device, precision, compiled, graphed):
     step = TrainStep(objective, optimizers, autocast_for(device, precision))
     if compiled:
         compile_blocks(objective)
-    if graphed:
-        step = GraphedStep(step)
-    return lambda batch: step(batch, 1e-4)
+    if not graphed:
+        return lambda batch: step(batch, 1e-4)
+    graph = GraphedStep(step)
+
+    def graphed_step(batch):
+        terms = graph(batch, 1e-4)
+        if graph.warm_up < 0 and not graph.replay:
+            raise RuntimeError("no CUDA graph could be had, so that this would measure plain steps")
+        return terms
+
+    return graphed_step
 
 
 def hugging_face_model(model, device):
@@ -144,11 +153,17 @@ def flops_per_token(config, length, training):
     return (2 * matrices + 2 * width * length * layers) * (3 if training else 1)
 
 
-def rate(result, tokens, flops, ceiling):
+def data_sheet_flops(device):
+    """What the maker of a GPU says that it does, in operations per second; None if not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for chip, flops in DATA_SHEET.items() if chip in name), None)
+
+
+def rate(result, tokens, flops, ceiling, data_sheet=None):
     """The finding of a contestant whose round is so many tokens of so many operations each.
 
-    "utilisation" is the share of `ceiling`, operations per second. "peak_gb" is missing before the
-    contestant has finished.
+    "utilisation" is the share of `ceiling`, operations per second, "mfu" that of `data_sheet`, if
+    it is known. "peak_gb" is missing before the contestant has finished.
     """
     tokens_per_second = tokens / median(result)
     finding = {
@@ -156,6 +171,8 @@ def rate(result, tokens, flops, ceiling):
         "spread": [tokens / max(result["seconds"]), tokens / min(result["seconds"])],
         "utilisation": tokens_per_second * flops / ceiling,
     }
+    if data_sheet:
+        finding["mfu"] = tokens_per_second * flops / data_sheet
     return finding | ({"peak_gb": result["peak_gb"]} if "peak_gb" in result else {})
 
 
@@ -165,7 +182,7 @@ def show_rates(rates):
     The ratio is to `huggingface` where it takes part, else to the first that did not fail.
     """
     good = {name: finding for name, finding in rates.items() if "error" not in finding}
-    rows = [["variant", "tokens/s", "spread", "peak GiB", "ratio", "of peak"]]
+    rows = [["variant", "tokens/s", "spread", "peak GiB", "ratio", "of products", "of data sheet"]]
     for name, finding in good.items():
         base = good.get("huggingface") or next(iter(good.values()))
         low, high = finding["spread"]
@@ -177,6 +194,7 @@ def show_rates(rates):
                 f"{finding['peak_gb']:.2f}",
                 f"{finding['tokens_per_second'] / base['tokens_per_second']:.2f}",
                 f"{finding['utilisation']:.0%}",
+                f"{finding['mfu']:.0%}" if "mfu" in finding else "-",
             ]
         )
     print_table(rows)

@@ -22,6 +22,7 @@ from benchmarks.contest import compete  # noqa: E402
 from benchmarks.findings import Findings, benchmark_parser  # noqa: E402
 from benchmarks.steps import (  # noqa: E402
     VOCABULARY,
+    data_sheet_flops,
     flops_per_token,
     hugging_face_model,
     hugging_face_step,
@@ -91,7 +92,7 @@ def referee(args, device):
         flops = flops_per_token(PRESETS[model].config, LENGTH, True)
 
         def judge(_name, result, flops=flops):
-            return rate(result, tokens, flops, ceiling)
+            return rate(result, tokens, flops, ceiling, data_sheet_flops(device))
 
         rates = compete(findings, commands, args.rounds, device, judge)
         show_rates(dict(zip(variants, rates.values())))

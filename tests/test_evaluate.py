@@ -313,6 +313,22 @@ def test_losses_are_kept_weighted_and_scaled_from_the_command_line(
     assert mean_loss(losses, losses.scaled_nats, "plain") == pytest.approx(scaled["cross_entropy"])
 
 
+def test_scores_in_bfloat16_are_near(checkpoints, data_folder, tokenizer, tmp_path):
+    pairs = str(write_pairs(tmp_path / "pairs", PAIRS, "one"))
+    found = []
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / f"{precision}.json"
+        options = ["--data", str(data_folder), "--pairs", pairs, "--device", "cpu"]
+        options += ["--precision", precision, "--json", str(out)]
+        assert evaluate.main([checkpoints[0], *options]) == 0
+        result = json.loads(out.read_text())
+        assert result["precision"] == precision
+        found.append(result["checkpoints"][0])
+    a, b = (entry["cross_entropy"] for entry in found)
+    assert a != b and abs(a - b) < 1e-3 * a
+    assert found[0]["pairs"] == found[1]["pairs"]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -99,9 +99,8 @@ def test_the_set_up_installs_exact_versions_of_what_is_needed():
     ]
     needed = (ROOT / "requirements.txt").read_text().split()
     assert {line.split("==")[0] for line in locked} == {re.split("[=>]", n)[0] for n in needed}
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
-    setup = subprocess.run(["make", "-nB", "setup"], **options)
-    installing = [line for line in setup.stdout.splitlines() if "pip install" in line]
+    setup = subprocess.check_output(["make", "-nB", "setup"], cwd=ROOT, text=True)
+    installing = [line for line in setup.splitlines() if "pip install" in line]
     assert installing and all("-c requirements.lock" in line for line in installing)
 
 

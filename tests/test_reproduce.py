@@ -1,6 +1,7 @@
 """The whole experiment on a sliver of text: it ends with a report, resumes, repeats nothing."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -195,6 +196,16 @@ def test_a_given_corpus_is_sampled_and_resumed(recipe, tmp_path, monkeypatch, ca
     assert "| student" in (out / "report.md").read_text()
     assert run(*arguments, "--words", "2000") == 1
     assert "choose another --out" in capsys.readouterr().err
+    # The shards alone, elsewhere: all results are there, so that nothing is trained.
+    data, elsewhere = out / "data", tmp_path / "elsewhere"
+    shutil.rmtree(out / "corpus")
+    arguments = ["--recipe", recipe(words=3000, dev_words=1500), "--out", elsewhere]
+    assert run(*arguments, "--data", data, "--results", out) == 0 and not trained(elsewhere)
+    assert run(*arguments[:1], recipe(), *arguments[2:], "--data", data, "--dry-run") == 0
+    wrong = ["--recipe", recipe(vocabulary_size=500), "--out", elsewhere, "--data", data]
+    assert run(*wrong) == 1 and "400 pieces" in capsys.readouterr().err
+    (data / "report" / "dev.bin").unlink()
+    assert run(*arguments, "--data", data) == 1 and "report" in capsys.readouterr().err
 
 
 def test_halves_share_no_line_and_are_alike_in_words(tmp_path):
