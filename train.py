@@ -16,7 +16,7 @@ from torch import nn
 
 import model as models
 from data import BatchStream, dev_subset, open_corpus
-from harness import devices, states
+from harness import devices, memory, states
 from harness.files import locked, run_program, say
 from harness.options import RunConfig, option, parse
 from harness.plan import plan_run, print_plan
@@ -53,8 +53,9 @@ class TrainConfig(RunConfig):
     )
     batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
     micro_batch_size: int | None = option(
-        None, "sequences at a time, to bound memory; default: all", minimum=1, may_change=True
-    )
+        None, "sequences at a time; auto: as many as fit in memory; default: all", word="auto",
+        minimum=1, may_change=True,
+    )  # fmt: skip
     sequence_length: int = option(128, "tokens of a chunk, T", minimum=1)
     random_offset: bool = option(
         False, "shift every chunk by a random 0 to T-1 tokens, redrawn each epoch"
@@ -113,8 +114,7 @@ class CrossEntropyObjective(nn.Module):
 def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0):
     """The rate of step 0, 1, ...: linear to `peak` at `warmup_steps`, then a cosine to its end.
 
-    The end, at `steps`, is `min_ratio` of the peak. The original ran this schedule (ending at 0):
-    the first step of a warm-up has a rate of 0.
+    The end, at `steps`, is `min_ratio` of the peak: 0 in the original, as is a warm-up's first.
     """
     warmup_steps = min(warmup_steps, steps // 10)
     if step < warmup_steps:
@@ -161,8 +161,8 @@ class TrainStep:
     """`train_step(batch, learning_rate)`: forward, backward, clip, update, all on the device.
 
     Returns the objective's terms and the gradient's norm before clipping, as tensors on the device.
-    A gradient that is not finite changes nothing; such steps are counted, in a row and in all.
-    Fused optimizers skip such a step on the device, others at the cost of waiting for it.
+    A gradient that is not finite changes nothing, and is counted, in a row and in all. Fused
+    optimizers skip such a step on the device, others at the cost of waiting for it.
     """
 
     def __init__(self, objective, optimizers, autocast, micro_batch_size=None, clip=1.0):
@@ -237,15 +237,15 @@ def fit(objective, config, stream, evaluate, provenance):
     `objective.prepare(batch)` does what needs no gradient, `objective(batch)` returns a dict of
     tensors, `loss` and whatever else is to be logged; `objective.model` is evaluated and exported,
     and all parameters that require gradients are trained. `stream(step)` is a batch, and says
-    `num_chunks`, `num_tokens` and `words` of an epoch. `evaluate(model, autocast)` returns
-    {"dev_cross_entropy": ..., whatever else}. The config is complete (`with_recipe`). "stopped_by"
-    in the result is the signal that ended the run early. Raises `UserError` before the first step
-    for all that can be known before it.
+    `num_chunks`, `num_tokens` and `words` of an epoch; `evaluate(model, autocast)` returns
+    {"dev_cross_entropy": ..., whatever else}; the config is complete (`with_recipe`). "stopped_by"
+    in the result is a signal that ended the run. Raises `UserError` for what can be known before.
     """
     compute = devices.choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words)
     states.check_resume(config.resume)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
+    config = memory.choose_micro_batch(config, objective, compute)
     if config.dry_run:
         return states.new_progress(plan.steps)
     objective.to(compute.device).train()
@@ -261,7 +261,7 @@ def fit(objective, config, stream, evaluate, provenance):
         progress, found = states.begin_or_continue(train_step, config, provenance, plan.steps)
         if progress["step"] >= plan.steps:
             return progress
-        if config.compile or (config.compile is None and compute.device.type == "cuda"):
+        if devices.compiles(config.compile, compute):
             devices.compile_blocks(objective)
         take_step = devices.GraphedStep(train_step) if graphed else train_step
         recorder = Recorder(train_step, config, plan, provenance, progress, found)

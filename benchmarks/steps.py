@@ -15,6 +15,7 @@ from harness.devices import GRAPH_WARM_UP, GraphedStep, autocast_for, compile_bl
 from train import TrainStep, build_optimizer
 
 VOCABULARY = 16_000
+CEILING_SECONDS = 10  # for measuring it; a processor that is slow or busy may take longer for one
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 operations per second
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
@@ -121,11 +122,13 @@ def matmul_flops(device, dtype):
     size = 8192 if cuda else 4096
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     measure = _seconds_of_products_on_cuda if cuda else _seconds_of_product
-    seconds = min(measure(a, b) for _ in range(10))
+    found, started = [], time.perf_counter()
+    while len(found) < 10 and time.perf_counter() - started < CEILING_SECONDS:
+        found.append(measure(a, b))
     if cuda:
         del a, b
         torch.cuda.empty_cache()  # the contestants need the memory
-    return 2 * size**3 / seconds
+    return 2 * size**3 / min(found)
 
 
 def _seconds_of_product(a, b):

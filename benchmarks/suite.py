@@ -3,9 +3,10 @@
     python benchmarks/suite.py cpu                        under 20 minutes on two cores
     python benchmarks/suite.py cpu-fp32                   ours without bf16, some minutes more
     python benchmarks/suite.py gpu --minutes 30           what can be done in that time
+    python benchmarks/suite.py gpu --part 1               of four, each in less than 9 minutes
     python benchmarks/suite.py gpu --phase steps          one phase: each ends within 8 minutes
     python benchmarks/suite.py gpu --page                 no measuring, the page alone
-    python benchmarks/suite.py rehearsal --out DIR        the GPU's phases on a CPU, tiny models
+    python benchmarks/suite.py gpu --rehearse --out DIR   the same phases on a CPU, tiny models
 
 A suite is a list of phases, each of them a command. OUT/SUITE.json holds what each phase printed
 and found, OUT/SUITE.md is the same for readers, and both are kept up to date while a phase runs: of
@@ -15,6 +16,10 @@ The same command goes on where it was stopped. Phases that were completed at thi
 repeated, and on a GPU neither are the contestants that a cut-off phase had finished. This needs
 commits: where files have changed since the last one, everything is repeated. On a machine that has
 the files without .git, the environment variable BABYLLAMA_COMMIT names the commit.
+
+A recipe of reproduce.py is among the phases of a GPU where --data names the shards that
+`reproduce.py --recipe medium --train DIR --dev DIR --dry-run` has made. Its report and scores are
+in OUT/SUITE-recipe.tar.gz; what it trained is too large to be brought along, and stays behind.
 """
 
 import argparse
@@ -23,6 +28,7 @@ import datetime
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +54,10 @@ CONTINUES = "-huggingface"
 GPU_STEPS = "benchmarks/distill_step.py --device cuda --teachers paper --variants"
 GPU_STUDENT = "benchmarks/train_step.py --device cuda --models llama-58m --batch-size 32 --variants"
 GPU_GPT2 = "benchmarks/train_step.py --device cuda --models gpt2-705m --batch-size 256 --variants"
+# Seven and a half minutes, so that it ends by itself within a phase; the second phase continues.
+GPU_RECIPE = "reproduce.py --recipe medium --data DATA --pairs PAIRS --out OUT/trained"
+KEPT = "--results OUT/recipe --stop-after"
+REHEARSED_RECIPE = "reproduce.py --recipe benchmarks/rehearsal.json --out OUT/trained"
 GPU_LLAMA = "benchmarks/train_step.py --device cuda --models llama-360m --batch-size 128 --variants"
 
 SUITES = {
@@ -66,10 +76,13 @@ SUITES = {
     },
     "gpu": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
+        "attention": "benchmarks/attention.py --device cuda",
         "student": f"{GPU_STUDENT} ours ours_graph",
         "gpt2": f"{GPU_GPT2} ours",
         "llama": f"{GPU_LLAMA} ours",
         "steps": f"{GPU_STEPS} ours ours_graph ours_cached ours_cached_graph",
+        "recipe": f"{GPU_RECIPE} {KEPT} 7.5",
+        "recipe-continued": f"{GPU_RECIPE} {KEPT} 7.5",
         "loss": "benchmarks/loss.py --device cuda --rounds 3",
         "numerics": "benchmarks/numerics.py --device cuda",
         "evaluation": "benchmarks/evaluation.py --device cuda --model llama-58m",
@@ -80,16 +93,29 @@ SUITES = {
     },
     "rehearsal": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
+        "attention": "benchmarks/attention.py --device cpu",
         "student": "benchmarks/train_step.py --device cpu --models llama-tiny-student --rounds 1 "
         "--variants ours ours_eager",
+        "gpt2": "benchmarks/train_step.py --device cpu --models gpt2-tiny --rounds 1 "
+        "--variants ours",
+        "llama": "benchmarks/train_step.py --device cpu --models llama-tiny --rounds 1 "
+        "--variants ours",
         "steps": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 "
         "--variants ours ours_cached ours_plain",
+        "recipe": f"{REHEARSED_RECIPE} {KEPT} 0",
+        "recipe-continued": f"{REHEARSED_RECIPE} {KEPT} 7.5",
         "loss": "benchmarks/loss.py --device cpu --tokens 256 --rounds 1",
         "numerics": "benchmarks/numerics.py --device cpu",
         "evaluation": "benchmarks/evaluation.py --device cpu --model llama-tiny --sentences 200",
         "steps-huggingface": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 "
         "--variants ours huggingface huggingface_compiled",
     },
+}
+PARTS = {  # of the GPU's phases: names, and minutes that such machines are had for at a time
+    1: (("tests", "attention"), 5),
+    2: (("student", "gpt2", "llama", "steps"), 8.5),
+    3: (("recipe",), 8.5),
+    4: (("recipe-continued", "loss", "numerics", "evaluation", "steps-huggingface"), 8.5),
 }
 
 
@@ -104,8 +130,10 @@ class Record:
     it is not complete, the seconds, the lines that were printed, and {name: finding}.
     """
 
-    def __init__(self, suite, out):
+    def __init__(self, suite, out, places=None):
+        """`places` is {word: what stands for it in commands, a list}."""
         self.suite, self.out = suite, Path(out)
+        self.places = {"OUT": [str(self.out.resolve())]} | (places or {})
         self.path = self.out / f"{suite}.json"
         self.entries = {}
         for phase in SUITES[suite]:  # earlier versions wrote one file for each phase
@@ -119,6 +147,27 @@ class Record:
         """Writes both files."""
         write_json(self.path, self.entries)
         self.save_page()
+
+    def arguments(self, command):
+        """A command's arguments after python, with the places that its words in capitals name.
+
+        An option whose place was not given is left out.
+        """
+        found = []
+        for word in shlex.split(command)[1:]:
+            name, slash, rest = word.partition("/")
+            place = self.places.get(name)
+            found += [word] if place is None else [p + slash + rest for p in place]
+            if place == []:
+                found.pop()
+        return found
+
+    def keep_recipe(self):
+        """Packs what the recipe's phases found into one file, which is small."""
+        if (self.out / "recipe").exists():
+            shutil.make_archive(
+                str(self.out / f"{self.suite}-recipe"), "gztar", self.out / "recipe"
+            )
 
     def save_page(self):
         """Writes the page."""
@@ -296,6 +345,7 @@ def measure_phase(record, phase, seconds, again=False):
         if entry["state"] == "running":
             entry["state"], entry["problem"] = "cut off", "the suite was stopped"
         entry["seconds"] = round(time.monotonic() - started)
+        record.keep_recipe()
         record.save()
         problem = f": {entry['problem']}" if entry["problem"] else ""
         say(f"({entry['state']} after {entry['seconds']} seconds{problem})")
@@ -304,8 +354,8 @@ def measure_phase(record, phase, seconds, again=False):
 
 def execute(record, entry, results, seconds):
     """Executes an entry's command, which writes to `results`; its state and problem at the end."""
-    arguments = shlex.split(entry["command"])[1:]
-    if arguments[0] != "-m":  # pytest has no such option
+    arguments = record.arguments(entry["command"])
+    if arguments[0] not in ("-m", "reproduce.py"):  # they keep their own results, or none
         arguments += ["--results", str(results)]
 
     def update():
@@ -322,6 +372,8 @@ def execute(record, entry, results, seconds):
         update()
     if not in_time:
         return "cut off", f"stopped after {seconds:.0f} seconds"
+    if "stopped before the end" in "".join(process.printed[-1:]):
+        return "cut off", process.printed[-1]
     problem = process.problem()
     return ("failed", problem) if problem else ("complete", None)
 
@@ -349,6 +401,17 @@ def parse_arguments(argv):
     )
     parser.add_argument("suite", choices=SUITES, help="list of phases")
     parser.add_argument(
+        "--part", type=int, choices=PARTS,
+        help="only this part of the GPU's phases, in its own minutes unless --minutes are given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rehearse", action="store_true", help="the GPU's phases on a CPU, with tiny models"
+    )
+    parser.add_argument("--data", metavar="DIR", help="shards of the recipe among the GPU's phases")
+    parser.add_argument(
+        "--pairs", nargs="+", default=[], metavar="DIR", help="minimal pairs for that recipe"
+    )
+    parser.add_argument(
         "--phase", action="append", metavar="NAME",
         help="only this phase; may be given several times",
     )  # fmt: skip
@@ -357,7 +420,7 @@ def parse_arguments(argv):
         help="folder of SUITE.json and SUITE.md (default: benchmarks/results)",
     )  # fmt: skip
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"),
+        "--minutes", type=float,
         help="time after which no phase starts and the one that runs is stopped (default: no end)",
     )  # fmt: skip
     parser.add_argument(
@@ -367,6 +430,12 @@ def parse_arguments(argv):
         "--page", action="store_true", help="only make the page again from what is in the folder"
     )
     args = parser.parse_args(argv)
+    if (args.part or args.rehearse or args.data or args.pairs) and args.suite != "gpu":
+        parser.error("--part, --rehearse, --data and --pairs are of the suite gpu")
+    if args.part and args.phase:
+        parser.error("give --part or --phase")
+    if args.rehearse:
+        args.suite = "rehearsal"
     unknown = set(args.phase or ()) - SUITES[args.suite].keys()
     if unknown:
         parser.error(f"no phase {min(unknown)}: choose from {', '.join(SUITES[args.suite])}")
@@ -375,14 +444,22 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    record = Record(args.suite, args.out)
+    places = {"DATA": [str(Path(args.data).resolve())] if args.data else []}
+    places["PAIRS"] = [str(Path(folder).resolve()) for folder in args.pairs]
+    record = Record(args.suite, args.out, places)
     if args.page:
         if not record.entries:
             raise UserError(f"{args.out} has no results of {args.suite}: measure them first")
         record.save_page()
         return 0
-    phases = args.phase or list(SUITES[args.suite])
-    return 0 if measure(record, phases, args.minutes, args.again) else 1
+    phases, minutes = args.phase or list(SUITES[args.suite]), float("inf")
+    if args.part:
+        phases, minutes = PARTS[args.part]
+    if args.suite == "gpu" and not args.data:
+        say("the recipe is left out: --data DIR gives it its shards")
+        phases = [phase for phase in phases if not phase.startswith("recipe")]
+    minutes = minutes if args.minutes is None else args.minutes
+    return 0 if measure(record, phases, minutes, args.again) else 1
 
 
 if __name__ == "__main__":

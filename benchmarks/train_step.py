@@ -81,7 +81,8 @@ def referee(args, device):
     variants = args.variants or (ON_A_GPU if on_a_gpu else ON_A_CPU)
     options = ["--device", str(device), "--batch-size", str(args.batch_size)]
     options += ["--steps", str(args.steps)]
-    ceiling = matmul_flops(device, torch.bfloat16)
+    precision = choose_precision("auto", device)
+    ceiling = matmul_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     findings = Findings(args, device)
     findings.add("setting", {"matmul_flops": ceiling})
     tokens = args.steps * args.batch_size * LENGTH

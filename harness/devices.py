@@ -101,6 +101,11 @@ class CPUAutocast(torch.autocast):
         return super().__exit__(*error)
 
 
+def compiles(choice, compute):
+    """Whether layers are compiled: as --compile says, else on CUDA alone."""
+    return compute.device.type == "cuda" if choice is None else choice
+
+
 def compile_blocks(objective):
     """Compiles the layers of all the objective's models (their `blocks`), and the loss's rows.
 

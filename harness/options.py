@@ -14,9 +14,9 @@ def option(default, help, **details):
     """A dataclass field that is also a command-line option.
 
     A default of None means that the value is decided later, as the help says; `REQUIRED` that there
-    is none. Details: `minimum`, `maximum` and `above` bound a number; `choices` lists the values;
-    options with `exclusive=True` exclude each other; `may_change=True` marks what may differ
-    when a run is continued.
+    is none. Details: `minimum`, `maximum` and `above` bound a number, for which `word` may stand;
+    `choices` lists the values; options with `exclusive=True` exclude each other; `may_change=True`
+    marks what may differ when a run is continued.
     """
     return dataclasses.field(default=default, metadata={"help": help, **details})
 
@@ -143,6 +143,12 @@ def _argument(field, hint):
     argument |= {"help": help, "metavar": None if choices else field.name.upper()}
     if typing.get_origin(hint) in (list, tuple):
         return argument | {"nargs": "+", "type": typing.get_args(hint)[0]}
+    if word := field.metadata.get("word"):
+
+        def number(text):
+            return word if text == word else hint(text)
+
+        return argument | {"type": number, "metavar": f"N|{word}"}
     return argument | {"type": hint, "choices": choices}
 
 
