@@ -314,11 +314,14 @@ def report(results):
     """The lines of a table of the results, one model a row."""
     folders = list(results[0]["pairs"])
     heading = ["model", "parameters", "cross-entropy", "perplexity", "per word", "bits/byte"]
+    weighted = any("weighted_cross_entropy" in r for r in results)
+    heading += ["weighted"] if weighted else []
     columns = {"files": "accuracy_over_files", "fields": "accuracy_over_fields", "ties": "tie_rate"}
     rows = [heading + [f"{Path(f).name} {column}" for f in folders for column in columns]]
     for r in results:
         cells = [f"{r['model']} ({r['path']})", f"{r['parameters']:,}"]
         cells += ["-" if r[k] is None else f"{r[k]:.4g}" for k in TEXT_SCORES]
+        cells += [f"{r['weighted_cross_entropy']:.4g}"] if weighted else []
         cells += [f"{r['pairs'][f][key]:.4f}" for f in folders for key in columns.values()]
         rows.append(cells)
     return aligned(rows)
@@ -477,18 +480,26 @@ def open_shard(args, tokenizer, first, own_data):
     `own_data` is the folder of data of the run of `first`, if its checkpoint says it. Raises
     `UserError` if the shard was asked for and is missing or of another tokenizer than `first`'s.
     """
-    found = isinstance(own_data, str) and (Path(own_data) / "dev.bin").is_file()
-    path = Path(args.data or (own_data if found else "data/babylm")) / "dev.bin"
+    path = Path(args.data or "data/babylm") / "dev.bin"
+    if args.data is None and isinstance(own_data, str):
+        own = Path(own_data) / "dev.bin"
+        if own.is_file() or not path.exists():
+            path = own
+        else:
+            warn(f"{own}, the text of {first}'s run, is not here: {path} is scored")
     optional = args.data is None and bool(args.pairs)
     if optional and not path.exists():
         print(f"no {path}: minimal pairs only; --data DIR scores text", file=sys.stderr)
         return None
+    if not path.exists() and args.data is None and isinstance(own_data, str):
+        raise UserError(f"{path}, the text of {first}'s run, is not here: give --data DIR")
     shard = TokenShard(path)
     if shard.tokenizer == tokenizer.identity:
         return shard
     message = (
         f"{shard.path} was made with another tokenizer than {first}: encode the text with "
-        "tokenize_corpus.py --tokenizer FILE"
+        "tokenize_corpus.py --tokenizer FILE, that of the checkpoint, which export_hf.py writes as "
+        "tokenizer.model"
     )
     if not optional:
         raise UserError(message)
@@ -548,6 +559,9 @@ def compare_files(args):
     ones, others = ([read_losses(path) for path in paths] for paths in (args.compare, args.against))
     print("\n".join(aligned(comparison_rows(ones, others))))
     print("nats per token, below 0 where the first is better; intervals of 95 %")
+    print(
+        "train: sub-corpora weighted by their shares of the training text; plain: by their tokens"
+    )
     return 0
 
 

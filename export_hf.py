@@ -340,6 +340,9 @@ def model_card(checkpoint, model, start_token, positions):
         f"It has {positions} positions, and was trained on {seen} tokens at a time. Give programs "
         f"that ask for 512 by default `--sequence_length {positions}`."
     )
+    own = model.config.max_position_embeddings
+    if positions > own:
+        limit += f" Beyond {own} positions nothing was trained."
     lines = [
         *hub_metadata(checkpoint),
         "",
@@ -384,10 +387,13 @@ def export(path, out, start_token="as-trained", positions=None):
         rows = weights[EMBEDDING[architecture]]
         rows[[BOS, EOS]] = rows[newline].clone()
     context = positions or model.config.max_position_embeddings
-    if positions and (architecture != "llama" or positions < model.config.max_position_embeddings):
+    own = model.config.max_position_embeddings
+    if positions and positions < own:
+        raise UserError(f"--positions {positions}: {path} has {own}: give at least that many")
+    if positions and positions > own and architecture != "llama":
         raise UserError(
-            f"--positions {positions}: {path} is a {architecture} of "
-            f"{model.config.max_position_embeddings}: only a LLaMA can have more"
+            f"--positions {positions}: {path} is a {architecture} of {own}: only a LLaMA can have "
+            "more"
         )
     tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, context)
     contents = {
@@ -509,6 +515,7 @@ def import_folder(folder, out):
         raise UserError(
             f"{folder}: {tokenizer.vocabulary_size} pieces for {config.vocab_size} embeddings"
         )
+    check_pieces(folder, tokenizer)
     with torch.device("meta"):
         expected = build(config).state_dict()
     weights = read_weights(folder, architecture, expected)
@@ -521,6 +528,28 @@ def import_folder(folder, out):
         tokenizer=tokenizer,
         progress={},
     )
+
+
+def check_pieces(folder, tokenizer):
+    """Raises `UserError` where the folder's tokenizer.json has other pieces than `tokenizer`."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    memory = 80 * content.count(b",") + 80 * content.count(b"[") + 300 * content.count(b"{")
+    try:
+        if memory > (64 << 20) + 6 * len(content):
+            raise ValueError("it is no tokenizer")
+        vocabulary = json.loads(content)["model"]["vocab"]
+        ids = {tokenizer.processor.id_to_piece(i): i for i in range(tokenizer.vocabulary_size)}
+        same = not isinstance(vocabulary, dict) or ids.items() <= vocabulary.items()
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: delete it if tokenizer.model is right") from error
+    if not same:
+        raise UserError(
+            f"{folder}: tokenizer.model and tokenizer.json have different pieces: copy the "
+            "tokenizer.model with which the folder was made"
+        )
 
 
 def main(argv=None):
@@ -555,9 +584,13 @@ def main(argv=None):
         import_folder(Path(args.folder), out)
     elif len({Path(path).stem for path in args.checkpoints}) < len(args.checkpoints):
         parser.error("two checkpoints have one name: export them apart")
+    if several:  # all of them can be read, or none is written
+        for path in args.checkpoints:
+            load_checkpoint(path)
     for path in map(Path, args.checkpoints):
         export(path, out / path.stem if several else out, args.start_token, args.positions)
-    print(f"written: {args.out}")
+    folders = [out / Path(path).stem for path in args.checkpoints] if several else [out]
+    print(f"written: {', '.join(map(str, folders))}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from model import load_checkpoint
 
 
 @torch.no_grad()
-def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None):
+def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None, num_pieces=None):
     """`tokens` (T,) int64 with `num_tokens` more: sampled, or the likeliest at temperature 0.
 
-    `top_k` keeps the k likeliest only (0: all). Special tokens, which training never saw, are left
-    out. Beyond the model's context the oldest tokens are forgotten.
+    `top_k` keeps the k likeliest only (0: all). Left out are special tokens, which training never
+    saw, and ids from `num_pieces` on, if given: an imported model may have rows for them. Beyond
+    the model's context the oldest tokens are forgotten.
     """
     device = next(model.parameters()).device
     context = model.config.max_position_embeddings
@@ -27,6 +28,7 @@ def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None
     for _ in range(num_tokens):
         logits = model(tokens[None, -context:])[0, -1].float()  # (V,)
         logits[[PAD, BOS, EOS, UNK]] = -torch.inf
+        logits[num_pieces or len(logits) :] = -torch.inf
         if top_k:
             threshold = logits.topk(min(top_k, len(logits))).values[-1]
             logits[logits < threshold] = -torch.inf
@@ -45,7 +47,8 @@ def written(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, seed
     # A newline first, as before every sentence in training; it is not part of the text.
     tokens = torch.tensor(tokenizer.encode("\n" + prompt))
     generator = torch.Generator().manual_seed(seed)
-    tokens = generate(model, tokens, num_tokens, temperature, top_k, generator)
+    options = temperature, top_k, generator, tokenizer.vocabulary_size
+    tokens = generate(model, tokens, num_tokens, *options)
     return tokenizer.decode(tokens.tolist()).removeprefix("\n")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from harness.files import UserError, write_text
+from harness.files import UserError, warn, write_text
 from scoring import CONVENTIONS, context_length, encoded, token_losses
 
 COLUMNS = ("line", "position", "word", "bits", "tokens", "token_bits")
@@ -73,9 +73,12 @@ def write_surprisals(path, text_path, model, tokenizer, convention="newline"):
     Tokens and their bits are parted by blanks. Raises `UserError` for a text that is not UTF-8.
     """
     try:
-        lines = Path(text_path).read_text(encoding="utf-8").split("\n")
+        text = Path(text_path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{text_path} is not UTF-8: convert it first") from error
+        raise UserError(f"{text_path} is not UTF-8: convert it, for example with iconv") from error
+    if text.startswith("\ufeff"):
+        warn(f"{text_path}: its byte-order mark is left out")
+    lines = text.removeprefix("\ufeff").split("\n")
 
     def number(value):
         return "" if value is None else f"{value:.6f}"

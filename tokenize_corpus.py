@@ -99,6 +99,8 @@ def read_text(path, windows=True, keep_cr=False):
         text = text.replace("\r\n", "\n")
     if not text:
         raise UserError(f"{path} is empty: remove it or fill it")
+    if "\0" in text:
+        warn(f"{path} holds NULs, as UTF-16 does: convert it with iconv -f utf-16le -t utf-8")
     if count := text.count(SPACE_PIECE):
         warn(f"{path}: {count} characters U+2581 will become spaces")
     return text
@@ -325,7 +327,8 @@ def main(argv=None):
         for split, folder in folders.items()
         if folder
     }
-    if same := [n for n, text in splits.get("train", {}).items() if splits["dev"].get(n) == text]:
+    trained_on = set(splits.get("train", {}).values())
+    if same := [name for name, text in splits.get("dev", {}).items() if text in trained_on]:
         raise UserError(f"train and dev have the same text in {', '.join(same)}: give others")
     if tokenizer is None:
         print("training the tokenizer", file=sys.stderr)

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.files import UserError, say
+from harness.files import UserError, say, warn
 from harness.states import STATES
 
 GIB = 1 << 30
@@ -88,6 +88,8 @@ def word_marks(names, total_words):
                 return f"{mark // size}{unit}"
         return str(mark)
 
+    if late := [label(mark) for mark in sorted(set(marks)) if mark > total_words]:
+        warn(f"--save-at-words: the run sees {total_words:,} words and not {', '.join(late)}")
     return {f"chck_{label(mark)}.pt": mark for mark in sorted(set(marks)) if mark <= total_words}
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -366,6 +367,13 @@ def test_a_run_is_scored_on_its_own_text_where_none_is_named(
     assert run_program(lambda: evaluate.main(arguments)) == 0
     (entry,) = json.loads((tmp_path / "s.json").read_text())["checkpoints"]
     assert entry["per_file"].keys() == {f.name for f in TokenShard(data_folder / "dev.bin").files}
+    config["data"] = "gone"
+    save_model(tmp_path / "a.pt", model, tokenizer, "llama-tiny", config=config)
+    assert run_program(lambda: evaluate.main(arguments)) == 1
+    assert "gone/dev.bin, the text of a.pt's run, is not here" in capsys.readouterr().err
+    shutil.copytree(data_folder, tmp_path / "data" / "babylm")
+    assert run_program(lambda: evaluate.main(arguments)) == 0
+    assert "is not here: data/babylm/dev.bin is scored" in capsys.readouterr().err
 
 
 def test_fields_are_shown_and_2025_counts_one_more(checkpoints, tmp_path, monkeypatch, capsys):

@@ -113,7 +113,12 @@ def test_a_llama_can_be_given_longer_texts_and_a_gpt2_cannot(checkpoint, capsys)
     if models.load_checkpoint(checkpoint)[1]["model"]["architecture"] == "gpt2":
         assert code == 1 and "only a LLaMA can have more" in capsys.readouterr().err
         return
-    assert code == 0 and "--sequence_length 512" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert code == 0 and "--sequence_length 512" in card and "Beyond 256 positions nothing" in card
+    capsys.readouterr()
+    fewer = [str(checkpoint), "--out", str(out) + "2", "--positions", "64"]
+    assert run_program(lambda: export_hf.main(fewer)) == 1
+    assert "give at least that many" in capsys.readouterr().err
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 512
@@ -134,6 +139,9 @@ def test_several_checkpoints_become_a_folder_each(checkpoint, capsys):
     assert (out / "chck_2M" / "config.json").exists()
     with pytest.raises(SystemExit):
         export_hf.main([paths[0], paths[0], "--out", str(out / "x")])
+    marks[1].write_bytes(b"damaged")
+    assert run_program(lambda: export_hf.main([*paths, "--out", str(out / "x")])) == 1
+    assert not (out / "x").exists()
 
 
 def test_the_cards_metadata_is_yaml_that_the_hub_reads(checkpoint):
@@ -184,6 +192,17 @@ def test_an_exported_checkpoint_comes_back_unchanged(checkpoint, tmp_path):
     assert before["weights"].keys() == after["weights"].keys()
     for name, weight in before["weights"].items():
         assert torch.equal(weight, after["weights"][name])
+
+
+def test_a_folder_with_the_tokenizer_of_another_model_is_refused(checkpoint, tmp_path, capsys):
+    other = train_tokenizer(write_text(2000, seed=8))
+    folder = export(checkpoint)
+    (folder / "tokenizer.model").write_bytes(other.model_bytes)
+    assert import_back(folder, tmp_path / "back.pt") == 1
+    assert "have different pieces" in capsys.readouterr().err
+    (folder / "tokenizer.json").write_text("{")
+    assert import_back(folder, tmp_path / "back.pt") == 1
+    assert "cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -66,7 +66,7 @@ def test_a_text_beyond_the_context_is_read_in_windows(model, tokenizer):
 
 def test_the_table_has_a_row_for_each_word(model, tokenizer, tmp_path):
     save_model(tmp_path / "a.pt", model, tokenizer, "llama-tiny")
-    (tmp_path / "in.txt").write_text("the cat runs\n\nthe dog\n")
+    (tmp_path / "in.txt").write_text("\ufeffthe cat runs\n\nthe dog\n", encoding="utf-8")
     arguments = [str(tmp_path / "a.pt"), "--surprisals", str(tmp_path / "out.tsv")]
     arguments += ["--text", str(tmp_path / "in.txt"), "--device", "cpu"]
     assert run_program(lambda: evaluate.main(arguments)) == 0

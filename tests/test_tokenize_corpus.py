@@ -382,7 +382,7 @@ def test_train_and_dev_of_the_same_text_are_refused(corpus, capsys):
     for path in (corpus / "dev").iterdir():
         path.unlink()
     for path in (corpus / "train").iterdir():
-        (corpus / "dev" / f"{path.stem}.dev").write_bytes(path.read_bytes())
+        (corpus / "dev" / f"not-{path.stem}.dev").write_bytes(path.read_bytes())
     assert run_program(lambda: main(arguments(corpus))) == 1
     assert "train and dev have the same text in" in capsys.readouterr().err
 

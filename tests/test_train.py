@@ -458,7 +458,8 @@ def test_shards_of_another_tokenizer_are_refused(data_folder, tmp_path, capsys):
     assert "was not made with" in capsys.readouterr().err
 
 
-def test_sigterm_saves_and_exits_with_143(data_folder, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_is_the_exit_code(data_folder, tmp_path, number, code):
     out = tmp_path / "r"
     command = [sys.executable, str(ROOT / "train.py"), "--model", "llama-tiny", "--device", "cpu"]
     command += ["--data", str(data_folder), "--out", str(out), "--steps", "100000"]
@@ -469,9 +470,9 @@ def test_sigterm_saves_and_exits_with_143(data_folder, tmp_path):
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "the same command continues" in printed
+    assert process.returncode == code and "the same command continues" in printed
     assert (out / "checkpoint.pt").exists()
 
 
