@@ -261,7 +261,7 @@ def fit(objective, config, stream, evaluate, provenance):
         progress, found = states.begin_or_continue(train_step, config, provenance, plan.steps)
         if progress["step"] >= plan.steps:
             return progress
-        if devices.compiles(config.compile, compute):
+        if devices.compiles(config.compile, compute, plan.operations(objective)):
             devices.compile_blocks(objective)
         take_step = devices.GraphedStep(train_step) if graphed else train_step
         recorder = Recorder(train_step, config, plan, provenance, progress, found)

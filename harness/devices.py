@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.files import UserError, warn
+from harness.files import UserError, say, warn
 
 GRAPH_WARM_UP = 3  # plain steps before a CUDA graph is captured: what is made once is then made
+LONG_RUN = 1e14  # operations: a quarter of an hour of two CPU cores
 GRAPH_TOKENS = 8192  # of a step, up to which one is captured unless --no-cuda-graph is given
 GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a whole batch and a ragged one
 
@@ -101,8 +102,13 @@ class CPUAutocast(torch.autocast):
         return super().__exit__(*error)
 
 
-def compiles(choice, compute):
-    """Whether layers are compiled: as --compile says, else on CUDA alone."""
+def compiles(choice, compute, operations=0):
+    """Whether layers are compiled: as --compile says, else on CUDA alone.
+
+    A run of so many operations on a CPU is advised to ask for it.
+    """
+    if choice is None and compute.device.type == "cpu" and operations > LONG_RUN:
+        say("a run as long as this is faster with --compile, which takes about a minute at first")
     return compute.device.type == "cuda" if choice is None else choice
 
 

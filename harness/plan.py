@@ -41,6 +41,11 @@ class Plan:
         """Targets that were trained on after `step` steps."""
         return step * self.batch_size * self.sequence_length
 
+    def operations(self, objective):
+        """Floating-point operations of the run, about: 6 for each trained parameter and token."""
+        trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        return 6 * trained * self.tokens_seen(self.steps)
+
     def evaluates_at(self, step):
         """Whether dev is evaluated after that step."""
         epoch_ends = int(self.epochs(step)) > int(self.epochs(step - 1))
