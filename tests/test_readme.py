@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import experiment
+import make_toy_corpus
 import model as models
 import tokenize_corpus
 from conftest import write_text
@@ -45,14 +46,17 @@ def small_world(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     for path in experiment.FOLDER.glob("*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
-        if "corpus" not in table:  # the demo has a corpus of its own
-            table["vocabulary_size"] = 300
+        table |= {"vocabulary_size": 300} if "corpus" not in table else {"words": 3000}
         table["options"] = {"log_every": 1}
         kept = ("model", "like", "teachers", "title", "seed_offset")
         for role, entry in table["models"].items():
             table["models"][role] = {key: entry[key] for key in kept if key in entry}
         (tmp_path / "recipes" / path.name).write_text(json.dumps(table))
     monkeypatch.setattr(experiment, "FOLDER", tmp_path / "recipes")
+    monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
+    # The page and the pictures are for test_report.py.
+    monkeypatch.setattr("report.pages.picture", lambda *_: None)
+    monkeypatch.setattr("report.pages.overview", lambda *_: None)
     monkeypatch.setattr(tokenize_corpus, "VOCABULARY_SIZE", 300)
     monkeypatch.chdir(tmp_path)
 
