@@ -25,6 +25,7 @@ from harness.files import (
     UserError,
     atomic_write,
     first_line_bytes,
+    json_memory,
     pack_header,
     sha256,
     unpack_first_line,
@@ -215,10 +216,8 @@ class TokenShard:
         return header_bytes, digest
 
     def _parse_header(self, body):
-        # An empty list takes 80 bytes of memory, in three bytes of JSON; an object with something
-        # in it takes 300. In what `write_shard` writes there is far more text to each of them.
-        memory = 80 * (body.count(b",") + body.count(b"[")) + 300 * body.count(b"{")
-        if memory > (64 << 20) + 6 * len(body):
+        # In what `write_shard` writes there is far more text to each value.
+        if json_memory(body) > (64 << 20) + 6 * len(body):
             raise self._damaged("its header is not one that is written here")
         try:
             header = json.loads(body)

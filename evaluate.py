@@ -196,19 +196,20 @@ def read_pairs(folder, convention="newline"):
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    pairs[path.stem].append(_pair(line, f"{path}, line {number}", convention))
+                    pairs[path.stem].append(_pair(line, path, number, convention))
         if not pairs[path.stem]:
             raise UserError(f"{path} holds no pair")
     return pairs
 
 
-def _pair(line, where, convention):
-    """The pair that a line of JSON holds. `UserError`, beginning with `where`, if it holds none."""
+def _pair(line, path, number, convention):
+    """The pair that a line of JSON holds. `UserError`, naming file and line, if it holds none."""
+    where = f"{path}, line {number}"
     if len(line) > MAX_LINE_BYTES:
         raise UserError(f"{where}: {len(line)} bytes are no minimal pair: remove it")
     try:
         entry = json.loads(line)
-        field = entry.get("linguistics_term", Path(where.partition(", line ")[0]).stem)
+        field = entry.get("linguistics_term", path.stem)
         field = field if convention == "2025" else SAME_FIELD.get(field, field)
         pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
         if all(s and s.encode() for s in (pair.good, pair.bad, pair.field)):

@@ -24,7 +24,15 @@ import torch
 
 from data import BOS, EOS, PAD, UNK, Tokenizer
 from harness.checkpoint import write_checkpoint
-from harness.files import UserError, atomic_write, printable, run_program, write_json, write_text
+from harness.files import (
+    UserError,
+    atomic_write,
+    json_memory,
+    printable,
+    run_program,
+    write_json,
+    write_text,
+)
 from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
 
 # Fields of our configs under Hugging Face's names.
@@ -536,9 +544,8 @@ def check_pieces(folder, tokenizer):
     if not path.is_file():
         return
     content = path.read_bytes()
-    memory = 80 * content.count(b",") + 80 * content.count(b"[") + 300 * content.count(b"{")
     try:
-        if memory > (64 << 20) + 6 * len(content):
+        if json_memory(content) > (64 << 20) + 6 * len(content):
             raise ValueError("it is no tokenizer")
         vocabulary = json.loads(content)["model"]["vocab"]
         ids = {tokenizer.processor.id_to_piece(i): i for i in range(tokenizer.vocabulary_size)}

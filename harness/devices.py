@@ -222,13 +222,13 @@ class GraphedStep:
         before = [tensor.clone() for tensor in self.state()]
 
         def outcome(step):
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                step()
-            after = [tensor.clone() for tensor in self.state()]
-            with torch.no_grad():
+            try:
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                    step()
+                return [tensor.clone() for tensor in self.state()]
+            finally:  # also where memory does not suffice for a copy
                 for tensor, value in zip(self.state(), before):
                     tensor.copy_(value)
-            return after
 
         def distance(some, others):
             return max((a - b).abs().max().item() for a, b in zip(some, others) if a.numel())
