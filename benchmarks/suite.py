@@ -162,6 +162,13 @@ class Record:
                 found.pop()
         return found
 
+    def without_places(self, lines):
+        """Lines in which each place is called by its word: where it is on a machine is its own."""
+        for word, paths in self.places.items():
+            for path in paths:
+                lines = [line.replace(path, word) for line in lines]
+        return list(lines)
+
     def keep_recipe(self):
         """Packs what the recipe's phases found into one file, which is small."""
         if (self.out / "recipe").exists():
@@ -359,7 +366,10 @@ def execute(record, entry, results, seconds):
         arguments += ["--results", str(results)]
 
     def update():
-        now = {"printed": list(process.printed), "findings": read_findings(results)}
+        now = {
+            "printed": record.without_places(process.printed),
+            "findings": read_findings(results),
+        }
         if any(entry[key] != value for key, value in now.items()):
             entry.update(now)
             record.save()

@@ -109,6 +109,19 @@ def test_a_phase_that_fails_says_why_and_does_not_stop_the_others(fake, tmp_path
     assert kept(tmp_path)["ends"]["state"] == "complete"
 
 
+def test_places_are_given_to_commands_and_do_not_appear_in_what_is_kept(fake, tmp_path):
+    out = str(tmp_path / "out")
+    arguments = fake(tells=ENDS + f"\nprint({out + '/run'!r})")
+    record = suite.Record("fake", out, {"DATA": ["/a/data"], "PAIRS": ["/b", "/c"]})
+    command = "python x.py --data DATA --pairs PAIRS --out OUT/run"
+    expected = ["x.py", "--data", "/a/data", "--pairs", "/b", "/c", "--out", f"{out}/run"]
+    assert record.arguments(command) == expected
+    record.places["PAIRS"] = []
+    assert record.arguments(command) == [*expected[:3], *expected[6:]]
+    assert suite.main(arguments) == 0
+    assert kept(tmp_path)["tells"]["printed"] == ["the figures", "OUT/run"]
+
+
 def test_what_is_complete_at_this_commit_is_not_repeated_unless_asked_for(
     fake, tmp_path, monkeypatch
 ):
