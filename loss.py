@@ -293,36 +293,54 @@ def _rows(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
     Row arithmetic is in float32 whatever the logits are in; dz is rounded at the very end.
     """
     z = logits.to(_row_dtype(logits.dtype))
+    T = 1.0 if teacher_logits is None else constants.temperature
+    log_q, q, log_sum, p = _softmaxes(z, T)  # q at the temperature, p = exp(z - log_sum) without
     valid = targets >= 0
     index = targets.clamp(min=0)[:, None]
-    log_p = F.log_softmax(z, dim=-1)
     num_targets = max(constants.num_targets, 1)  # no target at all: 0, not 0 / 0
-    ce = smoothed = -(log_p.gather(1, index).squeeze(1) * valid).sum() / num_targets
+    ce = smoothed = ((log_sum - z.gather(1, index)).squeeze(1) * valid).sum() / num_targets
     epsilon = constants.label_smoothing
     if epsilon:
-        smoothed = (1 - epsilon) * ce - epsilon * (log_p.mean(-1) * valid).sum() / num_targets
+        spread = ((log_sum.squeeze(1) - z.mean(-1)) * valid).sum() / num_targets
+        smoothed = (1 - epsilon) * ce + epsilon * spread
     dz = None
     if want_gradient:
         wanted = (torch.arange(z.shape[1], device=z.device) == index).to(z.dtype)
         if epsilon:
             wanted = (1 - epsilon) * wanted + epsilon / z.shape[1]
         weight = valid[:, None].to(z.dtype) * (constants.alpha / num_targets)
-        dz = (log_p.exp() - wanted) * weight
+        dz = (p - wanted) * weight
     if teacher_logits is None:
         return smoothed, ce, torch.zeros_like(ce), None if dz is None else dz.to(logits.dtype)
-    T = constants.temperature
-    log_student = F.log_softmax(z / T, dim=-1)
     log_teacher = F.log_softmax(teacher_logits.to(z.dtype) / (constants.num_teachers * T), dim=-1)
     p_teacher = log_teacher.exp()
-    per_row = (p_teacher * (log_teacher - log_student)).sum(-1)
+    per_row = (p_teacher * (log_teacher - log_q)).sum(-1)
     weight = (1 - constants.alpha) * T / constants.kl_denominator
     if kl_mask is not None:
         per_row = per_row * kl_mask
         weight = weight * kl_mask[:, None].to(z.dtype)
     kl = per_row.sum() / constants.kl_denominator
     if want_gradient:
-        dz = (dz + weight * (log_student.exp() - p_teacher)).to(logits.dtype)
+        dz = (dz + weight * (q - p_teacher)).to(logits.dtype)
     return smoothed, ce, kl, dz
+
+
+def _softmaxes(z, temperature):
+    """log softmax(z / T), softmax(z / T), log Σ exp(z) and softmax(z): (n, V) or (n, 1) each.
+
+    exp(z) is the T-th power of exp(z / T): at the paper's temperature, 2, one exponential of each
+    logit serves both softmaxes. Exponentials are what takes the time here.
+    """
+    top = z.amax(-1, keepdim=True)
+    shifted = (z - top) / temperature
+    at_temperature = shifted.exp()
+    total = at_temperature.sum(-1, keepdim=True)
+    q, log_q = at_temperature / total, shifted - total.log()
+    if temperature == 1:
+        return log_q, q, top + total.log(), q
+    powers = at_temperature.square() if temperature == 2 else (z - top).exp()
+    total = powers.sum(-1, keepdim=True)
+    return log_q, q, top + total.log(), powers / total
 
 
 def _rows_in_blocks(logits, targets, teacher_logits, kl_mask, constants, want_gradient):

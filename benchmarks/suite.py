@@ -86,6 +86,7 @@ SUITES = {
         "loss": "benchmarks/loss.py --device cuda --rounds 3",
         "numerics": "benchmarks/numerics.py --device cuda",
         "evaluation": "benchmarks/evaluation.py --device cuda --model llama-58m",
+        "kernels": "benchmarks/kernels.py --device cuda",
         "steps-huggingface": f"{GPU_STEPS} ours ours_plain huggingface huggingface_compiled",
         "student-huggingface": f"{GPU_STUDENT} ours huggingface huggingface_compiled",
         "gpt2-huggingface": f"{GPU_GPT2} ours huggingface huggingface_compiled",
@@ -107,6 +108,7 @@ SUITES = {
         "loss": "benchmarks/loss.py --device cpu --tokens 256 --rounds 1",
         "numerics": "benchmarks/numerics.py --device cpu",
         "evaluation": "benchmarks/evaluation.py --device cpu --model llama-tiny --sentences 200",
+        "kernels": "benchmarks/kernels.py --device cpu",
         "steps-huggingface": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 "
         "--variants ours huggingface huggingface_compiled",
     },
@@ -115,7 +117,10 @@ PARTS = {  # of the GPU's phases: names, and minutes that such machines are had 
     1: (("tests", "attention"), 5),
     2: (("student", "gpt2", "llama", "steps"), 8.5),
     3: (("recipe",), 8.5),
-    4: (("recipe-continued", "loss", "numerics", "evaluation", "steps-huggingface"), 8.5),
+    4: (
+        ("recipe-continued", "loss", "numerics", "evaluation", "kernels", "steps-huggingface"),
+        8.5,
+    ),
 }
 
 
@@ -263,10 +268,14 @@ def number_text(value):
 # ---- a phase
 
 
+# Kills a process group as soon as its input ends, which also happens when the suite is killed.
+GUARD = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
+
+
 class PhaseProcess:
     """A phase's command in a process group of its own. What it prints is copied line by line.
 
-    Leaving its `with` ends the whole group, whatever it is doing.
+    Leaving its `with` ends the whole group, whatever it is doing, and so does a SIGKILL here.
     """
 
     def __init__(self, arguments):
@@ -279,6 +288,12 @@ class PhaseProcess:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            start_new_session=True,
+        )
+        self.guard = subprocess.Popen(
+            [sys.executable, "-c", GUARD, str(self.process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # where it complains that nobody of the group is left
             start_new_session=True,
         )
         self.printed, self.complaints = [], []
@@ -294,8 +309,7 @@ class PhaseProcess:
         return self
 
     def __exit__(self, *_error):
-        with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.guard.communicate()  # ends its input, and waits
         self.process.wait()
         for copier in self.copiers:
             copier.join(timeout=10)

@@ -1,7 +1,10 @@
 """The benchmarks' suite: nothing that was measured is lost, and nothing outlives its time."""
 
+import contextlib
 import importlib
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -175,6 +178,60 @@ def test_a_suite_that_is_terminated_takes_its_phase_along(tmp_path):
     assert (entry["state"], entry["problem"]) == ("cut off", "the suite was stopped")
     assert entry["findings"]["first"] == {"ms": 12.5}
     wait_until(lambda: not is_running(child_of(entry)))
+
+
+MARK = "BABYLLAMA_REHEARSAL"  # an environment variable, which all processes of a suite inherit
+
+
+def rehearsal(out):
+    """The command of a rehearsal, and the environment that marks its processes by `out`."""
+    command = [sys.executable, "benchmarks/suite.py", "gpu", "--rehearse", "--minutes", "30"]
+    return [*command, "--out", str(out)], os.environ | {MARK: str(out)}
+
+
+def marked_processes(out):
+    """The processes of a rehearsal into `out`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it is another user's, or has just ended
+            if f"{MARK}={out}".encode() in path.read_bytes() and is_running(path.parent.name):
+                found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.faults
+def test_the_rehearsal_runs_to_its_end_and_leaves_few_small_files(tmp_path):
+    command, environment = rehearsal(tmp_path)
+    assert subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode == 1
+    entries = json.loads((tmp_path / "rehearsal.json").read_text())
+    states = {phase: entry["state"] for phase, entry in entries.items()}
+    assert states.pop("recipe") == "cut off"  # it is rehearsed with no time, and then continued
+    assert states == dict.fromkeys(set(suite.SUITES["rehearsal"]) - {"recipe"}, "complete")
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert len(files) <= 8 and all(path.stat().st_size < 16 * 2**20 for path in files)
+    assert not marked_processes(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rehearsal_killed_at_a_random_moment_keeps_its_results_and_leaves_no_process(
+    number, tmp_path
+):
+    command, environment = rehearsal(tmp_path)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    moment = random.uniform(5, 120)
+    print(f"killed after {moment:.1f} seconds")
+    time.sleep(moment)
+    assert len(marked_processes(tmp_path)) > 1
+    process.send_signal(number)
+    assert process.wait(30) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    wait_until(lambda: not marked_processes(tmp_path))
+    path = tmp_path / "rehearsal.json"
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    *finished, last = [entry["state"] for entry in entries.values()] or ["running"]
+    assert "running" not in finished and last in ("running", "cut off")
+    if entries:
+        assert subprocess.run([*command, "--page"], check=False, cwd=ROOT).returncode == 0
 
 
 # ---- the page

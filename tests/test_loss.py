@@ -43,15 +43,15 @@ def plain(hidden, head, teachers, targets, **options):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("num_teachers", [1, 2, 3])
+@pytest.mark.parametrize("num_teachers, temperature", [(1, 1.0), (2, 2.0), (3, 1.7), (2, 3.0)])
 @pytest.mark.parametrize("chunk_tokens", [4, 1000])
-def test_fused_equals_plain_in_value_and_gradient(dtype, tolerance, num_teachers, chunk_tokens):
+def test_fused_equals_plain_in_value_and_gradient(
+    dtype, tolerance, num_teachers, temperature, chunk_tokens
+):
     hidden, head, teachers, targets = problem(dtype, num_teachers)
-    mask = torch.rand(B, T) > 0.2
-    expected = plain(hidden, head, teachers, targets, kl_mask=mask, **OPTIONS)
-    got = ensemble_kl(
-        hidden, head, teachers, targets, kl_mask=mask, chunk_tokens=chunk_tokens, **OPTIONS
-    )
+    options = OPTIONS | {"temperature": temperature, "kl_mask": torch.rand(B, T) > 0.2}
+    expected = plain(hidden, head, teachers, targets, **options)
+    got = ensemble_kl(hidden, head, teachers, targets, chunk_tokens=chunk_tokens, **options)
     for key in ("loss", "cross_entropy", "kl"):
         torch.testing.assert_close(got[key], expected[key], rtol=tolerance, atol=tolerance)
     gradients = torch.autograd.grad(got["loss"], (hidden, head))
