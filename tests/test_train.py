@@ -209,6 +209,25 @@ def test_resuming_equals_not_stopping(whole_run, data_folder, tmp_path, monkeypa
     assert comparable(tmp_path / "r/log.jsonl") == comparable(whole_run[0] / "log.jsonl")
 
 
+@pytest.mark.gpu
+def test_resuming_on_a_gpu_ends_where_running_again_does(data_folder, tmp_path, monkeypatch):
+    """To the bit, if the GPU repeats its own bits; else not farther away than a repetition is."""
+
+    def run_in(name):
+        return trained(config_for(data_folder, tmp_path / name, device="cuda", precision="bf16"))
+
+    run_in("whole"), run_in("again")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        assert run_in("stopped")["step"] == 8
+    assert run_in("stopped")["step"] == 12
+    whole, again, stopped = (
+        torch.cat([t.flatten() for t in weights(tmp_path / name / "checkpoint.pt").values()])
+        for name in ("whole", "again", "stopped")
+    )
+    assert (stopped - whole).abs().max() <= 4 * (again - whole).abs().max()
+
+
 def test_resuming_without_the_random_state_would_be_noticed(
     whole_run, data_folder, tmp_path, monkeypatch
 ):
