@@ -312,8 +312,13 @@ class Batch:
         """The batch of a whole step; targets below 0, which have no loss, are not counted."""
         return cls(chunk_ids, tokens, targets, len(tokens), int((targets >= 0).sum()))
 
+    def share(self, rank, size):
+        """The sequences of one of `size` processes; the counts stay those of the whole step."""
+        tensors = (t[rank::size].contiguous() for t in (self.chunk_ids, self.tokens, self.targets))
+        return Batch(*tensors, self.num_sequences, self.num_targets)
+
     def split(self, size):
-        """Parts of at most `size` sequences."""
+        """Parts of at most `size` sequences, or of the sizes in that list."""
         parts = zip(self.chunk_ids.split(size), self.tokens.split(size), self.targets.split(size))
         return [Batch(*part, self.num_sequences, self.num_targets) for part in parts]
 

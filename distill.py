@@ -17,10 +17,11 @@ from torch import nn
 
 import model as models
 from data import count_chunks, open_corpus
+from harness import parallel
 from harness.cache import Layout, open_cache
 from harness.checkpoint import content_digest
-from harness.devices import choose_compute
-from harness.files import UserError, run_program
+from harness.devices import choose_compute, choose_device
+from harness.files import UserError, run_program, say
 from harness.options import REQUIRED, option, parse
 from harness.record import exit_code
 from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype, plain_ensemble_kl
@@ -208,13 +209,14 @@ def check_cache(config):
 def main(argv=None):
     config = parse(DistillConfig, __doc__, argv, models.listing(), check_cache)
     config = models.with_recipe(config, out_prefix="distilled-")
+    parallel.join(choose_device(config.device))
     models.check_weights(config.teacher_weights, len(config.teachers))
     corpus = open_corpus(config.data)
     teachers, records = load_teachers(config, corpus)
     student, name, init_digest = models.initial_model(config, corpus)
     positions = config.sequence_length if config.kl_reduction == "sequence" else 1
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
-    print(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
+    say(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
     cache = open_teacher_cache(config, corpus, teachers, records)
     objective = OBJECTIVES[config.objective](student, teachers, config, cache)
     return exit_code(fit_corpus(objective, config, corpus, name, init_digest, records))

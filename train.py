@@ -16,7 +16,7 @@ from torch import nn
 
 import model as models
 from data import BatchStream, dev_subset, open_corpus
-from harness import devices, memory, states
+from harness import devices, memory, parallel, states
 from harness.files import locked, run_program, say
 from harness.options import RunConfig, option, parse
 from harness.plan import plan_run, print_plan
@@ -36,9 +36,7 @@ class TrainConfig(RunConfig):
         "start from this checkpoint's weights and shape; --model then only gives the recipe",
         may_change=True,
     )
-    shape: str | None = option(
-        None, "change the preset's shape: hidden_size=384,num_hidden_layers=10 and so on"
-    )
+    shape: str | None = option(None, "change the preset's shape: hidden_size=384 and so on")
     dropout: float | None = option(
         None, "probability; default: the shape's", minimum=0, maximum=0.999, may_change=True
     )
@@ -57,24 +55,16 @@ class TrainConfig(RunConfig):
         minimum=1, may_change=True,
     )  # fmt: skip
     sequence_length: int = option(128, "tokens of a chunk, T", minimum=1)
-    random_offset: bool = option(
-        False, "shift every chunk by a random 0 to T-1 tokens, redrawn each epoch"
-    )
+    random_offset: bool = option(False, "shift each chunk by 0 to T-1 tokens, redrawn each epoch")
     optimizer: str = option(
         "adamw", "muon: Muon for the layers' matrices, AdamW for the rest", choices=OPTIMIZERS
     )
-    learning_rate: float | None = option(
-        None, "peak of the schedule; default: the preset's", minimum=0
-    )
-    min_lr_ratio: float = option(
-        0.0, "the schedule's last rate as a share of its peak", minimum=0, maximum=1
-    )
+    learning_rate: float | None = option(None, "peak rate; default: the preset's", minimum=0)
+    min_lr_ratio: float = option(0.0, "the last rate as a share of the peak", minimum=0, maximum=1)
     warmup_steps: int | None = option(
         None, "steps to the peak, at most a tenth of all; default: the preset's", minimum=0
     )
-    weight_decay: float | None = option(
-        None, "decay of the weights, decoupled; default: the preset's", minimum=0
-    )
+    weight_decay: float | None = option(None, "decoupled; default: the preset's", minimum=0)
     no_decay: str = option(
         "layernorm", "exempt from decay, with all biases; RMSNorm is among norms", choices=NO_DECAY
     )
@@ -160,15 +150,17 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
 class TrainStep:
     """`train_step(batch, learning_rate)`: forward, backward, clip, update, all on the device.
 
+    `module` is the objective, or what `parallel.spread` made of it.
     Returns the objective's terms and the gradient's norm before clipping, as tensors on the device.
     A gradient that is not finite changes nothing, and is counted, in a row and in all. Fused
     optimizers skip such a step on the device, others at the cost of waiting for it.
     """
 
-    def __init__(self, objective, optimizers, autocast, micro_batch_size=None, clip=1.0):
-        self.objective, self.optimizers, self.autocast = objective, optimizers, autocast
+    def __init__(self, module, optimizers, autocast, micro_batch_size=None, clip=1.0):
+        self.module, self.objective = module, parallel.objective_of(module)
+        self.optimizers, self.autocast = optimizers, autocast
         self.micro_batch_size, self.clip = micro_batch_size, clip or math.inf
-        self.parameters = states.trained_parameters(objective)
+        self.parameters = states.trained_parameters(self.objective)
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.rate_ratios = [group["lr"] for group in self.groups]
         optimized = [id(p) for group in self.groups for p in group["params"]]
@@ -185,7 +177,8 @@ class TrainStep:
 
     def prepare(self, batch):
         """The micro-batches of a step, each with the teachers' states where there are teachers."""
-        parts = batch.split(self.micro_batch_size or len(batch.tokens))
+        share = len(batch.tokens), batch.num_sequences
+        parts = batch.split(parallel.micro_batch_sizes(*share, self.micro_batch_size))
         with self.autocast:
             return [self.objective.prepare(part) for part in parts]
 
@@ -193,12 +186,14 @@ class TrainStep:
         """The step itself, once its input is there: the same work on the same memory each time."""
         sums = {}
         for part in parts:
+            parallel.sum_gradients(self.module, part is parts[-1])
             with self.autocast:
-                terms = self.objective(part)
+                terms = self.module(part)
             terms["loss"].backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
+        sums = parallel.add(sums)
+        norm = parallel.whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip))
         nonfinite = (~torch.isfinite(norm)).float()
         self.nonfinite_in_a_row.add_(1).mul_(nonfinite)
         self.nonfinite_steps.add_(nonfinite)
@@ -218,14 +213,17 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = 0.0
-    for i in range(0, len(starts), EVAL_BATCH_SIZE):
-        tokens, targets = shard.chunks(starts[i : i + EVAL_BATCH_SIZE], sequence_length)
+    total, rank, processes = 0.0, parallel.rank(), parallel.size()
+    for i in range(0, len(starts), EVAL_BATCH_SIZE * processes):
+        mine = starts[i : i + EVAL_BATCH_SIZE * processes][rank::processes]
+        some = mine if len(mine) else starts[:1]  # all take part in putting layers together
+        tokens, targets = shard.chunks(some, sequence_length)
         with autocast:
             hidden = model.hidden_states(tokens.to(device))
-            total += fused_cross_entropy(hidden, model.head, targets.to(device), 1)[1].item()
+            loss = fused_cross_entropy(hidden, model.head, targets.to(device), 1)[1].item()
+        total += loss if len(mine) else 0.0
     model.train(training)
-    return total / (len(starts) * sequence_length)
+    return parallel.total(total) / (len(starts) * sequence_length)
 
 
 # ---- the loop
@@ -248,34 +246,35 @@ def fit(objective, config, stream, evaluate, provenance):
     config = memory.choose_micro_batch(config, objective, compute)
     if config.dry_run:
         return states.new_progress(plan.steps)
-    objective.to(compute.device).train()
+    module = parallel.spread(objective, compute.device, config.shard)
+    objective.train()
     optimizers = build_optimizer(
         objective, config.weight_decay, config.optimizer, config.beta2, config.no_decay
     )
     train_step = TrainStep(
-        objective, optimizers, compute.autocast, config.micro_batch_size, config.clip
+        module, optimizers, compute.autocast, config.micro_batch_size, config.clip
     )
     graphed = devices.wants_graph(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
     schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio
-    with locked(config.out):
+    with parallel.first_alone(lambda: locked(config.out)):
         progress, found = states.begin_or_continue(train_step, config, provenance, plan.steps)
         if progress["step"] >= plan.steps:
             return progress
-        if devices.compiles(config.compile, compute, plan.operations(objective)):
-            devices.compile_blocks(objective)
+        devices.prepare_layers(objective, config, compute, plan.operations(objective))
         take_step = devices.GraphedStep(train_step) if graphed else train_step
         recorder = Recorder(train_step, config, plan, provenance, progress, found)
         with recorder, StopSignal() as stop:
             for step in range(progress["step"] + 1, plan.steps + 1):
                 rate = learning_rate(step - 1, plan.steps, *schedule)
-                terms = take_step(stream(step - 1).to(compute.device), rate)
+                batch = stream(step - 1).share(parallel.rank(), parallel.size())
+                terms = take_step(batch.to(compute.device), rate)
                 recorder.count(step)
                 last = step == plan.steps
                 if last or step % config.log_every == 0:
                     recorder.log_step(terms, rate)
                 if last or plan.evaluates_at(step):
                     recorder.evaluate(evaluate)
-                stopping = stop.number or recorder.out_of_time()
+                stopping = recorder.asked_to_stop(stop)
                 if last or stopping or step % config.save_every == 0:
                     recorder.save()
                 if stopping and not last:
@@ -310,6 +309,7 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
 
 def main(argv=None):
     config = models.with_recipe(parse(TrainConfig, __doc__, argv, models.listing()))
+    parallel.join(devices.choose_device(config.device))
     corpus = open_corpus(config.data)
     model, name, init_digest = models.initial_model(config, corpus)
     objective = CrossEntropyObjective(model, config.label_smoothing)

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness.files import UserError, pack_header, warn
+from harness import parallel
+from harness.files import UserError, pack_header, say, warn
 from harness.plan import GIB
 
 MAGIC = "babyllama-cache"
@@ -69,7 +70,7 @@ class TeacherCache:
         return cls([torch.empty(s, device=device, dtype=layout.dtype) for s in layout.shapes])
 
     @classmethod
-    def in_file(cls, path, layout, made_from):
+    def in_file(cls, path, layout, made_from, verify=True):
         """The cache in `path`, made where there is none; chunks that are damaged are empty again.
 
         Raises `UserError` if the file is of something else than `made_from`, a dict of JSON's
@@ -95,13 +96,16 @@ class TeacherCache:
         mapped = np.memmap(file, np.uint8, mode="r+")
         digests = mapped[len(header) : start].reshape(layout.num_chunks, DIGEST_BYTES)
         cache = cls(_arrays(mapped[start:], layout), digests, file)
-        if not is_new:
+        if verify and not is_new:
             cache.drop_damaged(path)
         return cache
 
     def read(self, chunk_ids):
         """[(B, T, C_k)] of the chunks `chunk_ids` (B,) on the CPU; None if any is not there."""
         self._check_size()
+        if self.digests is not None:  # another process may have filled it
+            filled = self.digests[chunk_ids.numpy()].any(axis=1)
+            self.filled[chunk_ids] = torch.from_numpy(filled)
         if not self.filled[chunk_ids].all():
             return None
         # Not to wait for a GPU: the few ids are on their way when this returns.
@@ -144,7 +148,7 @@ class TeacherCache:
         bar = tqdm(chunks, desc="verifying the cache", disable=None, leave=False)
         damaged = [i for i in bar if not np.array_equal(self.digest(i), self.digests[i])]
         if damaged:
-            self.filled[damaged] = False
+            self.filled[damaged], self.digests[damaged] = False, 0
             warn(f"{path}: {len(damaged)} chunks are damaged and will be made again")
 
 
@@ -163,23 +167,32 @@ def open_cache(place, layout, made_from, device, dry_run=False):
 
     Prints where it is and its size. Raises `UserError` where it does not fit.
     """
+    if place == "auto" and parallel.size() > 1:
+        say("cache      none: several processes share one in a file, --cache-teachers FILE")
+        return None
     if place == "off":
         return None
+    if place in ("gpu", "host") and parallel.size() > 1:
+        raise UserError(
+            f"--cache-teachers {place}: each of {parallel.size()} processes would keep chunks that "
+            "another one reads; give a FILE that they share, in /dev/shm for one in memory"
+        )
     if place == "gpu" and device.type != "cuda":
         raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
     place, free = _choose_place(place, layout.bytes, device)
     if place is None:
-        print(f"cache      none: {layout.bytes / GIB:.2f} GiB do not fit")
+        say(f"cache      none: {layout.bytes / GIB:.2f} GiB do not fit")
         return None
     room = "" if free is None else f", {free / GIB:.1f} GiB free"
-    print(
-        f"cache      {layout.bytes / GIB:.2f} GiB of the teachers' hidden states in {place}{room}"
-    )
+    say(f"cache      {layout.bytes / GIB:.2f} GiB of the teachers' hidden states in {place}{room}")
     if dry_run:
         return None
     if place in ("gpu", "host"):
         return TeacherCache.in_memory(layout, device if place == "gpu" else "cpu")
-    return TeacherCache.in_file(place, layout, made_from)
+    is_first = parallel.local_rank() == 0  # of those that can share the file
+    return parallel.in_turn(
+        lambda: TeacherCache.in_file(place, layout, made_from, verify=is_first), is_first
+    )
 
 
 def _choose_place(place, needed, device):

@@ -1,10 +1,13 @@
 """Where and how to compute: device, precision, compiled layers, a step as one CUDA graph."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+from harness import parallel
 from harness.files import UserError, say, warn
 
 GRAPH_WARM_UP = 3  # plain steps before a CUDA graph is captured: what is made once is then made
@@ -16,12 +19,15 @@ GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a whole batc
 def choose_device(name):
     """The torch device of that name; `auto` takes CUDA, else MPS, else the CPU.
 
-    Raises `UserError` if it is not there. On CUDA, attention by cuDNN is switched off: in torch
+    Of several processes on a machine each has a GPU of its own. Raises `UserError` if it is not
+    there. On CUDA, attention by cuDNN is switched off: in torch
     2.11 some of its kernels round the dropout probability to sixteenths (pytorch PR 174245).
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and parallel.size_named() > 1:
+        name = f"cuda:{parallel.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -131,6 +137,23 @@ def compile_blocks(objective):
     for module in compiled:
         for block in module.blocks:
             block.compile(options=options, dynamic=False)
+
+
+def prepare_layers(objective, config, compute, operations):
+    """What --checkpoint-activations and --compile do to an objective's layers."""
+    if config.checkpoint_activations:
+        checkpoint_blocks(objective.model)
+    if compiles(config.compile, compute, operations):
+        compile_blocks(objective)
+
+
+def checkpoint_blocks(model):
+    """Makes the model's layers compute their inner activations again in the backward pass.
+
+    What is kept of a layer is its input. Dropout draws the same masks again.
+    """
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class GraphedStep:
@@ -263,8 +286,11 @@ def wants_graph(choice, compute, optimizers, tokens):
     asked for and cannot be had.
     """
     on_cuda, skipping = compute.device.type == "cuda", all(map(skips_on_device, optimizers))
+    alone = parallel.size_named() == 1
     if choice is None:
-        return on_cuda and skipping and tokens <= GRAPH_TOKENS
+        return on_cuda and skipping and alone and tokens <= GRAPH_TOKENS
+    if choice and not alone:
+        raise UserError("--cuda-graph is for one process: leave it out under torchrun")
     if choice and not on_cuda:
         raise UserError(
             f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}: leave it out"

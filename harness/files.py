@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 PAGE_BYTES = 4096
+speaker = ""  # how errors name this process, where it is one of several and not the first
 
 
 class UserError(Exception):
@@ -28,7 +29,7 @@ def run_program(main):
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {speaker}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -36,11 +37,12 @@ def run_program(main):
         _discard_output()
         return 141
     except OSError as error:
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        reason = f"{error.filename or 'system'}: {error.strerror or error}"
+        print(f"error: {speaker}{reason}", file=sys.stderr)
         return 1
     except MemoryError as error:
-        print(f"error: out of memory: {error or 'free some, or use a machine with more'}".rstrip(),
-              file=sys.stderr)  # fmt: skip
+        reason = f"out of memory: {error or 'free some, or use a machine with more'}".rstrip()
+        print(f"error: {speaker}{reason}", file=sys.stderr)
         return 1
 
 
@@ -66,7 +68,12 @@ def _discard_output():
 
 
 def say(text):
-    """Prints a line at once; a run goes on when nobody reads it any more, or it cannot be kept."""
+    """Prints a line at once; a run goes on when nobody reads it any more, or it cannot be kept.
+
+    Of several processes that train together the first alone prints, and warns.
+    """
+    if speaker:
+        return
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -78,7 +85,8 @@ def say(text):
 
 def warn(text):
     """Prints one line of warning on standard error."""
-    print(f"warning: {text}", file=sys.stderr)
+    if not speaker:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager

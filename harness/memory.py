@@ -1,10 +1,12 @@
 """What a step takes of memory, before it is taken: traced on tensors that have no memory."""
 
+import collections
 import dataclasses
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from harness import parallel
 from harness.cache import free_bytes
 from harness.devices import compiles
 from harness.files import UserError, say
@@ -35,12 +37,22 @@ class Memory:
         return next((n for n in fitting if self.of(n) <= USABLE_SHARE * room), 0)
 
 
-def kept_bytes(model, sequences, length, precision):
+def kept_bytes(model, sequences, length, precision, checkpointed=False):
     """Bytes that a model's forward pass keeps for the backward pass, weights aside.
 
     It is traced with fake tensors: nothing is computed. Under autocast, weights in bfloat16 count.
+    `checkpointed` layers keep their input alone, and what one of them keeps is there at a time.
     """
-    mode, kept = FakeTensorMode(), {}
+    mode, kept, layer, inputs = FakeTensorMode(), {}, None, 0
+
+    def enter(block, arguments):
+        nonlocal layer, inputs
+        layer, inputs = block, inputs + arguments[0].nbytes
+
+    def leave(*_):
+        nonlocal layer
+        layer = None
+
     tensors = [*model.named_parameters(), *model.named_buffers()]
     fakes = {name: mode.from_tensor(tensor.detach()) for name, tensor in tensors}
     for name, parameter in model.named_parameters():
@@ -50,25 +62,37 @@ def kept_bytes(model, sequences, length, precision):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = tensor, storage.nbytes()
+            kept.setdefault(storage._cdata, (tensor, storage.nbytes(), layer))
         return tensor
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    training = model.training
+    model.eval()  # the CPU has no FlashAttention with dropout, whose masks are few bytes anyway
     with mode, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tokens = torch.zeros(sequences, length, dtype=torch.int64)
+        hooks = [block.register_forward_pre_hook(enter) for block in model.blocks]
+        hooks += [block.register_forward_hook(leave) for block in model.blocks]
         logits = torch.func.functional_call(model, fakes, (tokens,))
+    model.train(training)
     del logits  # it holds the graph, and the graph what was kept
-    return sum(size for _, size in kept.values())
+    for hook in hooks:
+        hook.remove()
+    within = collections.Counter()
+    for _, size, block in kept.values():
+        within[block] += size
+    if not checkpointed:
+        return within.total()
+    return within.pop(None, 0) + max(within.values()) + inputs
 
 
-def estimate(objective, length, precision, compiled):
+def estimate(objective, length, precision, compiled, checkpointed=False):
     """The `Memory` of a training step of an objective, `length` positions a sequence.
 
     Weights, gradients and two moments in float32; frozen models as they are; what is kept for the
     backward pass, as FlashAttention keeps it; and the loss.
     """
     model = objective.model
-    one, two = (kept_bytes(model, n, length, precision) for n in (1, 2))
+    one, two = (kept_bytes(model, n, length, precision, checkpointed) for n in (1, 2))
     state = sum(16 * p.numel() if p.requires_grad else p.nbytes for p in objective.parameters())
     share = COMPILED_SHARE if compiled else 1
     loss = 8 * LOSS_TOKENS * len(model.head)
@@ -84,25 +108,26 @@ def choose_micro_batch(config, objective, compute):
     if not wanted and not config.dry_run:
         return config
     compiled = compiles(config.compile, compute)
-    memory = estimate(objective, config.sequence_length, compute.precision, compiled)
+    again = config.checkpoint_activations
+    memory = estimate(objective, config.sequence_length, compute.precision, compiled, again)
     on_cuda = compute.device.type == "cuda"
     room = free_bytes("gpu" if on_cuda else "host", compute.device)
-    sequences = config.micro_batch_size
+    sequences, whole = config.micro_batch_size, -(-config.batch_size // parallel.size())
     if wanted:
         if room is None:
             raise UserError("--micro-batch-size auto: free memory is not known; give a number")
-        sequences = memory.sequences(config.batch_size, room)
+        sequences = min(parallel.gather(memory.sequences(whole, room)))
         if not sequences:
             raise UserError(
                 f"--micro-batch-size auto: one sequence needs {memory.of(1) / GIB:.1f} GiB and "
                 f"{room / GIB:.1f} are free: choose a smaller model"
             )
         config = dataclasses.replace(config, micro_batch_size=sequences)
-    at_a_time = sequences or config.batch_size
+    at_a_time = sequences or whole
     say(f"estimate   {memory.of(at_a_time) / GIB:.1f} GiB for {at_a_time} sequences at a time")
     if config.dry_run:
-        memory = estimate(objective, config.sequence_length, "bf16", compiled=True)
-        fitting = {size: memory.sequences(config.batch_size, size * 10**9) for size in CARDS}
+        memory = estimate(objective, config.sequence_length, "bf16", True, again)
+        fitting = {size: memory.sequences(whole, size * 10**9) for size in CARDS}
         cards = [f"{n or 'none'} on a GPU of {size} GB" for size, n in fitting.items()]
         say(f"--micro-batch-size, estimated: {', '.join(cards)}")
     return config

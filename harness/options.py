@@ -65,6 +65,26 @@ class RunConfig:
         "step does; default: on CUDA, where a step has at most 8,192 tokens",
         may_change=True,
     )
+    shard: bool = option(
+        False,
+        "under torchrun: each process keeps a part of the model in training, of its gradients and "
+        "of its moments, instead of all",
+        may_change=True,
+    )
+    checkpoint_activations: bool = option(
+        False,
+        "keep no layer's inner activations for the backward pass, and compute them again there: "
+        "less memory, about a third more time",
+        may_change=True,
+    )
+    profile: int = option(
+        0, "write a trace of so many steps, after the first ten, as OUT/trace.json; 0: none",
+        minimum=0, may_change=True,
+    )  # fmt: skip
+    tensorboard: bool = option(
+        False, "write what log.jsonl gets for TensorBoard as well, into OUT/tensorboard",
+        may_change=True,
+    )  # fmt: skip
     dry_run: bool = option(False, "print the arithmetic of the run and stop", may_change=True)
 
 

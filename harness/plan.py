@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import parallel
 from harness.files import UserError, say, warn
 from harness.states import STATES
 
@@ -60,8 +61,13 @@ class Plan:
 def plan_run(config, num_chunks, words):
     """The plan of a config over data of so many chunks and words an epoch.
 
-    Its number of steps is that of --steps, or round(num_chunks x epochs / batch size).
+    Its number of steps is that of --steps, or round(num_chunks x epochs / batch size). Raises
+    `UserError` where there are more processes than sequences in a batch.
     """
+    if config.batch_size < parallel.size():
+        raise UserError(
+            f"--batch-size {config.batch_size}: {parallel.size()} processes need a sequence each"
+        )
     steps = config.steps or max(1, round(num_chunks * config.epochs / config.batch_size))
     total_words = round(steps * config.batch_size / num_chunks * words)
     marks = word_marks(config.save_at_words, total_words)

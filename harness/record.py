@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from harness import parallel
 from harness.checkpoint import make_checkpoint, write_checkpoint
 from harness.files import UserError, say, warn, write_text
-from harness.states import STATES, promote, training_state
+from harness.states import STATES, on_host, promote, training_state
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+AGREE_EVERY = 8  # steps after which processes tell each other whether they were asked to stop
+PROFILE_AFTER = 10  # steps: by then all is compiled, and what is made once is made
 NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
 
 
@@ -79,16 +82,30 @@ def exit_code(progress):
 
 
 class RunLog:
-    """log.jsonl: one JSON object a line, the run first, then training and evaluation lines."""
+    """log.jsonl: one JSON object a line, the run first, then training and evaluation lines.
 
-    def __init__(self, path, first, from_step):
+    Where `path` is None nothing is written. With `tensorboard`, a folder, TensorBoard gets the same
+    numbers: each value under its name, at its step.
+    """
+
+    def __init__(self, path, first, from_step, tensorboard=None):
         """Continues the log in `path` after a step; lines of later steps and damage are dropped."""
+        self.file = self.board = None
+        if path is None:
+            return
         kept = _lines_until(path, from_step) if from_step and path.exists() else []
         write_text(path, "\n".join([*kept, json.dumps(first)]) + "\n")
         self.file = open(path, "a", encoding="utf-8")
+        if tensorboard:
+            self.board = summary_writer(tensorboard, from_step)
 
     def write(self, entry):
         """Appends one object; numbers that JSON does not have become null."""
+        if not self.file:
+            return
+        for key, value in entry.items() if self.board else ():
+            if key != "step":
+                self.board.add_scalar(key, value, entry["step"])
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in entry.items()
@@ -100,6 +117,36 @@ class RunLog:
                 f"cannot write {self.file.name}: {error.strerror}; make room, and the same command "
                 "continues"
             ) from error
+
+    def close(self):
+        """Ends the log."""
+        for written in (self.file, self.board):
+            if written:
+                written.close()
+
+
+def summary_writer(folder, from_step):
+    """TensorBoard's writer, which continues the run in `folder` after a step.
+
+    Raises `UserError` where tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # here, because it is an optional extra
+    except ImportError as error:
+        raise UserError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
+
+
+def profiler(steps, path):
+    """A torch.profiler that writes a trace of so many steps, after ten, to `path`."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(
+            skip_first=PROFILE_AFTER - 1, wait=0, warmup=1, active=steps, repeat=1
+        ),
+        on_trace_ready=lambda found: found.export_chrome_trace(str(path)),
+    )
 
 
 def _lines_until(path, last_step):
@@ -122,7 +169,10 @@ def _lines_until(path, last_step):
 
 
 class Recorder:
-    """Writes a run's log and checkpoints, keeps its progress, and stops the clock meanwhile."""
+    """Writes a run's log and checkpoints, keeps its progress, and stops the clock meanwhile.
+
+    Of several processes each has one, and the first alone writes.
+    """
 
     def __init__(self, train_step, config, plan, provenance, progress, found):
         """`progress` is a dict that this object keeps up to date; `found` the state's path."""
@@ -130,8 +180,9 @@ class Recorder:
         self.provenance, self.progress, self.out = provenance, progress, Path(config.out)
         self.conditions = provenance.conditions(config)
         self.model = train_step.objective.model
-        for debris in self.out.glob("*.tmp"):  # left by a write during which the process was killed
-            debris.unlink()
+        self.writes = parallel.rank() == 0
+        for debris in self.out.glob("*.tmp") if self.writes else ():  # left by a write that a
+            debris.unlink()  # kill interrupted
         self.current_is_whole = found == self.out / "checkpoint.pt"
         self.commit = commit()
         first = {
@@ -142,12 +193,22 @@ class Recorder:
             "commit": self.commit,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "device": str(train_step.nonfinite_steps.device),
+            "processes": parallel.size(),
         }
-        make_checkpoint(**self._fields())  # what cannot be saved is to be known before training
-        self.log = RunLog(self.out / "log.jsonl", first, progress["step"])
+        fields = self._fields()
+        if self.writes:
+            make_checkpoint(**fields)  # what cannot be saved is to be known before training
+        log = self.out / "log.jsonl" if self.writes else None
+        board = self.out / "tensorboard" if config.tensorboard else None
+        self.log = RunLog(log, first, progress["step"], board)
+        self.profiler = None
+        if config.profile and self.writes:
+            self.profiler = profiler(config.profile, self.out / "trace.json")
+            self.profiler.start()
         self.bar = tqdm(
-            total=plan.steps, initial=progress["step"], unit="step", disable=None, leave=True
-        )
+            total=plan.steps, initial=progress["step"], unit="step", leave=True,
+            disable=None if self.writes else True,
+        )  # fmt: skip
         self.started = self.clock = time.perf_counter()
         self.clock_step = progress["step"]
 
@@ -155,13 +216,25 @@ class Recorder:
         """Notes that a step was taken; where it passes a word mark, the weights are kept."""
         self.progress["step"], self.progress["words"] = step, self.plan.words_seen(step)
         self.bar.update()
+        if self.profiler:
+            self.profiler.step()
         for name in self.plan.marks_passed(step):
             self._write(name)
 
-    def out_of_time(self):
-        """Whether the minutes of --stop-after are over."""
+    def asked_to_stop(self, stop):
+        """Whether a signal came or the minutes of --stop-after are over.
+
+        Several processes agree on it every few steps: all of them learn of it after the same step,
+        and of the signal as their own.
+        """
         limit = self.config.stop_after
-        return limit is not None and (time.perf_counter() - self.started) / 60 > limit
+        late = limit is not None and (time.perf_counter() - self.started) / 60 > limit
+        if parallel.size() > 1:
+            if self.progress["step"] % AGREE_EVERY:
+                return False
+            numbers, late = zip(*parallel.gather((stop.number, late)))
+            stop.number, late = next(filter(None, numbers), None), any(late)
+        return bool(stop.number or late)
 
     def log_step(self, terms, rate):
         """One line of the log; the only place where a step waits for the device."""
@@ -208,7 +281,8 @@ class Recorder:
         best.pt is written where the dev cross-entropy is the lowest so far.
         """
         paused, progress = time.perf_counter(), self.progress
-        found = evaluate(self.model, self.train_step.autocast)
+        with parallel.gathered(self.train_step.objective):
+            found = evaluate(self.model, self.train_step.autocast)
         values = {key: float(value) for key, value in found.items()}
         progress.update(values)
         self.log.write({"step": progress["step"], **values})
@@ -223,19 +297,22 @@ class Recorder:
     def save(self):
         """checkpoint.pt; the one before it, unless it was found damaged, becomes previous.pt."""
         self._write("checkpoint.new", training_state(self.train_step))
-        promote(self.out, rotate=self.current_is_whole)
+        if self.writes:
+            promote(self.out, rotate=self.current_is_whole)
         self.current_is_whole = True
 
     def _write(self, name, training=None):
         paused = time.perf_counter()
-        write_checkpoint(self.out / name, training=training, **self._fields())
+        fields = self._fields()
+        if self.writes:
+            write_checkpoint(self.out / name, training=training, **fields)
         self.clock += time.perf_counter() - paused
 
     def _fields(self):
         """What all checkpoints of the run hold."""
         return {
             "model": self.provenance.model,
-            "weights": self.model.state_dict(),
+            "weights": {key: on_host(w) for key, w in self.model.state_dict().items()},
             "config": self.conditions,
             "tokenizer": self.provenance.tokenizer,
             "progress": dict(self.progress),
@@ -258,5 +335,7 @@ class Recorder:
         return self
 
     def __exit__(self, *_error):
+        if self.profiler:
+            self.profiler.stop()
         self.bar.close()
-        self.log.file.close()
+        self.log.close()

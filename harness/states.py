@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from harness import options
+from harness import options, parallel
 from harness.checkpoint import DamagedFile, read_checkpoint
 from harness.files import UserError, fsync_folder, say, warn
 
+_OTHER_SEEDS = 1_000_003  # far apart, for processes whose random state was not saved
 STATES = ("checkpoint.new", "checkpoint.pt", "previous.pt")  # the newest first
 
 
@@ -60,27 +61,57 @@ def trained_parameters(objective):
     }
 
 
+def on_host(tensor):
+    """The whole of a tensor on the CPU; None on all processes but the first, which writes it."""
+    tensor = parallel.whole(tensor.detach())
+    return None if parallel.rank() else tensor.cpu().contiguous()
+
+
 def training_state(train_step):
     """What resuming needs besides the model's weights.
 
-    The optimizers' states and the objective's own parameters by parameter name; random states. All
-    of it is on the CPU: what is digested and then written is copied from a GPU once.
+    The optimizers' states and the objective's own parameters by parameter name; random states, the
+    first process's and those of the others. All of it is on the CPU: what is digested and then
+    written is copied from a GPU once.
     """
     parameters, device = train_step.parameters, train_step.nonfinite_steps.device
+    own, *others = parallel.gather(_random_state(device))
     states = {name: {} for name in parameters}
     for optimizer in train_step.optimizers:
         for name, parameter in parameters.items():
             for key, value in optimizer.state.get(parameter, {}).items():
-                states[name][key] = value.cpu() if isinstance(value, torch.Tensor) else value
+                is_tensor = isinstance(value, torch.Tensor)
+                states[name][key] = on_host(value) if is_tensor else value
     return {
         "optimizer": states,
-        "objective": {n: p.detach().cpu().contiguous() for n, p in _own(parameters).items()},
+        "objective": {name: on_host(p) for name, p in _own(parameters).items()},
         "nonfinite": [train_step.nonfinite_in_a_row.item(), train_step.nonfinite_steps.item()],
-        "random": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        },
+        "random": own | ({"others": others} if others else {}),
     }
+
+
+def _random_state(device):
+    """The states of the generators that dropout draws from."""
+    on_cuda = device.type == "cuda"
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if on_cuda else None,
+    }
+
+
+def _restore_random_state(state, device, step):
+    """Each process takes what it had; one that was not there before draws from a seed of its own.
+
+    So it is in a new run, where `state` is None and the first process goes on as it is.
+    """
+    rank = parallel.rank()
+    found = [] if state is None else [state, *state.get("others", [])]
+    if rank < len(found):
+        torch.set_rng_state(found[rank]["cpu"])
+        if device.type == "cuda" and found[rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(found[rank]["cuda"], device)
+    elif rank:
+        torch.manual_seed(_OTHER_SEEDS * rank + step)
 
 
 def _own(parameters):
@@ -97,21 +128,23 @@ def restore(train_step, checkpoint, path):
     state, device = checkpoint["training"], train_step.nonfinite_steps.device
     _take_an_empty_step(train_step)
     try:
-        train_step.objective.model.load_state_dict(checkpoint["weights"])
+        weights = train_step.objective.model.state_dict()
+        if weights.keys() != checkpoint["weights"].keys():
+            raise ValueError("the model has other weights")
         own = _own(train_step.parameters)
         saved = state.get("objective", {})  # older checkpoints have none
         if saved.keys() != own.keys():
             raise ValueError("the objective has other parameters")
         with torch.no_grad():
+            for name, weight in weights.items():
+                _copy(checkpoint["weights"][name], weight)
             for name, parameter in own.items():
                 _copy(saved[name], parameter)
         _restore_optimizers(train_step, state["optimizer"])
         in_a_row, in_all = state.get("nonfinite", (0, 0))  # older checkpoints did not count them
         train_step.nonfinite_in_a_row.fill_(in_a_row)
         train_step.nonfinite_steps.fill_(in_all)
-        torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda" and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"], device)
+        _restore_random_state(state["random"], device, checkpoint["progress"]["step"])
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what someone made up may raise anything at all
@@ -154,7 +187,7 @@ def _restore_optimizers(train_step, saved):
 def _copy(value, place):
     if (value.shape, value.dtype) != (place.shape, place.dtype):
         raise ValueError("a tensor has another shape or type")
-    place.copy_(value)
+    parallel.fill(place, value)
 
 
 # ---- which state a run continues from
@@ -168,12 +201,19 @@ def new_progress(steps):
 def begin_or_continue(train_step, config, provenance, steps):
     """The progress that a run starts with, and the path of its state or None for a new run.
 
-    A state that is found is put in place.
+    A state that is found is put in place. Raises `UserError` where processes that train together
+    have been given different things.
     """
-    checkpoint, found = find_checkpoint(config, provenance)
+    checkpoint, found = parallel.in_turn(
+        lambda: find_checkpoint(config, provenance), parallel.rank() == 0
+    )
+    progress = checkpoint["progress"] if checkpoint else new_progress(steps)
+    conditions, free = provenance.conditions(config), options.may_change(type(config))
+    facts = {key: value for key, value in conditions.items() if key not in free}
+    parallel.check_same(facts | {"state to continue from": progress["step"]})
     if not checkpoint:
-        return new_progress(steps), None
-    progress = checkpoint["progress"]
+        _restore_random_state(None, train_step.nonfinite_steps.device, 0)
+        return progress, None
     restore(train_step, checkpoint, found)
     if progress["step"] >= steps:
         say(f"{config.out} is finished at {steps} steps; a new run needs another --out")

@@ -23,7 +23,7 @@ from harness.record import commit
 from harness.states import Provenance
 from train import TrainStep, build_optimizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 ROOT = Path(__file__).parent.parent
 FIGURES = {}  # {name: (what was done, outcome)} of the long tests
 TEXT = "the a cat dog child sees hears small old garden river runs sleeps and but never"
