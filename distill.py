@@ -56,10 +56,9 @@ class PlainObjective(nn.Module):
     def prepare(self, batch):
         """The batch with the teachers' final hidden states, which is all that is read of them.
 
-        K × (B, T, C_k), in the type that products read, from the cache where they are there. A
-        batch of which any chunk is missing
-        is computed whole, always in the same shape, so that what the cache holds does not depend on
-        what else it held.
+        K × (B, T, C_k), in the type that products read. From the cache, where all of them are
+        there; else the whole batch is computed, always in the same shape, so that what the cache
+        holds does not depend on what else it held.
         """
         if batch.teacher_states:
             return batch

@@ -293,8 +293,12 @@ def _rows(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
     Row arithmetic is in float32 whatever the logits are in; dz is rounded at the very end.
     """
     z = logits.to(_row_dtype(logits.dtype))
-    T = 1.0 if teacher_logits is None else constants.temperature
-    log_q, q, log_sum, p = _softmaxes(z, T)  # q at the temperature, p = exp(z - log_sum) without
+    T = constants.temperature
+    if teacher_logits is None:
+        log_sum = z.logsumexp(-1, keepdim=True)
+        p = (z - log_sum).exp() if want_gradient else None
+    else:
+        log_q, q, log_sum, p = _softmaxes(z, T)  # q at the temperature, p = exp(z - log_sum) at 1
     valid = targets >= 0
     index = targets.clamp(min=0)[:, None]
     num_targets = max(constants.num_targets, 1)  # no target at all: 0, not 0 / 0

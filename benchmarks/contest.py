@@ -30,12 +30,14 @@ def serve(work, prepare=lambda: None, device="cpu"):
     """Makes this process a contestant: it times `work()`, one round for every line that it reads.
 
     `prepare()` is the warm-up. When the input ends, the contestant tells its peak memory in GiB:
-    "peak_gb" is what it took of the GPU or, elsewhere, had resident; "own_gb" is what warm-up and
-    rounds allocated beyond what stood before.
+    "peak_gb" is what the rounds took of the GPU or, elsewhere, what was ever resident; "own_gb" is
+    what was allocated beyond what stood before the warm-up.
     """
     cuda = torch.device(device).type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else resident_bytes()
     prepare()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # to verify a graph takes more than to replay it
     print(MARK + json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         if cuda:

@@ -40,7 +40,7 @@ from benchmarks.steps import (  # noqa: E402
     serve_steps,
     show_rates,
 )
-from distill import DistillConfig, EnsembleObjective, PlainObjective  # noqa: E402
+from distill import DistillConfig, EnsembleObjective, PlainObjective, narrow_layers  # noqa: E402
 from gpt2 import GPT2Config  # noqa: E402
 from harness.cache import Layout, TeacherCache  # noqa: E402
 from harness.devices import choose_device, choose_precision  # noqa: E402
@@ -82,6 +82,8 @@ def our_step(args, device):
     """distill.py's objective in train.py's step."""
     student, teachers = models_of(args, device)
     precision = choose_precision(args.precision, device)
+    for teacher in teachers if precision == "bf16" else ():
+        narrow_layers(teacher)
     cache = None
     if "cached" in args.worker:
         sizes = tuple(teacher.config.hidden_size for teacher in teachers)

@@ -3,12 +3,13 @@
     python benchmarks/kernels.py                     for the CPU or GPU that is there
     python benchmarks/kernels.py --precision fp32
 
-A row is a graph: a layer in training, forward and backward, the same layer of
-a frozen teacher (`distill.narrow_layers`), and the rows of the loss. "fused" are the kernels that
-the compiler wrote, "casts" those among them that only change a type, "products" the matrix
-products, "others" the calls of torch's own kernels: attention, random numbers. Nothing is timed.
+A row is a graph: a layer in training, forward and backward, the same layer of a frozen teacher
+(`distill.narrow_layers`), and the rows of the loss. "fused" are the kernels that the compiler
+wrote, "casts" those among them that only change a type, "products" the matrix products, "others"
+the calls of torch's own kernels: attention, random numbers. Nothing is timed.
 """
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -40,9 +41,9 @@ def one_layer(name, device):
     """A model of a preset with a single layer, and an input (B, T, C) of that layer."""
     torch._dynamo.reset()
     shape = PRESETS[name].config
-    with torch.device(device):
-        model = build(type(shape)(**(vars(shape) | {"num_hidden_layers": 1})))
-        return model, torch.randn(BATCH_SIZE, LENGTH, shape.hidden_size, requires_grad=True)
+    model = build(dataclasses.replace(shape, num_hidden_layers=1)).to(device)
+    size = BATCH_SIZE, LENGTH, shape.hidden_size
+    return model, torch.randn(size, device=device, requires_grad=True)
 
 
 def layer_of(model):

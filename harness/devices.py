@@ -1,5 +1,6 @@
 """Where and how to compute: device, precision, compiled layers, a step as one CUDA graph."""
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -175,15 +176,31 @@ class GraphedStep:
         self.device = train_step.nonfinite_steps.device
         for group in train_step.groups:
             group["lr"], group["capturable"] = torch.zeros((), device=self.device), True
-        self.warm_up, self.cuda_stream, self.parts = GRAPH_WARM_UP, None, None
+        self.cuda_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.warm_up, self.parts = GRAPH_WARM_UP, None
         self.replay = None  # a function without arguments, once a graph is captured and verified
 
     def __call__(self, batch, learning_rate):
+        if self.warm_up == 0:  # with the input of the step before: it is verified with another
+            self.replay = self.tried(self.capture)
         self.load(batch, learning_rate)
-        if self.warm_up == 0:
-            self.replay = self.verified_replay()
+        if self.warm_up == 0 and self.replay and not self.tried(self.agrees):
+            self.replay = None
         self.warm_up -= 1
         return self.replay() if self.replay else self.update()
+
+    def tried(self, attempt):
+        """What `attempt()` returns, or False, with a warning, where it fails."""
+        problem = "a replayed step is not what a plain one is"
+        try:
+            if found := attempt():
+                return found
+        except RuntimeError as error:  # any of CUDA's, and memory that does not suffice
+            problem = str(error).partition("\n")[0]
+            for optimizer in self.train_step.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        warn(f"training goes on without a CUDA graph: {problem}")
+        return False
 
     def load(self, batch, learning_rate):
         """Puts a step's input where `update` reads it."""
@@ -200,10 +217,8 @@ class GraphedStep:
 
     def update(self):
         """The plain step, on the stream on which the graph is captured."""
-        if self.device.type != "cuda":
+        if not self.cuda_stream:
             return self.train_step.update(self.parts)
-        if self.cuda_stream is None:
-            self.cuda_stream = torch.cuda.Stream()
         self.cuda_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.cuda_stream):
             terms = self.train_step.update(self.parts)
@@ -212,9 +227,16 @@ class GraphedStep:
 
     def capture(self):
         """Captures the update, which is not executed by that; a function that replays it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.cuda_stream):
-            terms = self.train_step.update(self.parts)
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture leaves its own
+                torch.cuda.graph(graph, pool=pool, stream=self.cuda_stream),
+            ):
+                terms = self.train_step.update(self.parts)
+        except RuntimeError:
+            forget_capture(torch.cuda.current_device(), pool)
+            raise
 
         def replay():
             graph.replay()
@@ -222,42 +244,32 @@ class GraphedStep:
 
         return replay
 
-    def verified_replay(self):
-        """What `capture` returns, if it does the same as `update`; else None, with a warning."""
-        problem = "a replayed step is not what a plain one is"
-        try:
-            replay = self.capture()
-            if self.agrees(replay):
-                return replay
-        except RuntimeError as error:  # any of CUDA's, and memory that does not suffice
-            problem = str(error).partition("\n")[0]
-            for optimizer in self.train_step.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-        warn(f"training goes on without a CUDA graph: {problem}")
-        return None
-
-    def agrees(self, replay):
+    def agrees(self):
         """Whether a replayed step ends where a plain one does. All is left as it was.
 
-        To the bit, where a plain step repeats its own bits; else the difference is to be of the
-        size of that between two plain steps: atomic additions come in any order.
+        To the bit, tensor by tensor, where a plain step repeats its own bits; else the difference
+        is to be of the size of that between two plain steps: atomic additions come in any order.
         """
         before = [tensor.clone() for tensor in self.state()]
 
         def outcome(step):
             try:
-                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                with torch.random.fork_rng([self.device] if self.cuda_stream else []):
                     step()
                 return [tensor.clone() for tensor in self.state()]
             finally:  # also where memory does not suffice for a copy
                 for tensor, value in zip(self.state(), before):
                     tensor.copy_(value)
 
-        def distance(some, others):
-            return max((a - b).abs().max().item() for a, b in zip(some, others) if a.numel())
+        def distances(some, others):
+            return [(a - b).abs().max().item() if a.numel() else 0 for a, b in zip(some, others)]
 
-        plain, again, replayed = outcome(self.update), outcome(self.update), outcome(replay)
-        return distance(replayed, plain) <= 4 * distance(again, plain)
+        plain = outcome(self.update)
+        allowed = [4 * distance for distance in distances(outcome(self.update), plain)]
+        found = distances(outcome(self.replay), plain)
+        if self.cuda_stream:
+            torch.cuda.empty_cache()  # the copies' memory
+        return all(a <= b for a, b in zip(found, allowed))
 
     def state(self):
         """All tensors that an update changes."""
@@ -266,6 +278,18 @@ class GraphedStep:
         counters = [step.nonfinite_in_a_row, step.nonfinite_steps]
         kept += [*counters, *step.parameters.values(), *step.objective.buffers()]
         return [value.detach() for value in kept if isinstance(value, torch.Tensor)]
+
+
+def forget_capture(device, pool):
+    """Ends a capture that failed, where torch leaves generator and allocator in its midst.
+
+    In torch 2.11 dropout would raise after it, as would the end of memory.
+    """
+    generator = torch.cuda.default_generators[device]
+    with contextlib.suppress(RuntimeError, AttributeError):
+        generator.graphsafe_set_state(generator.clone_state())
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
 
 
 def skips_on_device(optimizer):

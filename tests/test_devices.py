@@ -17,7 +17,14 @@ from conftest import interrupt_after, step_of
 from data import BatchStream, count_chunks
 from distill import DistillConfig, EnsembleObjective, narrow_layers
 from harness.cache import Layout, TeacherCache
-from harness.devices import Compute, GraphedStep, choose_device, compiles, wants_graph
+from harness.devices import (
+    Compute,
+    GraphedStep,
+    checkpoint_blocks,
+    choose_device,
+    compiles,
+    wants_graph,
+)
 from harness.files import UserError
 from harness.states import training_state
 from test_train import config_for, fitted, trained
@@ -196,12 +203,25 @@ class Drifting(Replaying):
         return drifting
 
 
+class Stale(Replaying):
+    """One whose replay reads the input that it was captured with."""
+
+    def capture(self):
+        parts = [part.clone() for part in self.parts]
+
+        def stale():
+            self.replays += 1
+            return self.train_step.update(parts)
+
+        return stale
+
+
 class Uncapturable(Replaying):
     def capture(self):
         raise RuntimeError("operation not permitted when stream is capturing\nand a trace")
 
 
-@pytest.mark.parametrize("step_class", [Replaying, Drifting, Uncapturable])
+@pytest.mark.parametrize("step_class", [Replaying, Drifting, Stale, Uncapturable])
 def test_a_graph_is_taken_once_its_replay_is_what_a_plain_step_is(train_shard, capsys, step_class):
     """Verifying changes nothing: dropout draws on as it would have without."""
     stream = BatchStream(train_shard, 8, 32, seed=0)
@@ -218,7 +238,7 @@ def test_a_graph_is_taken_once_its_replay_is_what_a_plain_step_is(train_shard, c
     if step_class is Replaying:
         assert step.replays == 1 + 4 and not warnings  # three plain steps come first
     else:
-        assert step.replays == (step_class is Drifting) and step.replay is None
+        assert step.replays == (step_class in (Drifting, Stale)) and not step.replay
         [warning] = warnings
         assert "without a CUDA graph" in warning and "trace" not in warning
 
@@ -293,6 +313,40 @@ def test_layers_of_a_frozen_teacher_are_kept_in_the_bits_that_autocast_makes_of_
     assert types == {torch.bfloat16} and step.objective.teachers[1].head.dtype == torch.float32
 
 
+@objectives()
+def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind):
+    """With dropout, whose masks are drawn again."""
+    stream, ends = BatchStream(train_shard, 8, 32, seed=0), []
+    for checkpointed in (False, True):
+        step = full_step(kind, "cpu", "fp32")
+        if checkpointed:
+            checkpoint_blocks(step.objective.model)
+        torch.manual_seed(3)
+        losses = [step(stream(i), 1e-3)["loss"] for i in range(4)]
+        ends.append([*losses, *(p.detach() for p in step.parameters.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["alone", "distilled", "cached"])
+def test_a_step_never_waits_for_a_gpu(train_shard, kind):
+    """As above, but what is copied to the host or without `non_blocking` shows here alone."""
+    step = full_step("alone" if kind == "alone" else "distilled", "cuda", "bf16")
+    if kind == "cached":
+        chunks = count_chunks(len(train_shard.tokens), 32)
+        layout = Layout(chunks, 32, (96, 96), torch.bfloat16)
+        step.objective.cache = TeacherCache.in_memory(layout, "cuda")
+    stream = BatchStream(train_shard, 8, 32, seed=0, device="cuda")
+    step(stream(0), 1e-3)  # what is made once
+    batches = [stream(1), stream(1)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:  # the second one reads what the first has put into the cache
+            step(batch, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 def test_what_a_checkpoint_keeps_has_left_the_gpu(train_shard):
     step = full_step("alone", "cuda", "bf16")
@@ -317,7 +371,7 @@ def test_a_step_that_waits_for_the_gpu_goes_on_without_a_graph(train_shard, monk
         step.train_step, "update", lambda parts: (update(parts), parts[0].tokens.sum().item())[0]
     )
     losses = [step(stream(i), 1e-3)["loss"].item() for i in range(8)]
-    assert step.replay is None and all(map(math.isfinite, losses))
+    assert not step.replay and all(map(math.isfinite, losses))  # dropout still draws
     assert "without a CUDA graph" in capsys.readouterr().err
 
 
@@ -347,7 +401,7 @@ def runs_with_and_without_a_graph(run_in, out, monkeypatch):
     """Dev cross-entropies of both, the former stopped and resumed in the middle of its replays."""
     plain = run_in(out / "plain", cuda_graph=False)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 8, step_class=GraphedStep)
+        interrupt_after(patch, 8)
         assert run_in(out / "graph", cuda_graph=True)["step"] == 8
     graphed = run_in(out / "graph", cuda_graph=True)
     assert graphed["step"] == plain["step"] == 24

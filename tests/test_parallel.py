@@ -1,5 +1,6 @@
 """Several processes compute the run of one, on gloo and two cores; what kills them: -m faults."""
 
+import contextlib
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ DISTILL = "--model llama-tiny-student --steps 50 --sequence-length 128 --batch-s
 EVEN = [*TRAIN, "--batch-size", "6", "--micro-batch-size", "2"]
 UNEVEN = [*TRAIN, "--batch-size", "5"]
 DROPOUT = [*TRAIN, "--model", "gpt2-tiny", "--batch-size", "4", "--steps", "20"]
+DROPOUT_LONG = [*DROPOUT, "--steps", "60"]
 TERMS = ("loss", "cross_entropy", "kl", "dev_cross_entropy")
 
 
@@ -251,3 +253,87 @@ def test_sharding_wants_several_processes(runs):
     task = runs.task("alone-shard", [*UNEVEN, "--shard"])
     with pytest.raises(UserError, match="start them with torchrun"):
         train.main(task["arguments"])
+
+
+# ---- what kills them
+
+
+def processes_of(path):
+    """Whether any process of a command's tasks is left."""
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if str(path).encode() in command.read_bytes():
+                return True
+    return False
+
+
+@pytest.mark.faults
+def test_a_killed_process_ends_the_others_soon_and_the_next_launch_continues(runs):
+    """SIGKILL at a step; the run that was never disturbed has the same bits, dropout included."""
+    task = runs.task("killed", DROPOUT_LONG, die_at=31, died=str(runs.folder / "died"))
+    command, path = runs.command(2, [task])
+    started = time.monotonic()
+    done = subprocess.run(command, env=environment(), capture_output=True, cwd=ROOT, check=False)
+    took = time.monotonic() - started
+    assert done.returncode == 1 and not processes_of(path)
+    died = (runs.folder / "died").stat().st_mtime
+    print(f"torchrun ended {time.time() - died:.0f} seconds after the kill, {took:.0f} in all")
+    assert time.time() - died < 60
+    assert runs.on_several(2, [task, runs.task("undisturbed", DROPOUT_LONG)])[1] == [[0, 0]] * 2
+    assert runs.difference("killed", "undisturbed") == (0, 0)
+
+
+@pytest.mark.faults
+def test_torchrun_restarts_the_processes_and_they_continue(runs):
+    task = runs.task("restarted", DROPOUT_LONG, die_at=31, died=str(runs.folder / "died-again"))
+    command, path = runs.command(2, [task], "--max-restarts=3")
+    subprocess.run(command, env=environment(), capture_output=True, cwd=ROOT, check=True)
+    assert (runs.folder / "died-again").exists() and not processes_of(path)
+    runs.on_several(2, [runs.task("not-restarted", DROPOUT_LONG)])
+    assert runs.difference("restarted", "not-restarted") == (0, 0)
+
+
+@pytest.mark.faults
+def test_a_signal_to_torchrun_saves_once(runs):
+    """torchrun passes it on, waits, and ends with 1 and a traceback that says SignalException."""
+    task = runs.task("signalled", [*DROPOUT_LONG, "--steps", "4000", "--save-every", "5000"])
+    command, path = runs.command(2, [task])
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    log = runs.folder / "signalled" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"loss"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "SignalException" in said and not processes_of(path)
+    step = read_checkpoint(runs.folder / "signalled" / "checkpoint.pt")["progress"]["step"]
+    assert step % 8 == 0 and not (runs.folder / "signalled" / "previous.pt").exists()
+
+
+@pytest.mark.faults
+def test_compiled_layers_on_two_processes_compute_the_run_of_one(runs):
+    for name, options, program in (("UNEVEN", UNEVEN, "train"), ("DISTILL", DISTILL, "distill")):
+        tasks = [runs.task(f"compiled-{name}", [*options, "--compile"], program)]
+        tasks += [runs.task(f"compiled-shard-{name}", [*options, "--compile", "--shard"], program)]
+        assert runs.on_several(2, tasks)[1] == [[0, 0]] * 2
+        one = runs.on_one(f"one-{name}", options, program)
+        for other in (f"compiled-{name}", f"compiled-shard-{name}"):
+            losses, weights = runs.difference(one, other)
+            print(f"{other}: losses {losses:.1e}, weights {weights:.1e}")
+            assert losses < 2e-5 and weights < 1e-4
+
+
+@pytest.mark.gpu
+def test_one_process_on_nccl_computes_the_run_of_one(runs):
+    on_gpu = ["--device", "cuda", "--no-cuda-graph", "--no-compile"]
+    tasks = [
+        runs.task("nccl", [*UNEVEN, *on_gpu]),
+        runs.task("nccl-2", [*UNEVEN, *on_gpu, "--shard"]),
+    ]
+    assert runs.on_several(1, tasks)[1] == [[0, 0]]
+    one = runs.on_one("one-on-gpu", [*UNEVEN, *on_gpu])
+    for other in ("nccl", "nccl-2"):
+        losses, weights = runs.difference(one, other)
+        assert losses < 3e-6 and weights < 1e-4

@@ -210,11 +210,15 @@ def test_resuming_equals_not_stopping(whole_run, data_folder, tmp_path, monkeypa
 
 
 @pytest.mark.gpu
-def test_resuming_on_a_gpu_ends_where_running_again_does(data_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_resuming_on_a_gpu_ends_where_running_again_does(
+    data_folder, tmp_path, monkeypatch, cuda_graph
+):
     """To the bit, if the GPU repeats its own bits; else not farther away than a repetition is."""
+    options = {"device": "cuda", "precision": "bf16", "cuda_graph": cuda_graph}
 
     def run_in(name):
-        return trained(config_for(data_folder, tmp_path / name, device="cuda", precision="bf16"))
+        return trained(config_for(data_folder, tmp_path / name, **options))
 
     run_in("whole"), run_in("again")
     with monkeypatch.context() as patch:
@@ -573,3 +577,29 @@ def test_a_run_without_a_finite_evaluation_fails_and_says_what_to_do(data_folder
     with pytest.raises(UserError, match=r"no dev evaluation was finite.*lower --learning-rate"):
         trained(config)
     assert not (tmp_path / "r" / "best.pt").exists()
+
+
+def test_tensorboard_shows_what_the_log_says_also_of_a_run_that_was_stopped(
+    data_folder, tmp_path, monkeypatch
+):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = config_for(data_folder, tmp_path / "r", tensorboard=True)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        trained(config)
+    trained(config)
+    found = reader.EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    found.Reload()
+    entries = comparable(tmp_path / "r" / "log.jsonl")
+    for tag in ("loss", "learning_rate", "dev_cross_entropy"):
+        logged = [(e["step"], e[tag]) for e in entries if tag in e]
+        shown = [(e.step, e.value) for e in found.Scalars(tag)]
+        assert [step for step, _ in shown] == [step for step, _ in logged]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in logged])
+
+
+def test_a_trace_shows_the_steps_that_were_asked_for(data_folder, tmp_path):
+    trained(config_for(data_folder, tmp_path / "r", steps=14, profile=2))
+    events = json.loads((tmp_path / "r" / "trace.json").read_text())["traceEvents"]
+    steps = {e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep#")}
+    assert len(steps) == 2 and any("mm" in str(e.get("name")) for e in events)
