@@ -1,19 +1,12 @@
-"""Token shards (format, writer, memory-mapped reader), the tokenizer, and the order of batches.
+"""The tokenizer, what tokenize_corpus.py wrote into a folder, and the order of batches.
 
-A shard is one file: a header that `head` shows in plain text, then the token ids.
-
-    header (harness/files.py)                a JSON object, covered by the digest in the first line
-    uint16 or uint32 ids, little-endian      one after another, no separator
-
-The JSON holds one digest per `block_bytes` of the payload, so that any changed byte is found on
-opening. A batch is a function of (seed, step) and of nothing else: resuming, or asking what step
-1234 saw, needs only the number.
+A batch is a function of (seed, step) and of nothing else: resuming, or asking what step 1234 saw,
+needs only the number. How tokens are kept in files: harness/shards.py.
 """
 
 import functools
 import hashlib
 import json
-import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,22 +14,8 @@ import numpy as np
 import sentencepiece
 import torch
 
-from harness.files import (
-    UserError,
-    atomic_write,
-    first_line_bytes,
-    json_memory,
-    pack_header,
-    sha256,
-    unpack_first_line,
-)
-
-MAGIC = "babyllama-shard"
-VERSION = 1
-BLOCK_BYTES = 1 << 20
-MAX_HEADER_BYTES = 1 << 26
-FIRST_LINE_BYTES = first_line_bytes(MAGIC)
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+from harness.files import UserError
+from harness.shards import TokenShard
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in training text
 DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
@@ -105,163 +84,12 @@ class Tokenizer:
         return self.processor.decode([int(i) for i in ids])
 
 
-# ---- shards
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One text of a shard: its token span, and words and UTF-8 bytes of its cleaned text."""
-
-    name: str
-    start: int
-    stop: int
-    words: int
-    bytes: int
-
-
-def write_shard(path, texts, tokenizer, cleaning):
-    """Writes `texts`, a list of (name, ids, words, bytes), as one shard, and returns its header.
-
-    Raises `UserError` if an id lies beyond the vocabulary or there are no tokens.
-    """
-    ids = np.concatenate([np.asarray(t[1]) for t in texts] or [np.zeros(0, int)])
-    if not len(ids):
-        raise UserError(f"{path}: there is no text to write")
-    if ids.min() < 0 or ids.max() >= tokenizer.vocabulary_size:
-        raise UserError(f"{path}: token ids reach beyond {tokenizer.vocabulary_size} pieces")
-    dtype = "uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32"
-    payload = memoryview(ids.astype(DTYPES[dtype])).cast("B")
-    sources, start = [], 0
-    for name, file_ids, words, num_bytes in texts:
-        stop = start + len(file_ids)
-        sources.append(
-            {"name": name, "start": start, "stop": stop, "words": words, "bytes": num_bytes}
-        )
-        start = stop
-    header = {
-        "shard": 1,
-        "shards": 1,
-        "dtype": dtype,
-        "tokens": len(ids),
-        "words": sum(t[2] for t in texts),
-        "bytes": sum(t[3] for t in texts),
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "largest_id": int(ids.max()),
-        "tokenizer": tokenizer.identity,
-        "cleaning": cleaning,
-        "files": sources,
-        "block_bytes": BLOCK_BYTES,
-        "digests": _block_digests(payload, BLOCK_BYTES),
-    }
-    with atomic_write(path) as file:
-        file.write(pack_header(MAGIC, VERSION, json.dumps(header, indent=1).encode() + b"\n"))
-        file.write(payload)
-    return header
-
-
-def _block_digests(payload, block_bytes):
-    return [sha256(payload[i : i + block_bytes]) for i in range(0, len(payload), block_bytes)]
-
-
-class TokenShard:
-    """A verified, memory-mapped shard: `tokens` (N,) ids, `files`, and the header's facts.
-
-    Raises `UserError`, naming the file and the remedy, if it is missing, is no shard, is of a newer
-    version, or if any byte of it is not what was written.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(
-                f"{path} does not exist: make it with "
-                f"python tokenize_corpus.py --train DIR --dev DIR --out {self.path.parent}"
-            )
-        with open(self.path, "rb") as file:
-            first_line = file.read(FIRST_LINE_BYTES)
-            header_bytes, digest = self._parse_first_line(first_line)
-            body = file.read(header_bytes - FIRST_LINE_BYTES)
-            if sha256(body) != digest:
-                raise self._damaged("its header does not match its digest")
-            header = self._parse_header(body)
-            expected = header_bytes + header["tokens"] * DTYPES[header["dtype"]].itemsize
-            actual = self.path.stat().st_size
-            if actual != expected:
-                raise self._damaged(f"it has {actual} bytes where {expected} are expected")
-            payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        payload = payload[header_bytes:]
-        if _block_digests(payload, header["block_bytes"]) != header["digests"]:
-            raise self._damaged("its tokens do not match their digests")
-        self.tokens = np.frombuffer(payload, dtype=DTYPES[header["dtype"]])
-        self.words, self.bytes = header["words"], header["bytes"]
-        self.vocabulary_size, self.tokenizer = header["vocabulary_size"], header["tokenizer"]
-        self.files = [SourceFile(**f) for f in header["files"]]
-        self.digest = digest  # covers the header, and in it the digests of the tokens
-
-    def _parse_first_line(self, line):
-        try:
-            fields = unpack_first_line(line, MAGIC)
-        except ValueError as error:
-            raise self._damaged("its first line is incomplete") from error
-        if fields is None:
-            raise UserError(f"{self.path} is not a token shard: make one with tokenize_corpus.py")
-        version, header_bytes, digest = fields
-        if version != VERSION:
-            raise UserError(
-                f"{self.path} has format version {version}, this program reads {VERSION}: "
-                "make it again with tokenize_corpus.py"
-            )
-        if not FIRST_LINE_BYTES <= header_bytes <= MAX_HEADER_BYTES:
-            raise self._damaged(f"a header of {header_bytes} bytes is impossible")
-        return header_bytes, digest
-
-    def _parse_header(self, body):
-        # In what `write_shard` writes there is far more text to each value.
-        if json_memory(body) > (64 << 20) + 6 * len(body):
-            raise self._damaged("its header is not one that is written here")
-        try:
-            header = json.loads(body)
-            counts = [header[k] for k in ("tokens", "words", "bytes", "vocabulary_size")]
-            counts += [header["largest_id"], header["block_bytes"]]
-            files = [SourceFile(**f) for f in header["files"]]
-            counts += [n for f in files for n in (f.start, f.stop, f.words, f.bytes)]
-            valid = all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
-            valid = valid and header["dtype"] in DTYPES and header["block_bytes"] > 0
-            valid = valid and isinstance(header["tokenizer"], str)
-            bounds = [0] + [f.stop for f in files]
-            valid = valid and bounds == [f.start for f in files] + [header["tokens"]]
-            valid = valid and bounds == sorted(bounds)
-            valid = valid and isinstance(header["digests"], list)
-            single = (header["shard"], header["shards"]) == (1, 1)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._damaged("its header cannot be read") from error
-        if not valid:
-            raise self._damaged("its header contradicts itself")
-        if not single:
-            raise UserError(f"{self.path} is one of several shards: only single shards are read")
-        if header["largest_id"] >= header["vocabulary_size"]:
-            raise UserError(
-                f"{self.path}: token id {header['largest_id']} lies beyond its vocabulary of "
-                f"{header['vocabulary_size']}: make it again with tokenize_corpus.py"
-            )
-        return header
-
-    def _damaged(self, what):
-        return UserError(
-            f"{self.path} is damaged: {what}: make it again with tokenize_corpus.py, "
-            "or copy it again from where it is whole"
-        )
-
-    def chunks(self, starts, sequence_length):
-        """Inputs and targets (B, T), int64, of the chunks that begin at `starts` (B,)."""
-        positions = np.asarray(starts)[:, None] + np.arange(sequence_length + 1)
-        chunk = torch.from_numpy(self.tokens[positions].astype(np.int64))  # (B, T + 1)
-        return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
+# ---- a corpus
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What tokenize_corpus.py wrote into a folder: both shards, and their tokenizer."""
+    """What tokenize_corpus.py wrote into a folder: both splits, and their tokenizer."""
 
     folder: Path
     train: TokenShard
@@ -378,12 +206,12 @@ class BatchStream:
 
     def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False, device="cpu"):
         self.shard, self.batch_size, self.seed = shard, batch_size, seed
-        self.num_tokens, self.words = len(shard.tokens), shard.words
+        self.num_tokens, self.words = shard.num_tokens, shard.words
         self.sequence_length, self.random_offset = sequence_length, random_offset
         self.resident = None
         if torch.device(device).type == "cuda":
             self.keep_on(device)
-        self.num_chunks = count_chunks(len(shard.tokens), sequence_length, random_offset)
+        self.num_chunks = count_chunks(shard.num_tokens, sequence_length, random_offset)
         if self.num_chunks < batch_size:
             raise UserError(
                 f"{shard.path} has {self.num_chunks} chunks of {sequence_length} tokens, fewer "
@@ -422,10 +250,10 @@ def dev_subset(shard, sequence_length, num_sequences):
 
     Raises `UserError` if the shard holds no whole chunk.
     """
-    num_chunks = count_chunks(len(shard.tokens), sequence_length)
+    num_chunks = count_chunks(shard.num_tokens, sequence_length)
     if not num_chunks:
         raise UserError(
-            f"{shard.path} has {len(shard.tokens)} tokens, fewer than one chunk of "
+            f"{shard.path} has {shard.num_tokens} tokens, fewer than one chunk of "
             f"{sequence_length}: add text or lower --sequence-length"
         )
     generator = torch.Generator().manual_seed(DEV_SUBSET_SEED)

@@ -7,17 +7,9 @@ import pytest
 import torch
 
 from conftest import train_tokenizer, write_text
-from data import (
-    FIRST_LINE_BYTES,
-    MAGIC,
-    BatchStream,
-    Tokenizer,
-    TokenShard,
-    count_chunks,
-    dev_subset,
-    write_shard,
-)
+from data import BatchStream, Tokenizer, TokenShard, count_chunks, dev_subset
 from harness.files import UserError, sha256
+from harness.shards import FIRST_LINE_BYTES, MAGIC, write_shard
 
 
 class Pieces:

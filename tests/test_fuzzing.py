@@ -28,11 +28,12 @@ import generate
 import model as models
 import train
 from conftest import FIGURES, provenance_of, save_model, step_of
-from data import FIRST_LINE_BYTES, Batch, Tokenizer, TokenShard
-from data import MAGIC as SHARD_MAGIC
+from data import Batch, Tokenizer, TokenShard
 from harness import checkpoint as checkpoints
 from harness.cache import MAGIC, Layout, TeacherCache
 from harness.files import PAGE_BYTES, UserError, first_line_bytes, pack_header
+from harness.shards import FIRST_LINE_BYTES
+from harness.shards import MAGIC as SHARD_MAGIC
 from harness.states import check_continues, restore, training_state
 from llama import Llama, LlamaConfig
 from report.compare import comparison_rows, read_losses

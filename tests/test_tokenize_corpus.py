@@ -390,13 +390,13 @@ def test_train_and_dev_of_the_same_text_are_refused(corpus, capsys):
 def test_a_disk_that_fills_up_leaves_what_was_there(corpus, monkeypatch, capsys):
     main(arguments(corpus))
     before = {path.name: path.read_bytes() for path in (corpus / "out").iterdir()}
-    write_shard = tokenize_corpus.write_shard
+    write_split = tokenize_corpus.write_split
 
     def fail_at_dev(path, *details):
         if path.name == "dev.bin":
             raise UserError(f"cannot write {path}: No space left on device")
-        return write_shard(path, *details)
+        return write_split(path, *details)
 
-    monkeypatch.setattr(tokenize_corpus, "write_shard", fail_at_dev)
+    monkeypatch.setattr(tokenize_corpus, "write_split", fail_at_dev)
     assert run_program(lambda: main(arguments(corpus, "--no-clean"))) == 1
     assert {path.name: path.read_bytes() for path in (corpus / "out").iterdir()} == before
