@@ -4,6 +4,7 @@ A batch is a function of (seed, step) and of nothing else: resuming, or asking w
 needs only the number. How tokens are kept in files: harness/shards.py.
 """
 
+import concurrent.futures
 import functools
 import hashlib
 import json
@@ -18,6 +19,8 @@ from harness.files import UserError
 from harness.shards import TokenShard
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in training text
+GPU_SHARE = 1 / 8  # of a GPU's free memory that tokens may take
+COPIED_TOKENS = 1 << 24  # at a time, on their way to a GPU
 DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
 
 
@@ -199,9 +202,9 @@ class BatchStream:
     """`stream(step)` is the step's batch: consecutive positions of the epochs' permutations.
 
     Every chunk is seen once an epoch, no batch is ragged, and a batch may span two epochs. On a GPU
-    the whole shard is kept there, four bytes a token, and a batch is gathered without a copy of
-    tokens. `num_tokens` and `words` are those of an epoch. Raises `UserError` if the shard is
-    shorter than one batch.
+    all tokens are kept there, in two bytes each where the vocabulary allows, if they fit into
+    `GPU_SHARE` of its free memory: a batch is then gathered without a copy of tokens. `num_tokens`
+    and `words` are those of an epoch. Raises `UserError` if the shard is shorter than one batch.
     """
 
     def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False, device="cpu"):
@@ -210,7 +213,9 @@ class BatchStream:
         self.sequence_length, self.random_offset = sequence_length, random_offset
         self.resident = None
         if torch.device(device).type == "cuda":
-            self.keep_on(device)
+            free, _ = torch.cuda.mem_get_info(device)
+            if self.resident_bytes <= GPU_SHARE * free:
+                self.keep_on(device)
         self.num_chunks = count_chunks(shard.num_tokens, sequence_length, random_offset)
         if self.num_chunks < batch_size:
             raise UserError(
@@ -236,13 +241,67 @@ class BatchStream:
             positions = torch.arange(self.sequence_length + 1, device=device)
             positions = positions + starts.to(device, non_blocking=True)[:, None]  # (B, T + 1)
             chunk = self.resident[positions].long()
+            if self.resident.dtype == torch.int16:
+                chunk &= 0xFFFF  # an id above 32,767 was kept as the negative number of its bits
             tokens, targets = chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
         # Every target counts: to count them on the device would wait for it.
         return Batch(chunk_ids, tokens, targets, len(tokens), targets.numel())
 
+    @property
+    def resident_bytes(self):
+        """What `keep_on` takes."""
+        return self.num_tokens * (2 if self.shard.dtype.itemsize == 2 else 4)
+
     def keep_on(self, device):
         """Keeps the shard's tokens on `device`, and gathers batches there."""
-        self.resident = torch.from_numpy(self.shard.tokens.astype(np.int32)).to(device)
+        narrow = self.shard.dtype.itemsize == 2
+        dtype = torch.int16 if narrow else torch.int32  # uint16 cannot be indexed everywhere
+        self.resident = torch.empty(self.num_tokens, dtype=dtype, device=device)
+        stop = 0
+        for ids in self.shard.pieces():
+            for part in np.split(ids, range(COPIED_TOKENS, len(ids), COPIED_TOKENS)):
+                part = part.view(np.int16) if narrow else part.astype(np.int32)
+                start, stop = stop, stop + len(part)
+                self.resident[start:stop] = torch.from_numpy(part.copy())
+
+
+class AheadStream:
+    """The batches of a stream, each gathered from the files while the one before it is computed on.
+
+    `stream(step)` is on the device. To a GPU a batch is copied from pinned memory, on a CUDA stream
+    of its own, so that what is still computed there is not waited for. The thread that gathers
+    calls nothing of CUDA, which could disturb the capture of a graph. What goes wrong in it is
+    raised when that batch is asked for.
+    """
+
+    def __init__(self, stream, device):
+        self.stream, self.device = stream, torch.device(device)
+        self.num_chunks, self.words = stream.num_chunks, stream.words
+        self.num_tokens = stream.num_tokens
+        self.copies = torch.cuda.Stream(device) if self.device.type == "cuda" else None
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.step, self.gathered = None, None
+
+    def __call__(self, step):
+        if step != self.step:  # the first one, or that of a run which is resumed
+            self.gathered = self.thread.submit(self.stream, step)
+        batch = self.gathered.result()
+        self.step, self.gathered = step + 1, self.thread.submit(self.stream, step + 1)
+        if self.copies is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self.copies):
+            batch = batch.to(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.copies)
+        for tensor in batch.tensors():
+            tensor.record_stream(computing)  # until that is done, no later copy gets its memory
+        return batch
+
+
+def ahead(stream, device):
+    """The stream, or, where a GPU has no room for its tokens, an `AheadStream` of it."""
+    away = torch.device(device).type == "cuda" and stream.resident is None
+    return AheadStream(stream, device) if away else stream
 
 
 def dev_subset(shard, sequence_length, num_sequences):
