@@ -70,7 +70,7 @@ class Source:
     how: str = "light"
     keep_cr: bool = False
 
-    def blocks(self, characters=BLOCK_CHARACTERS, tell=False):
+    def blocks(self, tell=False):
         """Yields the cleaned text in blocks of whole lines, as `line_blocks` would of all of it.
 
         With `tell`, what is peculiar about the file is told. Raises `UserError` if it cannot be
@@ -78,7 +78,7 @@ class Source:
         """
         raw, rest, empty = text_blocks(self.path, self.how != "none", self.keep_cr, tell), "", True
         for piece in clean_blocks(self.name, raw, self.how):
-            whole = list(line_blocks(rest + piece, characters))
+            whole = list(line_blocks(rest + piece, BLOCK_CHARACTERS))
             rest = whole.pop() if whole else ""  # the last line may go on
             empty = empty and not whole
             yield from whole

@@ -365,8 +365,11 @@ class _Part:
         with open(self.path, "rb") as file:
             payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         payload, block_bytes = payload[header_bytes:], header["block_bytes"]
-        starts = range(0, len(payload), block_bytes)
-        if [sha256(payload[i : i + block_bytes]) for i in starts] != header["digests"]:
+        starts, digests = range(0, len(payload), block_bytes), header["digests"]
+        pairs = zip(starts, digests)
+        if len(starts) != len(digests) or not all(
+            sha256(payload[start : start + block_bytes]) == digest for start, digest in pairs
+        ):
             raise _damaged(self.path, "its tokens do not match their digests")
         return np.frombuffer(payload, dtype=DTYPES[self.dtype])
 
