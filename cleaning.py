@@ -170,3 +170,51 @@ def clean(name, text, how="light"):
     """`text` as the cleaner of the sub-corpus `name` leaves it."""
     cleaner = CLEANERS[how].get(name)
     return cleaner(text) if cleaner else text
+
+
+# ---- a text that is too large to be held
+
+
+def clean_blocks(name, blocks, how="light"):
+    """Yields, piece by piece, what `clean` makes of the text whose blocks of whole lines are given.
+
+    The light cleaners look at no more than a line. The paper's join lines, and treat the beginning
+    and the end of a text apart: they are given pieces that end where nothing is joined.
+    """
+    cleaner = CLEANERS[how].get(name)
+    if cleaner is None:
+        yield from blocks
+    elif how == "light":
+        yield from map(cleaner, blocks)
+    else:
+        yield from _clean_pieces(cleaner, blocks)
+
+
+def _clean_pieces(cleaner, blocks):
+    """What one of the paper's cleaners makes of a text in blocks.
+
+    A letter on a line of its own stands for the text that follows a piece, and is taken off again.
+    """
+    before, kept = "", ""
+    for block in blocks:
+        kept += block
+        if cut := _last_cut(kept):
+            yield cleaner(before + kept[:cut] + "x")[:-1]
+            kept = kept[cut:]
+            # The first character of all goes there: in a later piece, this one.
+            before = "\n" if cleaner is paper_wikipedia else ""
+    yield cleaner(before + kept)
+
+
+def _last_cut(text):
+    """The last place in whole lines at which no cleaner of the paper joins anything, or 0.
+
+    It is before a line that begins with more than blanks, with a heading on neither side.
+    """
+    stop = len(text)
+    while start := text.rfind("\n", 0, stop - 1) + 1:
+        line, previous = text[start:stop], text[text.rfind("\n", 0, start - 1) + 1 : start]
+        if line.splitlines()[0].strip() and "= = =" not in line + previous:
+            return start
+        stop = start
+    return 0

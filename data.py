@@ -1,19 +1,13 @@
-"""Token shards (format, writer, memory-mapped reader), the tokenizer, and the order of batches.
+"""The tokenizer, what tokenize_corpus.py wrote into a folder, and the order of batches.
 
-A shard is one file: a header that `head` shows in plain text, then the token ids.
-
-    header (harness/files.py)                a JSON object, covered by the digest in the first line
-    uint16 or uint32 ids, little-endian      one after another, no separator
-
-The JSON holds one digest per `block_bytes` of the payload, so that any changed byte is found on
-opening. A batch is a function of (seed, step) and of nothing else: resuming, or asking what step
-1234 saw, needs only the number.
+A batch is a function of (seed, step) and of nothing else: resuming, or asking what step 1234 saw,
+needs only the number. How tokens are kept in files: harness/shards.py.
 """
 
+import concurrent.futures
 import functools
 import hashlib
 import json
-import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,24 +15,12 @@ import numpy as np
 import sentencepiece
 import torch
 
-from harness.files import (
-    UserError,
-    atomic_write,
-    first_line_bytes,
-    json_memory,
-    pack_header,
-    sha256,
-    unpack_first_line,
-)
-
-MAGIC = "babyllama-shard"
-VERSION = 1
-BLOCK_BYTES = 1 << 20
-MAX_HEADER_BYTES = 1 << 26
-FIRST_LINE_BYTES = first_line_bytes(MAGIC)
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+from harness.files import UserError
+from harness.shards import TokenShard
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in training text
+GPU_SHARE = 1 / 8  # of a GPU's free memory that tokens may take
+COPIED_TOKENS = 1 << 24  # at a time, on their way to a GPU
 DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
 
 
@@ -105,163 +87,12 @@ class Tokenizer:
         return self.processor.decode([int(i) for i in ids])
 
 
-# ---- shards
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One text of a shard: its token span, and words and UTF-8 bytes of its cleaned text."""
-
-    name: str
-    start: int
-    stop: int
-    words: int
-    bytes: int
-
-
-def write_shard(path, texts, tokenizer, cleaning):
-    """Writes `texts`, a list of (name, ids, words, bytes), as one shard, and returns its header.
-
-    Raises `UserError` if an id lies beyond the vocabulary or there are no tokens.
-    """
-    ids = np.concatenate([np.asarray(t[1]) for t in texts] or [np.zeros(0, int)])
-    if not len(ids):
-        raise UserError(f"{path}: there is no text to write")
-    if ids.min() < 0 or ids.max() >= tokenizer.vocabulary_size:
-        raise UserError(f"{path}: token ids reach beyond {tokenizer.vocabulary_size} pieces")
-    dtype = "uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32"
-    payload = memoryview(ids.astype(DTYPES[dtype])).cast("B")
-    sources, start = [], 0
-    for name, file_ids, words, num_bytes in texts:
-        stop = start + len(file_ids)
-        sources.append(
-            {"name": name, "start": start, "stop": stop, "words": words, "bytes": num_bytes}
-        )
-        start = stop
-    header = {
-        "shard": 1,
-        "shards": 1,
-        "dtype": dtype,
-        "tokens": len(ids),
-        "words": sum(t[2] for t in texts),
-        "bytes": sum(t[3] for t in texts),
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "largest_id": int(ids.max()),
-        "tokenizer": tokenizer.identity,
-        "cleaning": cleaning,
-        "files": sources,
-        "block_bytes": BLOCK_BYTES,
-        "digests": _block_digests(payload, BLOCK_BYTES),
-    }
-    with atomic_write(path) as file:
-        file.write(pack_header(MAGIC, VERSION, json.dumps(header, indent=1).encode() + b"\n"))
-        file.write(payload)
-    return header
-
-
-def _block_digests(payload, block_bytes):
-    return [sha256(payload[i : i + block_bytes]) for i in range(0, len(payload), block_bytes)]
-
-
-class TokenShard:
-    """A verified, memory-mapped shard: `tokens` (N,) ids, `files`, and the header's facts.
-
-    Raises `UserError`, naming the file and the remedy, if it is missing, is no shard, is of a newer
-    version, or if any byte of it is not what was written.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(
-                f"{path} does not exist: make it with "
-                f"python tokenize_corpus.py --train DIR --dev DIR --out {self.path.parent}"
-            )
-        with open(self.path, "rb") as file:
-            first_line = file.read(FIRST_LINE_BYTES)
-            header_bytes, digest = self._parse_first_line(first_line)
-            body = file.read(header_bytes - FIRST_LINE_BYTES)
-            if sha256(body) != digest:
-                raise self._damaged("its header does not match its digest")
-            header = self._parse_header(body)
-            expected = header_bytes + header["tokens"] * DTYPES[header["dtype"]].itemsize
-            actual = self.path.stat().st_size
-            if actual != expected:
-                raise self._damaged(f"it has {actual} bytes where {expected} are expected")
-            payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        payload = payload[header_bytes:]
-        if _block_digests(payload, header["block_bytes"]) != header["digests"]:
-            raise self._damaged("its tokens do not match their digests")
-        self.tokens = np.frombuffer(payload, dtype=DTYPES[header["dtype"]])
-        self.words, self.bytes = header["words"], header["bytes"]
-        self.vocabulary_size, self.tokenizer = header["vocabulary_size"], header["tokenizer"]
-        self.files = [SourceFile(**f) for f in header["files"]]
-        self.digest = digest  # covers the header, and in it the digests of the tokens
-
-    def _parse_first_line(self, line):
-        try:
-            fields = unpack_first_line(line, MAGIC)
-        except ValueError as error:
-            raise self._damaged("its first line is incomplete") from error
-        if fields is None:
-            raise UserError(f"{self.path} is not a token shard: make one with tokenize_corpus.py")
-        version, header_bytes, digest = fields
-        if version != VERSION:
-            raise UserError(
-                f"{self.path} has format version {version}, this program reads {VERSION}: "
-                "make it again with tokenize_corpus.py"
-            )
-        if not FIRST_LINE_BYTES <= header_bytes <= MAX_HEADER_BYTES:
-            raise self._damaged(f"a header of {header_bytes} bytes is impossible")
-        return header_bytes, digest
-
-    def _parse_header(self, body):
-        # In what `write_shard` writes there is far more text to each value.
-        if json_memory(body) > (64 << 20) + 6 * len(body):
-            raise self._damaged("its header is not one that is written here")
-        try:
-            header = json.loads(body)
-            counts = [header[k] for k in ("tokens", "words", "bytes", "vocabulary_size")]
-            counts += [header["largest_id"], header["block_bytes"]]
-            files = [SourceFile(**f) for f in header["files"]]
-            counts += [n for f in files for n in (f.start, f.stop, f.words, f.bytes)]
-            valid = all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
-            valid = valid and header["dtype"] in DTYPES and header["block_bytes"] > 0
-            valid = valid and isinstance(header["tokenizer"], str)
-            bounds = [0] + [f.stop for f in files]
-            valid = valid and bounds == [f.start for f in files] + [header["tokens"]]
-            valid = valid and bounds == sorted(bounds)
-            valid = valid and isinstance(header["digests"], list)
-            single = (header["shard"], header["shards"]) == (1, 1)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._damaged("its header cannot be read") from error
-        if not valid:
-            raise self._damaged("its header contradicts itself")
-        if not single:
-            raise UserError(f"{self.path} is one of several shards: only single shards are read")
-        if header["largest_id"] >= header["vocabulary_size"]:
-            raise UserError(
-                f"{self.path}: token id {header['largest_id']} lies beyond its vocabulary of "
-                f"{header['vocabulary_size']}: make it again with tokenize_corpus.py"
-            )
-        return header
-
-    def _damaged(self, what):
-        return UserError(
-            f"{self.path} is damaged: {what}: make it again with tokenize_corpus.py, "
-            "or copy it again from where it is whole"
-        )
-
-    def chunks(self, starts, sequence_length):
-        """Inputs and targets (B, T), int64, of the chunks that begin at `starts` (B,)."""
-        positions = np.asarray(starts)[:, None] + np.arange(sequence_length + 1)
-        chunk = torch.from_numpy(self.tokens[positions].astype(np.int64))  # (B, T + 1)
-        return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
+# ---- a corpus
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What tokenize_corpus.py wrote into a folder: both shards, and their tokenizer."""
+    """What tokenize_corpus.py wrote into a folder: both splits, and their tokenizer."""
 
     folder: Path
     train: TokenShard
@@ -376,19 +207,21 @@ class BatchStream:
     """`stream(step)` is the step's batch: consecutive positions of the epochs' permutations.
 
     Every chunk is seen once an epoch, no batch is ragged, and a batch may span two epochs. On a GPU
-    the whole shard is kept there, four bytes a token, and a batch is gathered without a copy of
-    tokens. `num_tokens` and `words` are those of an epoch. Raises `UserError` if the shard is
-    shorter than one batch.
+    all tokens are kept there, in two bytes each where the vocabulary allows, if they fit into
+    `GPU_SHARE` of its free memory: a batch is then gathered without a copy of tokens. `num_tokens`
+    and `words` are those of an epoch. Raises `UserError` if the shard is shorter than one batch.
     """
 
     def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False, device="cpu"):
         self.shard, self.batch_size, self.seed = shard, batch_size, seed
-        self.num_tokens, self.words = len(shard.tokens), shard.words
+        self.num_tokens, self.words = shard.num_tokens, shard.words
         self.sequence_length, self.random_offset = sequence_length, random_offset
         self.resident = None
         if torch.device(device).type == "cuda":
-            self.keep_on(device)
-        self.num_chunks = count_chunks(len(shard.tokens), sequence_length, random_offset)
+            free, _ = torch.cuda.mem_get_info(device)
+            if self.resident_bytes <= GPU_SHARE * free:
+                self.keep_on(device)
+        self.num_chunks = count_chunks(shard.num_tokens, sequence_length, random_offset)
         if self.num_chunks < batch_size:
             raise UserError(
                 f"{shard.path} has {self.num_chunks} chunks of {sequence_length} tokens, fewer "
@@ -413,13 +246,67 @@ class BatchStream:
             positions = torch.arange(self.sequence_length + 1, device=device)
             positions = positions + starts.to(device, non_blocking=True)[:, None]  # (B, T + 1)
             chunk = self.resident[positions].long()
+            if self.resident.dtype == torch.int16:
+                chunk &= 0xFFFF  # an id above 32,767 was kept as the negative number of its bits
             tokens, targets = chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
         # Every target counts: to count them on the device would wait for it.
         return Batch(chunk_ids, tokens, targets, len(tokens), targets.numel())
 
+    @property
+    def resident_bytes(self):
+        """What `keep_on` takes."""
+        return self.num_tokens * (2 if self.shard.dtype.itemsize == 2 else 4)
+
     def keep_on(self, device):
         """Keeps the shard's tokens on `device`, and gathers batches there."""
-        self.resident = torch.from_numpy(self.shard.tokens.astype(np.int32)).to(device)
+        narrow = self.shard.dtype.itemsize == 2
+        dtype = torch.int16 if narrow else torch.int32  # uint16 cannot be indexed everywhere
+        self.resident = torch.empty(self.num_tokens, dtype=dtype, device=device)
+        stop = 0
+        for ids in self.shard.pieces():
+            for part in np.split(ids, range(COPIED_TOKENS, len(ids), COPIED_TOKENS)):
+                part = part.view(np.int16) if narrow else part.astype(np.int32)
+                start, stop = stop, stop + len(part)
+                self.resident[start:stop] = torch.from_numpy(part.copy())
+
+
+class AheadStream:
+    """The batches of a stream, each gathered from the files while the one before it is computed on.
+
+    `stream(step)` is on the device. To a GPU a batch is copied from pinned memory, on a CUDA stream
+    of its own, so that what is still computed there is not waited for. The thread that gathers
+    calls nothing of CUDA, which could disturb the capture of a graph. What goes wrong in it is
+    raised when that batch is asked for.
+    """
+
+    def __init__(self, stream, device):
+        self.stream, self.device = stream, torch.device(device)
+        self.num_chunks, self.words = stream.num_chunks, stream.words
+        self.num_tokens = stream.num_tokens
+        self.copies = torch.cuda.Stream(device) if self.device.type == "cuda" else None
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.step, self.gathered = None, None
+
+    def __call__(self, step):
+        if step != self.step:  # the first one, or that of a run which is resumed
+            self.gathered = self.thread.submit(self.stream, step)
+        batch = self.gathered.result()
+        self.step, self.gathered = step + 1, self.thread.submit(self.stream, step + 1)
+        if self.copies is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self.copies):
+            batch = batch.to(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.copies)
+        for tensor in batch.tensors():
+            tensor.record_stream(computing)  # until that is done, no later copy gets its memory
+        return batch
+
+
+def ahead(stream, device):
+    """The stream, or, where a GPU has no room for its tokens, an `AheadStream` of it."""
+    away = torch.device(device).type == "cuda" and stream.resident is None
+    return AheadStream(stream, device) if away else stream
 
 
 def dev_subset(shard, sequence_length, num_sequences):
@@ -427,10 +314,10 @@ def dev_subset(shard, sequence_length, num_sequences):
 
     Raises `UserError` if the shard holds no whole chunk.
     """
-    num_chunks = count_chunks(len(shard.tokens), sequence_length)
+    num_chunks = count_chunks(shard.num_tokens, sequence_length)
     if not num_chunks:
         raise UserError(
-            f"{shard.path} has {len(shard.tokens)} tokens, fewer than one chunk of "
+            f"{shard.path} has {shard.num_tokens} tokens, fewer than one chunk of "
             f"{sequence_length}: add text or lower --sequence-length"
         )
     generator = torch.Generator().manual_seed(DEV_SUBSET_SEED)

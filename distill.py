@@ -188,7 +188,7 @@ def open_teacher_cache(config, corpus, teachers, records):
     """The cache that --cache-teachers asks for, or None. `UserError` where it does not fit."""
     compute = choose_compute(config.device, config.precision)
     layout = Layout(
-        count_chunks(len(corpus.train.tokens), config.sequence_length),
+        count_chunks(corpus.train.num_tokens, config.sequence_length),
         config.sequence_length,
         tuple(teacher.config.hidden_size for teacher in teachers),
         torch.bfloat16 if compute.precision == "bf16" else torch.float32,

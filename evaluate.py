@@ -66,7 +66,7 @@ def _parts(shard, sequence_length):
 
     Raises `UserError` for a shard without a target.
     """
-    num_targets = len(shard.tokens) - 1
+    num_targets = shard.num_tokens - 1
     if num_targets < 1:
         raise UserError(f"{shard.path} is too short to score: give more text")
     whole = num_targets // sequence_length * sequence_length
@@ -127,7 +127,7 @@ def training_shares(path, shard):
     Raises `UserError` unless it has a file of `shard`'s, by name.
     """
     training = TokenShard(path)
-    shares = {f.name: (f.stop - f.start) / len(training.tokens) for f in training.files}
+    shares = {f.name: (f.stop - f.start) / training.num_tokens for f in training.files}
     if not sum(shares.get(file.name, 0) for file, _, _ in file_spans(shard)):
         raise UserError(f"{path} has no file called as one of {shard.path}: leave out --weight-by")
     return shares

@@ -265,7 +265,7 @@ def train_model(setup, entry, seed):
         return
     steps = None
     if setup.recipe.whole_epochs:
-        steps = entry.whole_steps(len(TokenShard(setup.data / "train.bin").tokens))
+        steps = entry.whole_steps(TokenShard(setup.data / "train.bin").num_tokens)
     options = [*entry.arguments(steps), "--data", setup.data, "--seed", seed + entry.seed_offset]
     options += ["--device", setup.device]
     program = train
@@ -339,7 +339,7 @@ def samples(path, device):
 def print_plan(setup, seeds):
     """Prints what each model will take, before anything is trained."""
     shard = TokenShard(setup.data / "train.bin")
-    costs = experiment.costs(setup.recipe, len(shard.tokens), shard.words)
+    costs = experiment.costs(setup.recipe, shard.num_tokens, shard.words)
     speeds, how = known_speeds(setup, costs, seeds)
     left = {
         name: sum(cost.flops * (1 - progress_of(setup, name, seed)[0]) for seed in seeds)

@@ -6,8 +6,8 @@ choose, the second are reported. (Odd and even chunks would share them all.)
 
 import math
 
-import tokenize_corpus
 from harness.files import UserError, write_text
+from harness.texts import read_text, split_name, text_files
 
 BLOCK_LINES = 50  # a sample is made of runs of lines, so that sentences keep company
 
@@ -24,11 +24,15 @@ def sample_lines(text, fraction):
     return "\n".join(line for block in kept or blocks[:1] for line in block)
 
 
+def plain_name(path):
+    """The name under which a file's text is written, as lines and not compressed."""
+    name, suffix = split_name(path)
+    return name + (".txt" if suffix == ".jsonl" else suffix)
+
+
 def sample_corpus(folder, target, words):
     """Writes a sample of each file of a folder, all in one proportion, with about `words` words."""
-    texts = {
-        path.name: tokenize_corpus.read_text(path) for path in tokenize_corpus.text_files(folder)
-    }
+    texts = {plain_name(path): read_text(path) for path in text_files(folder)}
     fraction = min(1.0, words / max(sum(len(text.split()) for text in texts.values()), 1))
     for name, text in texts.items():
         write_text(target / name, sample_lines(text, fraction))
@@ -53,23 +57,24 @@ def write_dev_halves(folder, targets, words=None, train_folder=None):
     """
     shares = {}
     if words is not None:
-        paths = tokenize_corpus.text_files(train_folder)
-        counts = {p.stem: len(tokenize_corpus.read_text(p).split()) for p in paths}
+        paths = text_files(train_folder)
+        counts = {split_name(p)[0]: len(read_text(p).split()) for p in paths}
         shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
-    for path in tokenize_corpus.text_files(folder):
-        if words is not None and not shares.get(path.stem):
+    for path in text_files(folder):
+        name, _ = split_name(path)
+        if words is not None and not shares.get(name):
             continue
-        for target, half in zip(targets, halves(tokenize_corpus.read_text(path))):
+        for target, half in zip(targets, halves(read_text(path))):
             if not half.split():
                 raise UserError(f"{path} cannot be cut in two halves: it has too few lines")
             if words is not None:
-                share = words * shares[path.stem] / len(half.split())
+                share = words * shares[name] / len(half.split())
                 half = sample_lines(half, min(1.0, share))
-            write_text(target / path.name, half)
+            write_text(target / plain_name(path), half)
 
 
 def folder_state(folder):
     """What tells a folder of text from another: its files and their sizes, or None."""
     if folder is None:
         return None
-    return {path.name: path.stat().st_size for path in tokenize_corpus.text_files(folder)}
+    return {path.name: path.stat().st_size for path in text_files(folder)}

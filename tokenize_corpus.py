@@ -3,123 +3,138 @@
     python tokenize_corpus.py --train babylm_10M --dev babylm_dev --out data/babylm
     python tokenize_corpus.py --dev essays --tokenizer data/babylm/tokenizer.model --out data/essays
 
-A folder holds one file per sub-corpus, as BabyLM has them: aochildes.train, qed.dev, or any *.txt.
-The tokenizer sees the training split alone. Nothing is written before everything has succeeded.
+A folder holds one file per sub-corpus, as BabyLM has them: aochildes.train, qed.dev, or any *.txt,
+or *.jsonl, whose lines are objects with a "text"; each may be compressed, with .gz after its name.
+The tokenizer sees the training split alone, and of a large one a sample of its lines.
+
+Text is streamed: it is read, cleaned and encoded block by block, and no file is ever held whole. A
+split is there once all of it is. Of one of several shards, those that are finished are kept when
+the program is stopped, and the same command goes on with the next.
 """
 
 import argparse
-import codecs
-import functools
+import collections
+import contextlib
+import hashlib
 import io
+import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from cleaning import CLEANERS, VERSIONS, clean
-from data import BOS, EOS, PAD, UNK, Tokenizer, write_shard
-from harness.files import UserError, atomic_write, fsync_folder, locked, run_program, warn
+from cleaning import CLEANERS, VERSIONS, clean_blocks
+from data import BOS, EOS, PAD, UNK, Tokenizer
+from harness import shards
+from harness.files import (
+    UserError,
+    atomic_write,
+    fsync_folder,
+    locked,
+    run_program,
+    warn,
+    write_json,
+)
+from harness.shards import finished_shards, split_header, write_split
+from harness.texts import SPACE_PIECE, sub_corpora, text_blocks
 from model import VOCABULARY_SIZE
 
-SUFFIXES = {".train", ".dev", ".test", ".txt"}
 SMALLEST_VOCABULARY = 260  # 256 bytes; pad, bos, eos, unk
+TRAINING_BYTES = 64_000_000  # of text that the tokenizer is trained on: SentencePiece holds it all
+SAMPLE_SEED = 0
 MAX_TRAINING_BYTES = 4000  # SentencePiece silently skips training lines of more than 4192 bytes
 CALL_CHARACTERS = 4000  # SentencePiece's time per character grows with the string
 BLOCK_CHARACTERS = 1 << 18  # what one process is handed at a time
-SPACE_PIECE = "\u2581"  # how SentencePiece spells a space: in text, it cannot be told from one
+BLOCKS_AHEAD = 2  # blocks of each process that may wait for it, or for what comes before them
+MADE_FROM = "made-from.json"  # beside finished shards: what they are shards of
 
 
 # ---- reading
 
 
-def text_files(folder):
-    """The text files of a folder, sorted by name. Raises `UserError` if there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give one of *.train, *.dev, *.test or *.txt")
-    paths = sorted(p for p in folder.glob("[!.]*") if p.suffix in SUFFIXES and p.is_file())
-    inner = sorted({p.parent.name for p in folder.glob("*/[!.]*") if p.suffix in SUFFIXES})
-    if inner:
-        warn(f"{folder}: text in its folders ({', '.join(inner)}) is not read: move it up")
-    if not paths:
-        raise UserError(f"{folder} holds no text: files named *.train, *.dev, *.test or *.txt")
-    return paths
+@dataclass(frozen=True)
+class Source:
+    """One text of a split, cleaned as it is read."""
+
+    name: str
+    path: Path
+    how: str = "light"
+    keep_cr: bool = False
+
+    def blocks(self, tell=False):
+        """Yields the cleaned text in blocks of whole lines, as `line_blocks` would of all of it.
+
+        With `tell`, what is peculiar about the file is told. Raises `UserError` if it cannot be
+        used, or nothing is left of it.
+        """
+        raw, rest, empty = text_blocks(self.path, self.how != "none", self.keep_cr, tell), "", True
+        for piece in clean_blocks(self.name, raw, self.how):
+            whole = list(line_blocks(rest + piece, BLOCK_CHARACTERS))
+            rest = whole.pop() if whole else ""  # the last line may go on
+            empty = empty and not whole
+            yield from whole
+        if rest:
+            yield rest
+        elif empty:
+            raise UserError(
+                f"nothing is left of {self.path} after cleaning: remove it or use --clean none"
+            )
 
 
 def read_folder(folder, how="light", keep_cr=False):
-    """The cleaned texts of a folder, {sub-corpus: text}, in the order of the file names.
+    """The sources of a folder, {sub-corpus: Source}, in the order of the file names.
 
-    Raises `UserError` if there is no such folder, no text in it, or a file that cannot be used.
+    Raises `UserError` if there is no such folder, no text in it, or two files of one name.
     """
-    texts, sources = {}, {}
-    for path in text_files(folder):
-        if path.stem in sources:
-            raise UserError(
-                f"{folder} holds both {sources[path.stem].name} and {path.name}: "
-                "give each split a folder of its own"
-            )
-        sources[path.stem] = path
-        texts[path.stem] = clean(path.stem, read_text(path, how != "none", keep_cr), how)
-        if not texts[path.stem]:
-            raise UserError(
-                f"nothing is left of {path} after cleaning: remove it or use --clean none"
-            )
-    return texts
+    return {name: Source(name, path, how, keep_cr) for name, path in sub_corpora(folder).items()}
 
 
-def read_text(path, windows=True, keep_cr=False):
-    """The text of a file, every character as it is but for what Windows adds to a text.
+@dataclass(frozen=True)
+class Size:
+    """What one reading of a text tells of it: characters, UTF-8 bytes, and their digest."""
 
-    With `windows` a byte-order mark goes, and line ends become newlines unless `keep_cr`; both are
-    told. Raises `UserError` if the file is empty or not UTF-8.
-    """
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        raise UserError(
-            f"{path} is not UTF-8 at byte {error.start}: convert it, "
-            f"for example with iconv -f {'utf-16' if utf16 else 'latin1'} -t utf-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if windows and text.startswith("\ufeff"):
-        warn(f"{path}: its byte-order mark is left out")
-        text = text[1:]
-    if windows and "\r\n" in text and not keep_cr:
-        warn(f"{path}: its line ends are those of Windows, and are read as newlines (--keep-cr)")
-        text = text.replace("\r\n", "\n")
-    if not text:
-        raise UserError(f"{path} is empty: remove it or fill it")
-    if "\0" in text:
-        warn(f"{path} holds NULs, as UTF-16 does: convert it with iconv -f utf-16le -t utf-8")
-    if count := text.count(SPACE_PIECE):
-        warn(f"{path}: {count} characters U+2581 will become spaces")
-    return text
+    characters: int
+    bytes: int
+    digest: str
+
+
+def measure(source):
+    """Reads a source once, and tells what is peculiar about it. Returns its `Size`."""
+    characters, num_bytes, digest = 0, 0, hashlib.sha256()
+    for block in source.blocks(tell=True):
+        encoded = block.encode()
+        characters, num_bytes = characters + len(block), num_bytes + len(encoded)
+        digest.update(encoded)
+    return Size(characters, num_bytes, digest.hexdigest())
 
 
 # ---- the tokenizer
 
 
-def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE):
+def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE, share=1.0):
     """The bytes of a SentencePiece BPE model of `texts` that gives every text back exactly.
 
-    One departure from the paper, which has NFKC and byte-level BPE: text is not normalised, and
-    only characters outside the alphabet are spelt in bytes. Raises `UserError` if the texts do not
-    yield `vocab_size` pieces, or if so few cannot hold the alphabet.
+    `texts` is an iterable of texts of whole lines; with a `share` below 1 it is trained on a sample
+    of their lines, always the same one. One departure from the paper, which has NFKC and byte-level
+    BPE: text is not normalised, and only characters outside the alphabet are spelt in bytes. Raises
+    `UserError` if the texts do not yield `vocab_size` pieces, or so few cannot hold the alphabet.
     """
-    model = io.BytesIO()
+    model, generator = io.BytesIO(), random.Random(SAMPLE_SEED)
+    pieces = (piece for text in texts for piece in training_pieces(text))
+    if share < 1:
+        pieces = (piece for piece in pieces if generator.random() < share)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(piece for text in texts for piece in training_pieces(text)),
+            sentence_iterator=pieces,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -196,56 +211,104 @@ def line_blocks(text, characters):
         start = stop
 
 
-@functools.cache
-def _tokenizer(model_bytes):
-    return Tokenizer(model_bytes)
+def _begin_encoding(model_bytes):
+    """What each process of the pool does first. Ctrl-C is the parent's to handle."""
+    global _tokenizer  # noqa: PLW0603
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _tokenizer = Tokenizer(model_bytes)
 
 
-def _encode_block(task):
-    model_bytes, block = task
-    tokenizer = _tokenizer(model_bytes)
-    ids = encode(tokenizer, block)
-    return ids, tokenizer.decode(ids) == block.replace(SPACE_PIECE, " ")
+def _encode_block(block):
+    """A block's ids, words and bytes, and whether its ids give it back."""
+    ids = encode(_tokenizer, block)
+    exact = _tokenizer.decode(ids) == block.replace(SPACE_PIECE, " ")
+    dtype = np.uint16 if _tokenizer.vocabulary_size <= 1 << 16 else np.int32
+    return ids.astype(dtype), len(block.split()), len(block.encode()), exact
 
 
-def encode_split(tokenizer, texts, pool, split):
-    """The entries of `write_shard` for {name: text}: (name, ids, words, bytes) of each.
+@contextlib.contextmanager
+def encoding_pool(tokenizer, characters):
+    """Yields a function that encodes [(name, block)] in processes, as many as the text needs.
 
-    Warns if the tokenizer does not give the text back: one that this program trained always does.
+    It yields (name, characters, what `_encode_block` returns) of each, in order, and takes no more
+    blocks than the processes have before them: what waits is held in memory.
     """
-    blocks = {name: list(line_blocks(text, BLOCK_CHARACTERS)) for name, text in texts.items()}
-    tasks = [(tokenizer.model_bytes, block) for name in texts for block in blocks[name]]
-    results = pool.imap(_encode_block, tasks)
-    total = sum(len(text) for text in texts.values())
-    entries, altered = [], 0
-    with tqdm(total=total, desc=split, unit="char", unit_scale=True, disable=None) as progress:
-        for name, text in texts.items():
-            ids = []
-            for block in blocks[name]:
-                block_ids, exact = next(results)
-                ids.append(block_ids)
-                altered += not exact
-                progress.update(len(block))
-            entries.append((name, np.concatenate(ids), len(text.split()), len(text.encode())))
-    if altered:
+    processes = min(os.cpu_count() or 1, 1 + characters // BLOCK_CHARACTERS)
+    with multiprocessing.Pool(processes, _begin_encoding, (tokenizer.model_bytes,)) as pool:
+
+        def encode_all(blocks):
+            waiting = collections.deque()
+            for name, block in blocks:
+                result = pool.apply_async(_encode_block, (block,))
+                waiting.append((name, len(block), result))
+                if len(waiting) > BLOCKS_AHEAD * processes:
+                    *task, result = waiting.popleft()
+                    yield *task, result.get()
+            for *task, result in waiting:
+                yield *task, result.get()
+
+        yield encode_all
+
+
+def encode_split(path, sources, sizes, tokenizer, cleaning, encode_all):
+    """Writes {name: Source} as the split `path`, after the shards of it that are finished.
+
+    `sizes` are {name: Size} of the sources. Returns the header of the shard, or of the index. Warns
+    if the tokenizer does not give the text back: one that this program trained always does.
+    """
+    if path.is_file():
+        return split_header(path)
+    finished = finished_shards(path)
+    if finished:
+        print(f"{path.name}: {len(finished)} shards are there already", file=sys.stderr)
+    blocks = ((name, block) for name, source in sources.items() for block in source.blocks())
+    counts = [0, 0]  # blocks, and those that do not come back
+
+    def texts():
+        total = sum(size.characters for size in sizes.values())
+        bar = tqdm(total=total, desc=path.stem, unit="char", unit_scale=True, disable=None)
+        with bar as progress:
+            rest = without_first(blocks, sum(header["bytes"] for header, _ in finished), progress)
+            for name, characters, (ids, words, num_bytes, exact) in encode_all(rest):
+                counts[0], counts[1] = counts[0] + 1, counts[1] + (not exact)
+                progress.update(characters)
+                yield name, ids, words, num_bytes
+
+    header = write_split(path, texts(), tokenizer, cleaning, finished)
+    if header["bytes"] != sum(size.bytes for size in sizes.values()):
+        raise UserError(f"the {path.stem} text changed while it was read: start again")
+    if counts[1]:
         warn(
-            f"the tokenizer does not give the {split} text back exactly: "
-            f"{altered} of {len(tasks)} blocks differ"
+            f"the tokenizer does not give the {path.stem} text back exactly: "
+            f"{counts[1]} of {counts[0]} blocks differ"
         )
-    return entries
+    return header
+
+
+def without_first(blocks, num_bytes, progress):
+    """[(name, block)] without the first ones, of so many bytes in all."""
+    for name, block in blocks:
+        if num_bytes > 0:
+            num_bytes -= len(block.encode())
+            progress.update(len(block))
+        else:
+            yield name, block
 
 
 # ---- the program
 
 
-def print_table(entries):
-    """Prints words, bytes, tokens and tokens per word of each file, each split and all."""
+def print_table(headers):
+    """Prints words, bytes, tokens and tokens per word of each file, each split and all.
+
+    `headers` are {split: header of its shard, or of its index}.
+    """
     rows = []
-    for split, files in entries.items():
-        counts = [(words, size, len(ids)) for _, ids, words, size in files]
-        rows += [(split, name, count) for (name, *_), count in zip(files, counts)]
+    for split, header in headers.items():
+        counts = [(f["words"], f["bytes"], f["stop"] - f["start"]) for f in header["files"]]
+        rows += [(split, f["name"], count) for f, count in zip(header["files"], counts)]
         rows.append((split, "total", tuple(map(sum, zip(*counts)))))
-    if len(entries) > 1:
+    if len(headers) > 1:
         totals = [count for _, name, count in rows if name == "total"]
         rows.append(("all", "total", tuple(map(sum, zip(*totals)))))
     width = max(len(name) for _, name, _ in rows)
@@ -288,32 +351,81 @@ def parse_arguments(argv):
     return args
 
 
-def write_corpus(out, entries, tokenizer, cleaning):
-    """Writes the shards {split: entries} and their tokenizer: all of them, or none.
+def continues(folder, made_from):
+    """Whether `folder` holds the beginning of what is made from `made_from`."""
+    try:
+        found = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return found == made_from and (folder / "tokenizer.model").is_file()
 
-    They are written into a folder within `out` and then moved: a full disk is met before that. A
-    kill between the moves leaves a folder without train.bin, which the same command completes.
+
+@contextlib.contextmanager
+def unfinished(out, made_from, tokenizer):
+    """Holds a folder within `out` for what is being written, and yields its path.
+
+    It has what an earlier run left of the same, with the same tokenizer, or nothing. When the run
+    fails or is stopped it goes, but for finished shards, from which the same command goes on.
     """
-    new = out / "new.tmp"
-    with locked(new):
-        for left_by_a_kill in new.iterdir():
-            left_by_a_kill.unlink()
-        try:
-            for split, files in entries.items():
-                write_shard(new / f"{split}.bin", files, tokenizer, cleaning)
-            with atomic_write(new / "tokenizer.model") as file:
+    folder = out / "new.tmp"
+    with locked(folder):
+        model = folder / "tokenizer.model"
+        if not continues(folder, made_from) or model.read_bytes() != tokenizer.model_bytes:
+            (folder / MADE_FROM).unlink(missing_ok=True)
+            for left_by_a_kill in folder.iterdir():
+                left_by_a_kill.unlink()
+            with atomic_write(model) as file:
                 file.write(tokenizer.model_bytes)
-            if "train" in entries:  # until the new one comes, last of all, the folder is refused
-                (out / "train.bin").unlink(missing_ok=True)
-            for path in sorted(new.iterdir()):
-                os.replace(path, out / path.name)
+            write_json(folder / MADE_FROM, made_from)
+        try:
+            yield folder
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            if not (continues(folder, made_from) and any(shards_within(folder))):
+                shutil.rmtree(folder, ignore_errors=True)
     fsync_folder(out)
 
 
+def shards_within(folder, split="*"):
+    """The shards of a split of several that are in a folder."""
+    return folder.glob(f"{split}-{'[0-9]' * 5}.bin")
+
+
+def publish(folder, out, splits):
+    """Moves what is in `folder` to `out`: the splits, and their tokenizer.
+
+    A full disk is met before that. A kill between the moves leaves a folder without train.bin,
+    which the same command completes.
+    """
+    (folder / MADE_FROM).unlink()  # from here on, `folder` is no beginning that can be continued
+    if "train" in splits:  # until the new one comes, last of all, the folder is refused
+        (out / "train.bin").unlink(missing_ok=True)
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        os.replace(folder / name, out / name)
+    for split in splits:
+        for of_an_older_split in shards_within(out, split):
+            if of_an_older_split.name not in names:
+                of_an_older_split.unlink()
+
+
+def check_different(sizes):
+    """Raises `UserError` if train and dev, of {split: {name: Size}}, have the same text."""
+    trained_on = {size.digest for size in sizes.get("train", {}).values()}
+    if same := [name for name, size in sizes["dev"].items() if size.digest in trained_on]:
+        raise UserError(f"train and dev have the same text in {', '.join(same)}: give others")
+
+
+def trained_tokenizer(sources, sizes, vocabulary_size):
+    """The tokenizer of the texts of a training split, {name: Source}, or of a sample of them."""
+    share = min(1.0, TRAINING_BYTES / sum(size.bytes for size in sizes.values()))
+    sample = f" on {share:.1%} of the lines" if share < 1 else ""
+    print(f"training the tokenizer{sample}", file=sys.stderr)
+    texts = (block for source in sources.values() for block in source.blocks())
+    return Tokenizer(train_tokenizer(texts, vocabulary_size, share))
+
+
 def main(argv=None):
-    """Reads, trains, encodes, then writes. Raises `UserError` before it has written anything."""
+    """Reads, trains, encodes. Raises `UserError` before it has changed any corpus."""
     args = parse_arguments(argv)
     out = Path(args.out)
     if not args.train and not args.tokenizer:
@@ -322,29 +434,36 @@ def main(argv=None):
         raise UserError(f"--out {out} is not a folder: name another")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     folders = {"train": args.train, "dev": args.dev}
-    splits = {
-        split: read_folder(folder, args.clean, args.keep_cr)
-        for split, folder in folders.items()
-        if folder
+    splits = {s: read_folder(f, args.clean, args.keep_cr) for s, f in folders.items() if f}
+    sizes = {s: {n: measure(t) for n, t in sources.items()} for s, sources in splits.items()}
+    check_different(sizes)
+    vocabulary_size = args.vocab_size or VOCABULARY_SIZE
+    made_from = {
+        "texts": {s: {n: size.digest for n, size in found.items()} for s, found in sizes.items()},
+        "cleaning": VERSIONS[args.clean],
+        "tokenizer": tokenizer.identity if tokenizer else vocabulary_size,
+        "blocks": [TRAINING_BYTES, BLOCK_CHARACTERS, shards.SHARD_TOKENS],
     }
-    trained_on = set(splits.get("train", {}).values())
-    if same := [name for name, text in splits.get("dev", {}).items() if text in trained_on]:
-        raise UserError(f"train and dev have the same text in {', '.join(same)}: give others")
-    if tokenizer is None:
-        print("training the tokenizer", file=sys.stderr)
-        size = args.vocab_size or VOCABULARY_SIZE
-        tokenizer = Tokenizer(train_tokenizer(splits["train"].values(), size))
-    characters = sum(len(text) for texts in splits.values() for text in texts.values())
-    processes = min(os.cpu_count() or 1, 1 + characters // BLOCK_CHARACTERS)
-    # Ctrl-C is the parent's to handle: it ends the pool.
-    with multiprocessing.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        entries = {s: encode_split(tokenizer, texts, pool, s) for s, texts in splits.items()}
-
-    write_corpus(out, entries, tokenizer, VERSIONS[args.clean])
-    print_table(entries)
-    print(
-        f"wrote {', '.join([*(f'{s}.bin' for s in entries), 'tokenizer.model'])} to {out}{os.sep}"
-    )
+    if tokenizer is None and continues(out / "new.tmp", made_from):
+        tokenizer = Tokenizer.load(out / "new.tmp" / "tokenizer.model")
+    elif tokenizer is None:
+        tokenizer = trained_tokenizer(splits["train"], sizes["train"], vocabulary_size)
+    characters = sum(size.characters for found in sizes.values() for size in found.values())
+    with (
+        encoding_pool(tokenizer, characters) as encode_all,  # before the lock, which is inherited
+        unfinished(out, made_from, tokenizer) as folder,
+    ):
+        headers = {
+            split: encode_split(
+                folder / f"{split}.bin", sources, sizes[split], tokenizer,
+                VERSIONS[args.clean], encode_all,
+            )
+            for split, sources in splits.items()
+        }  # fmt: skip
+        publish(folder, out, splits)
+    print_table(headers)
+    written = ", ".join([*(f"{split}.bin" for split in headers), "tokenizer.model"])
+    print(f"wrote {written} to {out}{os.sep}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import model as models
-from data import BatchStream, dev_subset, open_corpus
+from data import BatchStream, ahead, dev_subset, open_corpus
 from harness import devices, memory, parallel, states
 from harness.files import locked, run_program, say
 from harness.options import RunConfig, option, parse
@@ -291,7 +291,7 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
     """
     length, device = config.sequence_length, devices.choose_compute(config.device).device
     chunks = (corpus.train, config.batch_size, length, config.seed, config.random_offset)
-    stream = BatchStream(*chunks, device)
+    stream = ahead(BatchStream(*chunks, device), device)
     starts = dev_subset(corpus.dev, length, config.eval_sequences)
 
     def evaluate(model, autocast):

@@ -60,7 +60,8 @@ def pairs_and_tokenizer(args):
     # What the program says is no part of the table.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         make_toy_corpus.main(["--out", folder, "--words", "20000"])
-        texts = list(read_folder(Path(folder) / "train").values())
+        sources = read_folder(Path(folder) / "train").values()
+        texts = (block for source in sources for block in source.blocks())
         return read_pairs(Path(folder) / "pairs"), Tokenizer(train_tokenizer(texts, 1000))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 PAGE_BYTES = 4096
@@ -111,10 +112,30 @@ def atomic_write(path):
             raise
         fsync_folder(path.parent)
     except OSError as error:
-        reason = error.strerror or error
-        if error.errno == errno.ENOSPC:
-            reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
-        raise UserError(f"cannot write {path}: {reason}; what stood there is untouched") from error
+        raise _cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def scratch_file(path):
+    """Yields a nameless binary file beside `path`, to read and write, of which nothing remains.
+
+    Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            yield file
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path, error):
+    """The `UserError` of an `OSError` met in writing `path`."""
+    reason = error.strerror or error
+    if error.errno == errno.ENOSPC:
+        reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
+    return UserError(f"cannot write {path}: {reason}; what stood there is untouched")
 
 
 def fsync_folder(path):

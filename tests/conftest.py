@@ -14,12 +14,13 @@ import torch
 import export_hf
 import model as models
 import tokenize_corpus
-from data import Tokenizer, TokenShard, write_shard
+from data import Tokenizer, TokenShard
 from distill import DistillConfig
 from harness.checkpoint import content_digest, read_checkpoint, write_checkpoint
 from harness.devices import autocast_for
 from harness.options import may_change
 from harness.record import commit
+from harness.shards import write_shard
 from harness.states import Provenance
 from train import TrainStep, build_optimizer
 

@@ -7,8 +7,8 @@ folder, and in the middle of each write, the folder is copied as it is at that m
 Started as a program this is a process that has imported everything and answers tasks, one JSON
 object a line, each in a child of its own: {"program", "arguments", "folder"}, and "copies", a
 folder, if they are to be kept, or "watch": false if no call is to be watched and the plan is not to
-look at the disk. The answer is {"code": the exit code, "calls": {name: count}, "read": debris that
-was opened}.
+look at the disk; "constants", {module: {name: value}}, are set before. The answer is {"code": the
+exit code, "calls": {name: count}, "read": debris that was opened}.
 """
 
 import builtins
@@ -128,6 +128,9 @@ class Watched:
 def perform(task):
     """Does a task in this process."""
     from harness import cache, files, plan
+
+    for module, constants in task.get("constants", {}).items():
+        vars(importlib.import_module(module)).update(constants)
 
     def run():
         program = importlib.import_module(task["program"])

@@ -63,7 +63,8 @@ def main(path):
     rank = int(os.environ.get("RANK", "0"))
     codes = [do(task, rank) for task in json.loads(Path(path).read_text())]
     Path(f"{path}.{rank}").write_text(json.dumps(codes))
+    return max(codes) if codes == [1] else 0  # a lone task that failed is one to be restarted
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+import data
 from conftest import train_tokenizer, write_text
 from data import (
-    FIRST_LINE_BYTES,
-    MAGIC,
+    AheadStream,
+    Batch,
     BatchStream,
     Tokenizer,
     TokenShard,
+    ahead,
     count_chunks,
     dev_subset,
-    write_shard,
 )
 from harness.files import UserError, sha256
+from harness.shards import FIRST_LINE_BYTES, MAGIC, write_shard
 
 
 class Pieces:
@@ -170,6 +172,63 @@ def test_a_shard_that_is_kept_on_the_device_gives_the_same_batches(train_shard, 
     for step in (0, 1, 65, 66, 200):  # some span two epochs
         for a, b in zip(vars(mapped(step)).values(), vars(kept(step)).values()):
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@pytest.mark.parametrize("vocabulary_size", [65_536, 65_537])
+def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(
+    tmp_path, monkeypatch, vocabulary_size
+):
+    monkeypatch.setattr(data, "COPIED_TOKENS", 1000)
+    ids = np.random.default_rng(0).permutation(vocabulary_size)
+    shard = shard_of(tmp_path / "x.bin", ids, vocabulary_size)
+    mapped, kept = (BatchStream(shard, 64, 128, seed=0) for _ in range(2))
+    kept.keep_on("cpu")
+    assert kept.resident.element_size() == shard.dtype.itemsize
+    assert kept.resident.nbytes == kept.resident_bytes
+    for step in range(8):
+        assert torch.equal(mapped(step).tokens, kept(step).tokens)
+        assert torch.equal(mapped(step).targets, kept(step).targets)
+
+
+def test_batches_that_are_made_ahead_are_the_same_also_after_a_jump(train_shard):
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    made_ahead = AheadStream(stream, "cpu")
+    assert (made_ahead.num_chunks, made_ahead.words) == (stream.num_chunks, stream.words)
+    for step in (0, 1, 2, 40, 41, 7, 8, 8):
+        for a, b in zip(vars(stream(step)).values(), vars(made_ahead(step)).values()):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_what_goes_wrong_with_a_batch_ahead_is_raised_at_its_step():
+    class Stream:
+        num_chunks = num_tokens = words = 1
+
+        def __call__(self, step):
+            if step == 2:
+                raise UserError("the third batch cannot be read")
+            return Batch.whole(*torch.full((3, 1, 1), step))
+
+    made_ahead = AheadStream(Stream(), "cpu")
+    assert [made_ahead(step).chunk_ids.item() for step in (0, 1)] == [0, 1]
+    with pytest.raises(UserError, match="third"):
+        made_ahead(2)
+
+
+def test_on_a_cpu_no_batch_is_made_ahead(train_shard):
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    assert ahead(stream, "cpu") is stream
+
+
+@pytest.mark.gpu
+def test_batches_come_from_the_host_where_the_gpu_has_no_room(train_shard, monkeypatch):
+    monkeypatch.setattr(data, "GPU_SHARE", 0)
+    mapped = BatchStream(train_shard, 8, 32, 0)
+    stream = ahead(BatchStream(train_shard, 8, 32, 0, device="cuda"), "cuda")
+    assert isinstance(stream, AheadStream)
+    for step in (0, 1, 65, 200, 201):
+        batch = stream(step)
+        assert batch.tokens.is_cuda and torch.equal(mapped(step).tokens, batch.tokens.cpu())
+        assert torch.equal(mapped(step).targets, batch.targets.cpu())
 
 
 @pytest.mark.gpu

@@ -28,11 +28,13 @@ import generate
 import model as models
 import train
 from conftest import FIGURES, provenance_of, save_model, step_of
-from data import FIRST_LINE_BYTES, Batch, Tokenizer, TokenShard
-from data import MAGIC as SHARD_MAGIC
+from data import Batch, Tokenizer, TokenShard
 from harness import checkpoint as checkpoints
+from harness import shards
 from harness.cache import MAGIC, Layout, TeacherCache
 from harness.files import PAGE_BYTES, UserError, first_line_bytes, pack_header
+from harness.shards import FIRST_LINE_BYTES
+from harness.shards import MAGIC as SHARD_MAGIC
 from harness.states import check_continues, restore, training_state
 from llama import Llama, LlamaConfig
 from report.compare import comparison_rows, read_losses
@@ -123,6 +125,11 @@ class Files:
         self.layout = Layout(4, 3, (2,), torch.float32)
         TeacherCache.in_file(folder / "cache", self.layout, {"teachers": ["a"]})
         self.cache = (folder / "cache").read_bytes()
+        (folder / "several").mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "SHARD_TOKENS", 5)
+            texts = [(name, [1, 2, 3], 2, 9) for name in "aabb"]
+            self.index = shards.write_split(folder / "several" / "a.bin", texts, tokenizer, "1")
 
     @staticmethod
     def step():
@@ -172,6 +179,13 @@ class Files:
     def sign_shard(self, path, header):
         content = json.dumps(header).encode()
         path.write_bytes(pack_header(SHARD_MAGIC, 1, content) + self.shard[PAGE_BYTES:])
+
+    def sign_index(self, path, header):
+        path.write_bytes(pack_header(shards.INDEX_MAGIC, 1, json.dumps(header).encode()))
+
+    def read_split(self, path):
+        """All ids of a split, so that all its files are read."""
+        return TokenShard(path).tokens
 
     def sign_cache(self, path, header):
         content = json.dumps(header).encode()
@@ -237,6 +251,8 @@ def headers(files):
     json_of, checkpoint = files.write_json, files.sign_checkpoint
     return [
         ("shards", files.header, folder / "a.bin", files.sign_shard, TokenShard),
+        ("indices of shards", files.index, folder / "several" / "a.bin", files.sign_index,
+         files.read_split),
         ("teacher caches", json.loads(files.cache[first_line_bytes(MAGIC) : PAGE_BYTES]),
          folder / "a.cache", files.sign_cache, files.open_cache),
         ("checkpoints", files.best, folder / "a.pt", checkpoint, files.use),
@@ -278,7 +294,7 @@ def told(totals):
 
 def test_a_changed_field_crashes_no_program(files):
     totals = change_every_field(files, 47)
-    assert len(totals) == 8 and all(total for total, _ in totals.values())
+    assert len(totals) == 9 and all(total for total, _ in totals.values())
 
 
 @pytest.mark.faults
@@ -372,6 +388,8 @@ def kinds(files):
     return [
         ("shards", shard, TokenShard, damaged(files.shard) | ANYTHING, write),
         ("shards", shard, TokenShard, fields_changed(files.header), files.sign_shard),
+        ("indices of shards", folder / "several" / "a.bin", files.read_split,
+         fields_changed(files.index), files.sign_index),
         ("checkpoints", weights, load, damaged(small) | ANYTHING, write),
         ("checkpoints", weights, files.use, fields_changed(files.best), sign),
         ("resume points", weights, files.resume, fields_changed(files.full), sign),

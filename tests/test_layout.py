@@ -26,7 +26,7 @@ ALLOWED = {  # modules of the root that a module of the root may import
     "scoring": {"data", "loss"},
     "surprisal": {"scoring"},
     "evaluate": NOUNS | {"scoring", "surprisal"},
-    "sampling": {"tokenize_corpus"},
+    "sampling": set(),
     "experiment": {"cleaning", "data", "model", "train", "distill"},
 }
 

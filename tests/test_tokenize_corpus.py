@@ -1,6 +1,8 @@
 """From text to shards: what cleaning changes, what encoding must not, and what is refused."""
 
+import gzip
 import io
+import json
 import os
 import random
 import re
@@ -12,7 +14,8 @@ import sentencepiece
 import cleaning
 import tokenize_corpus
 from cleaning import clean
-from data import Tokenizer, TokenShard
+from data import Tokenizer, TokenShard, open_corpus
+from harness import shards
 from harness.files import UserError, run_program
 from tokenize_corpus import encode, line_blocks, main, train_tokenizer, training_pieces
 
@@ -390,13 +393,166 @@ def test_train_and_dev_of_the_same_text_are_refused(corpus, capsys):
 def test_a_disk_that_fills_up_leaves_what_was_there(corpus, monkeypatch, capsys):
     main(arguments(corpus))
     before = {path.name: path.read_bytes() for path in (corpus / "out").iterdir()}
-    write_shard = tokenize_corpus.write_shard
+    write_split = tokenize_corpus.write_split
 
     def fail_at_dev(path, *details):
         if path.name == "dev.bin":
             raise UserError(f"cannot write {path}: No space left on device")
-        return write_shard(path, *details)
+        return write_split(path, *details)
 
-    monkeypatch.setattr(tokenize_corpus, "write_shard", fail_at_dev)
+    monkeypatch.setattr(tokenize_corpus, "write_split", fail_at_dev)
     assert run_program(lambda: main(arguments(corpus, "--no-clean"))) == 1
     assert {path.name: path.read_bytes() for path in (corpus / "out").iterdir()} == before
+
+
+# ---- corpora of any size
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Makes blocks and shards so small that the corpus has many."""
+    monkeypatch.setattr(tokenize_corpus, "BLOCK_CHARACTERS", 1000)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 2500)
+
+
+def stop_after(monkeypatch, count):
+    """Lets so many shards be written, and stops the program at the next."""
+    write, written = shards._Unwritten.write, []
+
+    def limited(self, path, *details):
+        if len(written) == count:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(self, path, *details)
+
+    monkeypatch.setattr(shards._Unwritten, "write", limited)
+
+
+def test_several_shards_have_the_tokens_of_one(corpus, monkeypatch):
+    main(arguments(corpus))
+    whole = {split: TokenShard(corpus / "out" / f"{split}.bin") for split in ("train", "dev")}
+    monkeypatch.setattr(tokenize_corpus, "BLOCK_CHARACTERS", 1000)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 2500)
+    main(arguments(corpus))
+    for split, one in whole.items():
+        several = TokenShard(corpus / "out" / f"{split}.bin")
+        assert len(list((corpus / "out").glob(f"{split}-*.bin"))) > 2
+        assert np.array_equal(several.tokens, one.tokens)
+        assert (several.files, several.words, several.bytes) == (one.files, one.words, one.bytes)
+    open_corpus(corpus / "out")
+
+
+def test_a_smaller_corpus_leaves_no_shards_of_the_one_before(corpus, monkeypatch, small_shards):
+    main(arguments(corpus))
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 10**6)
+    main(arguments(corpus))
+    assert contents(corpus / "out").keys() == {"train.bin", "dev.bin", "tokenizer.model"}
+
+
+def test_an_interrupted_tokenisation_goes_on_at_the_next_shard(corpus, monkeypatch, small_shards):
+    main(arguments(corpus))
+    expected = contents(corpus / "out")
+    for path in (corpus / "out").iterdir():
+        path.unlink()
+    count = len([name for name in expected if "-" in name])
+    for done in (2, count - 1):  # within train, and within dev
+        with monkeypatch.context() as patch:
+            stop_after(patch, done - len(list((corpus / "out").glob("new.tmp/*-*.bin"))))
+            assert run_program(lambda: main(arguments(corpus))) == 130
+        assert not list((corpus / "out").glob("*.bin"))
+    finished = {p.name: p.stat().st_ino for p in (corpus / "out" / "new.tmp").glob("*-*.bin")}
+    assert len(finished) == count - 1
+    monkeypatch.setattr(tokenize_corpus, "train_tokenizer", None)  # nor is this done again
+    main(arguments(corpus))
+    assert contents(corpus / "out") == expected
+    for name, number in finished.items():
+        assert (corpus / "out" / name).stat().st_ino == number
+
+
+@pytest.mark.parametrize("change", ["text", "option"])
+def test_shards_of_something_else_are_not_gone_on_with(corpus, monkeypatch, small_shards, change):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run_program(lambda: main(arguments(corpus))) == 130
+    assert (corpus / "out" / "new.tmp").is_dir()
+    more = []
+    if change == "text":
+        with open(corpus / "train" / "stories.train", "a") as file:
+            file.write("another line\n")
+    else:
+        more = ["--no-clean"]
+    main(arguments(corpus, *more))
+    found = contents(corpus / "out")
+    main([*arguments(corpus, *more), "--out", f"{corpus}/fresh"])
+    assert found == contents(corpus / "fresh")
+
+
+def test_text_that_changes_while_it_is_read_is_refused(corpus, monkeypatch, capsys):
+    train_tokenizer = tokenize_corpus.train_tokenizer
+
+    def disturbed(*details):
+        with open(corpus / "dev" / "stories.dev", "a") as file:
+            file.write("another line\n")
+        return train_tokenizer(*details)
+
+    monkeypatch.setattr(tokenize_corpus, "train_tokenizer", disturbed)
+    assert run_program(lambda: main(arguments(corpus))) == 1
+    assert "the dev text changed while it was read" in capsys.readouterr().err
+    assert contents(corpus / "out") == {}
+
+
+def test_a_tokenizer_learns_from_a_sample_of_a_large_text_always_the_same(corpus, monkeypatch):
+    main(arguments(corpus))
+    whole = (corpus / "out" / "tokenizer.model").read_bytes()
+    text = "".join(path.read_bytes().decode() for path in sorted((corpus / "train").iterdir()))
+    monkeypatch.setattr(tokenize_corpus, "TRAINING_BYTES", len(text.encode()) // 2)
+    seen, training_pieces = [], tokenize_corpus.training_pieces
+
+    def noted(block):
+        for piece in training_pieces(block):
+            seen.append(piece)
+            yield piece
+
+    monkeypatch.setattr(tokenize_corpus, "training_pieces", noted)
+    models = []
+    for _ in range(2):
+        main(arguments(corpus))
+        models.append((corpus / "out" / "tokenizer.model").read_bytes())
+    assert models[0] == models[1] != whole and len(seen) > 1000
+    assert Tokenizer(models[0]).vocabulary_size == 500
+
+
+def test_compressed_and_json_lines_are_tokenised_as_plain_text_is(corpus):
+    main(arguments(corpus))
+    expected = contents(corpus / "out")
+    for split in ("train", "dev"):
+        stories, children = (corpus / split / f"{n}.{split}" for n in ("stories", "aochildes"))
+        lines = stories.read_bytes().decode().splitlines(keepends=True)
+        records = [json.dumps({"text": "".join(lines[i : i + 9])}) for i in range(0, 400, 9)]
+        with gzip.open(corpus / split / "stories.jsonl.gz", "wt") as file:
+            file.write("\n".join(records))
+        with gzip.open(corpus / split / "aochildes.txt.gz", "wb") as file:
+            file.write(children.read_bytes())
+        stories.unlink()
+        children.unlink()
+    main(arguments(corpus))
+    assert contents(corpus / "out") == expected
+
+
+def test_no_more_blocks_are_read_than_the_processes_have_before_them(tokenizer):
+    taken, texts = [], [words(200, seed) for seed in range(40)]
+
+    def blocks():
+        for text in texts:
+            taken.append(text)
+            yield "a name", text
+
+    with tokenize_corpus.encoding_pool(tokenizer, 1) as encode_all:
+        for i, (_, characters, (ids, *_)) in enumerate(encode_all(blocks())):
+            assert len(taken) <= i + 1 + tokenize_corpus.BLOCKS_AHEAD
+            assert tokenizer.decode(ids) == texts[i] and characters == len(texts[i])
+    assert len(taken) == 40
