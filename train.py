@@ -241,7 +241,7 @@ def fit(objective, config, stream, evaluate, provenance):
     """
     compute = devices.choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words)
-    states.check_resume(config.resume)
+    states.check_start(config, provenance)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
     config = memory.choose_micro_batch(config, objective, compute)
     if config.dry_run:

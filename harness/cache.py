@@ -179,7 +179,12 @@ def open_cache(place, layout, made_from, device, dry_run=False):
         )
     if place == "gpu" and device.type != "cuda":
         raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
-    place, free = _choose_place(place, layout.bytes, device)
+    number, several = parallel.machine()
+    if several and place not in ("auto", "host", "gpu"):
+        place = f"{place}.{number}"  # a file of each machine, wherever it is
+    place, free = parallel.in_turn(
+        lambda: _choose_place(place, layout.bytes, device), parallel.local_rank() == 0
+    )
     if place is None:
         say(f"cache      none: {layout.bytes / GIB:.2f} GiB do not fit")
         return None

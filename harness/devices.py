@@ -27,7 +27,7 @@ def choose_device(name):
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name == "cuda" and parallel.size_named() > 1:
+    if name == "cuda" and parallel.is_launched():
         name = f"cuda:{parallel.local_rank()}"
     try:
         device = torch.device(name)
@@ -130,6 +130,7 @@ def compile_blocks(objective):
     """
     objective.compiled = True
     torch._dynamo.reset()
+    torch._dynamo.config.optimize_ddp = False  # it would cut layers, which are graphs already
     compiled = [module for module in objective.modules() if hasattr(module, "blocks")]
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, GRAPHS_OF_A_MODEL * len(compiled) + 1)
@@ -310,11 +311,11 @@ def wants_graph(choice, compute, optimizers, tokens):
     asked for and cannot be had.
     """
     on_cuda, skipping = compute.device.type == "cuda", all(map(skips_on_device, optimizers))
-    alone = parallel.size_named() == 1
+    alone = not parallel.is_launched()
     if choice is None:
         return on_cuda and skipping and alone and tokens <= GRAPH_TOKENS
     if choice and not alone:
-        raise UserError("--cuda-graph is for one process: leave it out under torchrun")
+        raise UserError("--cuda-graph is not for torchrun's processes: leave it out")
     if choice and not on_cuda:
         raise UserError(
             f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}: leave it out"

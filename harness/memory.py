@@ -85,15 +85,21 @@ def kept_bytes(model, sequences, length, precision, checkpointed=False):
     return within.pop(None, 0) + max(within.values()) + inputs
 
 
-def estimate(objective, length, precision, compiled, checkpointed=False):
+def estimate(objective, length, precision, compiled, checkpointed=False, parts=1):
     """The `Memory` of a training step of an objective, `length` positions a sequence.
 
     Weights, gradients and two moments in float32; frozen models as they are; what is kept for the
-    backward pass, as FlashAttention keeps it; and the loss.
+    backward pass, as FlashAttention keeps it; and the loss. Sharded into `parts`, a process has its
+    part of the state, and whole what is outside of the layers, and two of them, with a gradient.
     """
     model = objective.model
     one, two = (kept_bytes(model, n, length, precision, checkpointed) for n in (1, 2))
-    state = sum(16 * p.numel() if p.requires_grad else p.nbytes for p in objective.parameters())
+    trained = [p.numel() for p in objective.parameters() if p.requires_grad]
+    state = 16 * sum(trained) // parts
+    state += sum(p.nbytes for p in objective.parameters() if not p.requires_grad)
+    if parts > 1:
+        layers = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+        state += 8 * (sum(trained) - sum(layers) + 2 * max(layers))
     share = COMPILED_SHARE if compiled else 1
     loss = 8 * LOSS_TOKENS * len(model.head)
     return Memory(state + max(2 * one - two, 0) + loss, round(share * (two - one)))
@@ -109,9 +115,13 @@ def choose_micro_batch(config, objective, compute):
         return config
     compiled = compiles(config.compile, compute)
     again = config.checkpoint_activations
-    memory = estimate(objective, config.sequence_length, compute.precision, compiled, again)
+    parts = parallel.size() if config.shard else 1
+    options = config.sequence_length, compute.precision, compiled, again, parts
+    memory = estimate(objective, *options)
     on_cuda = compute.device.type == "cuda"
     room = free_bytes("gpu" if on_cuda else "host", compute.device)
+    if room is not None and not on_cuda:
+        room //= parallel.size()
     sequences, whole = config.micro_batch_size, -(-config.batch_size // parallel.size())
     if wanted:
         if room is None:
@@ -126,7 +136,7 @@ def choose_micro_batch(config, objective, compute):
     at_a_time = sequences or whole
     say(f"estimate   {memory.of(at_a_time) / GIB:.1f} GiB for {at_a_time} sequences at a time")
     if config.dry_run:
-        memory = estimate(objective, config.sequence_length, "bf16", True, again)
+        memory = estimate(objective, config.sequence_length, "bf16", True, again, parts)
         fitting = {size: memory.sequences(whole, size * 10**9) for size in CARDS}
         cards = [f"{n or 'none'} on a GPU of {size} GB" for size, n in fitting.items()]
         say(f"--micro-batch-size, estimated: {', '.join(cards)}")

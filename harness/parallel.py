@@ -26,7 +26,7 @@ def join(device):
 
     Numbers of the host travel by gloo, gradients by NCCL where they are on a GPU.
     """
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if not is_launched() or dist.is_initialized():
         return
     try:
         if device.type == "cuda":
@@ -35,13 +35,20 @@ def join(device):
             dist.init_process_group("gloo")
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the processes that torchrun names: {error}") from error
-    atexit.register(leave)
     if rank():
         files.speaker = f"rank {rank()}: "
 
 
-def leave():
-    """Leaves the other processes."""
+def leave_when_done():
+    """Leaves the other processes when this one ends.
+
+    Not before all is done: NCCL would wait for the others, and torchrun not learn of a failure.
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave():
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -56,9 +63,9 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def size_named():
-    """How many processes torchrun names, whether this one has joined them or not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def is_launched():
+    """Whether torchrun has started this process, even if it is the only one."""
+    return "WORLD_SIZE" in os.environ
 
 
 def local_rank():
@@ -116,8 +123,8 @@ def spread(objective, device, shard=False):
     """The objective on the device, and what is to be called in its stead: it sums gradients.
 
     With `shard` each process keeps a part of every parameter of the model in training, and of its
-    gradient and moments (FSDP2): layers are put together when they are needed. Frozen models stay
-    whole.
+    gradient and moments (FSDP2): layers are put together when they are needed, embedding and head
+    for the whole step. Frozen models stay whole.
     """
     if not dist.is_initialized():
         if shard:
@@ -160,7 +167,13 @@ def _sum_gradients(_state, bucket):
 
 def is_sharded(module):
     """Whether each process has a part of the module's parameters."""
-    return hasattr(module, "set_requires_gradient_sync")
+    return hasattr(module, "set_gradient_divide_factor")
+
+
+def machine():
+    """The number of this process's machine, and whether there are several."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", str(size())))
+    return int(os.environ.get("GROUP_RANK", "0")), together < size()
 
 
 def micro_batch_sizes(sequences, batch_size, largest):
@@ -177,11 +190,12 @@ def micro_batch_sizes(sequences, batch_size, largest):
 
 
 def sum_gradients(module, wanted):
-    """Whether the next backward pass of `spread`'s module ends with the sum of all gradients."""
+    """Whether the next backward pass of `spread`'s module ends with the sum of all gradients.
+
+    Sharded models sum them always: what is not summed is kept whole.
+    """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = wanted
-    elif is_sharded(module):
-        module.set_requires_gradient_sync(wanted)
 
 
 def add(terms):

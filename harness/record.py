@@ -18,7 +18,8 @@ from harness.files import UserError, say, warn, write_text
 from harness.states import STATES, on_host, promote, training_state
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-AGREE_EVERY = 8  # steps after which processes tell each other whether they were asked to stop
+AGREE_SECONDS = 2  # after which processes tell each other whether they were asked to stop, and
+AGREE_STEPS = 8  # the most steps: torchrun kills what has not ended 30 seconds after a signal
 PROFILE_AFTER = 10  # steps: by then all is compiled, and what is made once is made
 NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
 
@@ -54,7 +55,8 @@ def machine(device):
 class StopSignal:
     """Within its `with`, SIGTERM, SIGINT and SIGHUP are remembered: a step can be finished first.
 
-    `number` is the signal's, or None. A second signal acts at once. A SIGHUP that is ignored, as
+    `number` is the signal's, or None. A second signal acts at once, but for one of several
+    processes. A SIGHUP that is ignored, as
     nohup has it, stays so.
     """
 
@@ -69,7 +71,8 @@ class StopSignal:
 
     def receive(self, number, _frame):
         self.number = number
-        self.__exit__()
+        if parallel.size() == 1:  # torchrun may pass one on that its processes also got themselves
+            self.__exit__()
 
     def __exit__(self, *_error):
         for number, handler in self.previous.items():
@@ -77,7 +80,11 @@ class StopSignal:
 
 
 def exit_code(progress):
-    """The exit code of a run that ended with this progress: 0, or 143, 130, 129 after a signal."""
+    """The exit code of a run that ended with this progress: 0, or 143, 130, 129 after a signal.
+
+    Of several processes each may leave the others now.
+    """
+    parallel.leave_when_done()
     return 128 + progress["stopped_by"] if progress.get("stopped_by") else 0
 
 
@@ -209,8 +216,9 @@ class Recorder:
             total=plan.steps, initial=progress["step"], unit="step", leave=True,
             disable=None if self.writes else True,
         )  # fmt: skip
-        self.started = self.clock = time.perf_counter()
-        self.clock_step = progress["step"]
+        self.started = self.clock = self.agreed_at = time.perf_counter()
+        self.clock_step = self.agreed_step = progress["step"]
+        self.agree_next = progress["step"] + 1
 
     def count(self, step):
         """Notes that a step was taken; where it passes a word mark, the weights are kept."""
@@ -227,13 +235,18 @@ class Recorder:
         Several processes agree on it every few steps: all of them learn of it after the same step,
         and of the signal as their own.
         """
+        step, seconds = self.progress["step"], time.perf_counter() - self.agreed_at
         limit = self.config.stop_after
         late = limit is not None and (time.perf_counter() - self.started) / 60 > limit
         if parallel.size() > 1:
-            if self.progress["step"] % AGREE_EVERY:
+            if step < self.agree_next:
                 return False
-            numbers, late = zip(*parallel.gather((stop.number, late)))
+            found = parallel.gather((stop.number, late, seconds / (step - self.agreed_step)))
+            numbers, late, seconds = zip(*found)
             stop.number, late = next(filter(None, numbers), None), any(late)
+            ahead = max(1, min(AGREE_STEPS, int(AGREE_SECONDS / max(seconds))))
+            self.agree_next, self.agreed_step = step + ahead, step
+            self.agreed_at = time.perf_counter()
         return bool(stop.number or late)
 
     def log_step(self, terms, rate):

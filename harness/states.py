@@ -1,6 +1,7 @@
 """State that outlives the process: what resuming needs, and which state a run continues from."""
 
 import dataclasses
+import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from harness import options, parallel
 from harness.checkpoint import DamagedFile, read_checkpoint
 from harness.files import UserError, fsync_folder, say, warn
 
-_OTHER_SEEDS = 1_000_003  # far apart, for processes whose random state was not saved
+PLACES = {"data", "out", "init", "teachers", "cache_teachers", "resume", "device"}  # options
 STATES = ("checkpoint.new", "checkpoint.pt", "previous.pt")  # the newest first
 
 
@@ -99,7 +100,7 @@ def _random_state(device):
     }
 
 
-def _restore_random_state(state, device, step):
+def _restore_random_state(state, device, seed, step):
     """Each process takes what it had; one that was not there before draws from a seed of its own.
 
     So it is in a new run, where `state` is None and the first process goes on as it is.
@@ -111,7 +112,8 @@ def _restore_random_state(state, device, step):
         if device.type == "cuda" and found[rank]["cuda"] is not None:
             torch.cuda.set_rng_state(found[rank]["cuda"], device)
     elif rank:
-        torch.manual_seed(_OTHER_SEEDS * rank + step)
+        mixed = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:4]
+        torch.manual_seed(int.from_bytes(mixed, "little"))
 
 
 def _own(parameters):
@@ -144,7 +146,8 @@ def restore(train_step, checkpoint, path):
         in_a_row, in_all = state.get("nonfinite", (0, 0))  # older checkpoints did not count them
         train_step.nonfinite_in_a_row.fill_(in_a_row)
         train_step.nonfinite_steps.fill_(in_all)
-        _restore_random_state(state["random"], device, checkpoint["progress"]["step"])
+        seed, step = checkpoint["config"].get("seed", 0), checkpoint["progress"]["step"]
+        _restore_random_state(state["random"], device, seed, step)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what someone made up may raise anything at all
@@ -202,17 +205,15 @@ def begin_or_continue(train_step, config, provenance, steps):
     """The progress that a run starts with, and the path of its state or None for a new run.
 
     A state that is found is put in place. Raises `UserError` where processes that train together
-    have been given different things.
+    find different ones.
     """
     checkpoint, found = parallel.in_turn(
         lambda: find_checkpoint(config, provenance), parallel.rank() == 0
     )
     progress = checkpoint["progress"] if checkpoint else new_progress(steps)
-    conditions, free = provenance.conditions(config), options.may_change(type(config))
-    facts = {key: value for key, value in conditions.items() if key not in free}
-    parallel.check_same(facts | {"state to continue from": progress["step"]})
+    parallel.check_same({"state to continue from": progress["step"]})
     if not checkpoint:
-        _restore_random_state(None, train_step.nonfinite_steps.device, 0)
+        _restore_random_state(None, train_step.nonfinite_steps.device, config.seed, 0)
         return progress, None
     restore(train_step, checkpoint, found)
     if progress["step"] >= steps:
@@ -224,10 +225,16 @@ def begin_or_continue(train_step, config, provenance, steps):
     return progress, found
 
 
-def check_resume(resume):
-    """Raises `UserError` where --resume names a checkpoint that is not there."""
-    if resume not in ("auto", "never") and not Path(resume).exists():
-        raise UserError(f"--resume {resume}: there is no such checkpoint")
+def check_start(config, provenance):
+    """Raises `UserError` where --resume names a checkpoint that is not there.
+
+    Also where processes that train together were given different things. Where things are may
+    differ between machines; all else says what they do together.
+    """
+    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+        raise UserError(f"--resume {config.resume}: there is no such checkpoint")
+    conditions = provenance.conditions(config).items()
+    parallel.check_same({key: value for key, value in conditions if key not in PLACES})
 
 
 def find_checkpoint(config, provenance):

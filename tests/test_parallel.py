@@ -19,6 +19,7 @@ from conftest import save_model, write_split, write_text
 from data import Batch
 from harness.checkpoint import read_checkpoint
 from harness.files import UserError
+from harness.record import AGREE_STEPS
 from model import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -185,7 +186,8 @@ def test_two_processes_compute_the_run_of_one(runs, on_two, name, options, progr
 def test_three_processes_compute_the_run_of_one_and_continue_what_two_began(runs, on_two):
     assert on_two[0]["stopped"] == on_two[0]["shard, stopped"] == 128 + signal.SIGTERM
     for name in ("stopped", "stopped-shard"):
-        assert read_checkpoint(runs.folder / name / "checkpoint.pt")["progress"]["step"] == 16
+        step = read_checkpoint(runs.folder / name / "checkpoint.pt")["progress"]["step"]
+        assert 9 <= step <= 9 + AGREE_STEPS
     tasks = [runs.task("uneven-3", UNEVEN), runs.task("stopped", EVEN)]
     tasks += [runs.task("stopped-shard", [*EVEN, "--shard"])]
     assert runs.on_several(3, tasks)[1] == [[0, 0, 0]] * 3
@@ -245,7 +247,7 @@ def test_what_cannot_be_done_by_several_is_refused_in_one_line(on_two):
     assert "process 1 has another train_shard, dev_shard than process 0" in done.stderr
     assert "--cache-teachers host: each of 2 processes" in done.stderr
     assert "--batch-size 1: 2 processes need a sequence each" in done.stderr
-    assert "--cuda-graph is for one process" in done.stderr
+    assert "--cuda-graph is not for torchrun's" in done.stderr
     assert "error: rank 1: --batch-size 1" in done.stderr
 
 
@@ -309,7 +311,7 @@ def test_a_signal_to_torchrun_saves_once(runs):
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "SignalException" in said and not processes_of(path)
     step = read_checkpoint(runs.folder / "signalled" / "checkpoint.pt")["progress"]["step"]
-    assert step % 8 == 0 and not (runs.folder / "signalled" / "previous.pt").exists()
+    assert step < 4000 and not (runs.folder / "signalled" / "previous.pt").exists()
 
 
 @pytest.mark.faults
@@ -327,13 +329,13 @@ def test_compiled_layers_on_two_processes_compute_the_run_of_one(runs):
 
 @pytest.mark.gpu
 def test_one_process_on_nccl_computes_the_run_of_one(runs):
-    on_gpu = ["--device", "cuda", "--no-cuda-graph", "--no-compile"]
+    on_gpu = ["--device", "cuda", "--no-compile"]
     tasks = [
         runs.task("nccl", [*UNEVEN, *on_gpu]),
         runs.task("nccl-2", [*UNEVEN, *on_gpu, "--shard"]),
     ]
     assert runs.on_several(1, tasks)[1] == [[0, 0]]
-    one = runs.on_one("one-on-gpu", [*UNEVEN, *on_gpu])
+    one = runs.on_one("one-on-gpu", [*UNEVEN, *on_gpu, "--no-cuda-graph"])
     for other in ("nccl", "nccl-2"):
         losses, weights = runs.difference(one, other)
         assert losses < 3e-6 and weights < 1e-4
