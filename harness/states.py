@@ -339,6 +339,8 @@ def check_continues(checkpoint, config, provenance, path, full=True):
     differing = []
     for key in sorted((saved.keys() | conditions.keys()) - options.may_change(type(config))):
         there, now = saved.get(key), conditions.get(key)
+        if key not in conditions and not there:
+            continue  # an option of a later version, which was left out
         if key == "shape" and isinstance(there, dict):
             changed = [f for f in now if there.get(f) != now[f]]
             differing += [f"shape: {f} ({there.get(f)} there, {now[f]} now)" for f in changed]

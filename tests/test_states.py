@@ -1,5 +1,6 @@
 """Which state a run continues from: after kills, damage, failed reads, and earlier versions."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -97,6 +98,25 @@ def test_an_option_that_an_old_run_does_not_have_means_its_default(tmp_path, mon
 
 
 # ---- kills (found by an attack: a kill between the last two renames left a run unfinished)
+
+
+def test_an_option_of_a_later_version_that_was_left_out_is_no_difference(
+    data_folder, tmp_path, monkeypatch
+):
+    later = states.Provenance.conditions
+    config = config_for(data_folder, tmp_path / "r")
+    for value, same in ((False, True), (5, False)):
+        with monkeypatch.context() as patch:
+            extended = lambda self, c, v=value: later(self, c) | {"later": v}  # noqa: E731
+            patch.setattr(states.Provenance, "conditions", extended)
+            interrupt_after(patch, 5)
+            out = dataclasses.replace(config, out=str(tmp_path / str(same)))
+            trained(out)
+        if same:
+            assert trained(out)["step"] == 12
+        else:
+            with pytest.raises(UserError, match="later"):
+                trained(out)
 
 
 @pytest.fixture(scope="module")
