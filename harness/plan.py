@@ -112,7 +112,8 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
     tokens = plan.tokens_seen(1)
-    say(f"model      {provenance.name}: {trained:,} parameters; {compute}")
+    together = f", {parallel.size()} processes" if parallel.size() > 1 else ""
+    say(f"model      {provenance.name}: {trained:,} parameters; {compute}{together}")
     shape = dataclasses.asdict(provenance.shape)
     say(f"shape      {', '.join(f'{key}={value}' for key, value in shape.items())}")
     if frozen:
