@@ -216,6 +216,7 @@ def main(argv=None):
     positions = config.sequence_length if config.kl_reduction == "sequence" else 1
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
     say(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
+    parallel.check_same({"set of teachers": [record["digest"] for record in records]})
     cache = open_teacher_cache(config, corpus, teachers, records)
     objective = OBJECTIVES[config.objective](student, teachers, config, cache)
     return exit_code(fit_corpus(objective, config, corpus, name, init_digest, records))

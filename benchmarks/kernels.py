@@ -105,8 +105,9 @@ def main(argv=None):
     rows = [[f"graph ({precision})", *KERNELS]]
     with fresh_inductor_cache():  # a graph that is found in the cache shows no code
         for name, code in graphs_of(device, autocast_for(device, precision), precision):
-            findings.add(name, counts(code))
-            rows.append([name, *map(str, counts(code).values())])
+            found = counts(code)
+            findings.add(name, found)
+            rows.append([name, *map(str, found.values())])
     print_table(rows)
     findings.close(args)
 

@@ -179,12 +179,11 @@ def open_cache(place, layout, made_from, device, dry_run=False):
         )
     if place == "gpu" and device.type != "cuda":
         raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
-    number, several = parallel.machine()
-    if several and place not in ("auto", "host", "gpu"):
-        place = f"{place}.{number}"  # a file of each machine, wherever it is
-    place, free = parallel.in_turn(
-        lambda: _choose_place(place, layout.bytes, device), parallel.local_rank() == 0
-    )
+    machine = parallel.machine_number()
+    if machine is not None and place not in ("auto", "host", "gpu"):
+        place = f"{place}.{machine}"  # a file of each machine, wherever it is
+    place, free = _choose_place(place, layout.bytes, device)
+    parallel.gather(None)  # nobody takes room before all have looked
     if place is None:
         say(f"cache      none: {layout.bytes / GIB:.2f} GiB do not fit")
         return None

@@ -21,8 +21,8 @@ def choose_device(name):
     """The torch device of that name; `auto` takes CUDA, else MPS, else the CPU.
 
     Of several processes on a machine each has a GPU of its own. Raises `UserError` if it is not
-    there. On CUDA, attention by cuDNN is switched off: in torch
-    2.11 some of its kernels round the dropout probability to sixteenths (pytorch PR 174245).
+    there. On CUDA, attention by cuDNN is switched off: in torch 2.11 some of its kernels round the
+    dropout probability to sixteenths (pytorch PR 174245).
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":

@@ -73,6 +73,12 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def machine_number():
+    """This process's machine among several, from 0; None where there is one."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", str(size())))
+    return int(os.environ.get("GROUP_RANK", "0")) if together < size() else None
+
+
 # ---- what the processes tell each other, on the host
 
 
@@ -168,12 +174,6 @@ def _sum_gradients(_state, bucket):
 def is_sharded(module):
     """Whether each process has a part of the module's parameters."""
     return hasattr(module, "set_gradient_divide_factor")
-
-
-def machine():
-    """The number of this process's machine, and whether there are several."""
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", str(size())))
-    return int(os.environ.get("GROUP_RANK", "0")), together < size()
 
 
 def micro_batch_sizes(sequences, batch_size, largest):

@@ -56,8 +56,7 @@ class StopSignal:
     """Within its `with`, SIGTERM, SIGINT and SIGHUP are remembered: a step can be finished first.
 
     `number` is the signal's, or None. A second signal acts at once, but for one of several
-    processes. A SIGHUP that is ignored, as
-    nohup has it, stays so.
+    processes. A SIGHUP that is ignored, as nohup has it, stays so.
     """
 
     def __enter__(self):
@@ -188,8 +187,9 @@ class Recorder:
         self.conditions = provenance.conditions(config)
         self.model = train_step.objective.model
         self.writes = parallel.rank() == 0
-        for debris in self.out.glob("*.tmp") if self.writes else ():  # left by a write that a
-            debris.unlink()  # kill interrupted
+        if self.writes:
+            for debris in self.out.glob("*.tmp"):  # left by a write that a kill interrupted
+                debris.unlink()
         self.current_is_whole = found == self.out / "checkpoint.pt"
         self.commit = commit()
         first = {

@@ -126,6 +126,9 @@ def on_two(runs, tokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         for split in ("train", "dev"):
             write_split(folder, split, tokenizer, {"a": write_text(500, seed=i)})
+        torch.manual_seed(i)
+        teacher = build_model("llama-tiny", 300)
+        save_model(runs.folder / f"teacher-{i}.pt", teacher, tokenizer, "llama-tiny", length=128)
     cache = ["--cache-teachers", str(runs.folder / "cache")]
     tasks = {
         "even": runs.task("even-2", EVEN),
@@ -144,6 +147,9 @@ def on_two(runs, tokenizer):
         "stopped": runs.task("stopped", EVEN, signal_at=9),
         "shard, stopped": runs.task("stopped-shard", [*EVEN, "--shard"], signal_at=9),
         "other data": runs.task("other", [*UNEVEN, "--data", str(runs.folder / "data-{rank}")]),
+        "other teacher": runs.task(
+            "other", [*DISTILL, "--teachers", str(runs.folder / "teacher-{rank}.pt")], "distill"
+        ),
         "in memory": runs.task("host", [*DISTILL, "--cache-teachers", "host"], "distill"),
         "few": runs.task("few", [*TRAIN, "--batch-size", "1"]),
         "graph": runs.task("graph", [*UNEVEN, "--cuda-graph"]),
@@ -229,22 +235,19 @@ def test_a_gradient_that_is_not_finite_on_one_process_changes_nothing_on_any(run
 
 def test_the_first_process_alone_prints_and_writes(runs, on_two):
     codes, done = on_two
-    assert done.stdout.count("50 steps = 0.57 epochs of 525 chunks") == codes_of_uneven(codes)
+    of_six = sum(name in ("even", "stopped", "shard, stopped") for name in codes)  # a step
+    assert done.stdout.count("50 steps = 0.57 epochs of 525 chunks") == of_six
     entries = [json.loads(line) for line in (runs.folder / "even-2" / "log.jsonl").open()]
     assert entries[0]["processes"] == 2 and [e["step"] for e in entries[1:]].count(50) == 2
     assert not list(runs.folder.glob("*/*.tmp"))
 
 
-def codes_of_uneven(codes):
-    """How many of the tasks are runs of six sequences a step."""
-    return sum(name in ("even", "stopped", "shard, stopped") for name in codes)
-
-
 def test_what_cannot_be_done_by_several_is_refused_in_one_line(on_two):
     codes, done = on_two
-    for name in ("other data", "in memory", "few", "graph"):
+    for name in ("other data", "other teacher", "in memory", "few", "graph"):
         assert codes[name] == 1, name
     assert "process 1 has another train_shard, dev_shard than process 0" in done.stderr
+    assert "process 1 has another set of teachers than process 0" in done.stderr
     assert "--cache-teachers host: each of 2 processes" in done.stderr
     assert "--batch-size 1: 2 processes need a sequence each" in done.stderr
     assert "--cuda-graph is not for torchrun's" in done.stderr
