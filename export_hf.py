@@ -2,9 +2,11 @@
 
     python export_hf.py runs/distilled-llama-58m/best.pt --out babyllama-58m
     python export_hf.py runs/distilled-llama-58m/chck_*.pt --out marks         a folder for each
+    python export_hf.py runs/finetune/llama-58m/rte/seed-0/best.pt --out rte   a classifier
     python export_hf.py --import babyllama-58m --out babyllama-58m.pt
 
-The folder loads with `AutoModelForCausalLM` and `AutoTokenizer`, under transformers 4.51 and 5.x
+The folder loads with `AutoModelForCausalLM` (what finetune.py trained with
+`AutoModelForSequenceClassification`) and `AutoTokenizer`, under transformers 4.51 and 5.x
 alike, without trust_remote_code: config.json has the keys of both generations. The tokenizer is
 written as tokenizer.json, because LlamaTokenizer splits text otherwise than SentencePiece does
 where there is no dummy prefix. What is imported can be scored by evaluate.py, trained further
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from classifier import is_classifier, load_any
 from data import BOS, EOS, PAD, UNK, Tokenizer
 from harness.checkpoint import write_checkpoint
 from harness.files import (
@@ -33,7 +36,7 @@ from harness.files import (
     write_json,
     write_text,
 )
-from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
+from model import ARCHITECTURES, build, check_shape, count_parameters
 
 # Fields of our configs under Hugging Face's names.
 FIELDS = {
@@ -73,8 +76,12 @@ FIXED = {
     },
 }
 CLASSES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSIFIERS = {
+    "llama": "LlamaForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+}
 PREFIXES = {"llama": "model.", "gpt2": "transformer."}
-HEAD = "lm_head.weight"  # the one parameter outside the prefix
+HEAD, SCORE = "lm_head.weight", "score.weight"  # the parameters outside the prefix
 EMBEDDING = {"llama": "embed_tokens.weight", "gpt2": "wte.weight"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D keeps (in, out)
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # in old files, and constant
@@ -154,7 +161,7 @@ def read_safetensors(path):
 
 def hf_name(architecture, name):
     """The name of a parameter in the reference's state dict."""
-    return name if name == HEAD else PREFIXES[architecture] + name
+    return name if name in (HEAD, SCORE) else PREFIXES[architecture] + name
 
 
 def is_transposed(architecture, name):
@@ -199,8 +206,11 @@ def is_normal(processor, i):
     return not any(kind(i) for kind in kinds)
 
 
-def hf_config(model, architecture):
-    """config.json, with the keys of transformers 4 and 5 where they differ."""
+def hf_config(model, architecture, classes=()):
+    """config.json, with the keys of transformers 4 and 5 where they differ.
+
+    `classes` are the names of a classifier's.
+    """
     shape = dataclasses.asdict(model.config)
     config = {"architectures": [CLASSES[architecture]], "model_type": architecture}
     config |= {theirs: shape[ours] for ours, theirs in FIELDS[architecture].items()}
@@ -212,6 +222,13 @@ def hf_config(model, architecture):
         config |= {"rope_scaling": None, "rope_parameters": rope}
     else:
         config |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), shape["dropout"])
+    if classes:
+        config["architectures"] = [CLASSIFIERS[architecture]]
+        config |= {
+            "id2label": {str(i): name for i, name in enumerate(classes)},
+            "label2id": {name: i for i, name in enumerate(classes)},
+            "problem_type": "single_label_classification",
+        }
     return config | {"torch_dtype": "float32", "dtype": "float32", "use_cache": True}
 
 
@@ -301,9 +318,10 @@ def plain(value):
 def hub_metadata(checkpoint):
     """The lines of YAML with which a card begins: what the Hugging Face hub shows and searches."""
     loss = checkpoint["progress"].get("dev_cross_entropy")
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "license: mit"]
+    kind = "text-classification" if is_classifier(checkpoint) else "text-generation"
+    lines = ["library_name: transformers", f"pipeline_tag: {kind}", "license: mit"]
     lines += ["language: en", "tags: [babylm, baby-llama]"]
-    if loss is not None and math.isfinite(loss):
+    if kind == "text-generation" and loss is not None and math.isfinite(loss):
         lines += [
             "model-index:",
             f"- name: {json.dumps(plain(checkpoint['model']['name']))}",
@@ -326,9 +344,12 @@ def model_card(checkpoint, model, start_token, positions):
         "words seen": progress.get("words") and f"{progress['words']:,}",
         "steps": progress.get("step") and f"{progress['step']:,} of {progress.get('steps', 0):,}",
         "last dev cross-entropy": progress.get("dev_cross_entropy")
-        and f"{progress['dev_cross_entropy']:.4f} nats per token",
+        and f"{progress['dev_cross_entropy']:.4f} nats",
         "commit": checkpoint.get("commit"),
     }
+    if is_classifier(checkpoint):
+        facts |= {"task": config.get("task"), "classes": ", ".join(config["classes"])}
+        facts |= {key: progress.get(key) for key in ("accuracy", "f1", "mcc")}
     recipe = (
         "learning_rate", "batch_size", "sequence_length", "epochs", "warmup_steps",
         "weight_decay", "random_offset", "alpha", "temperature", "kl_reduction",
@@ -348,13 +369,16 @@ def model_card(checkpoint, model, start_token, positions):
         f"It has {positions} positions, and was trained on {seen} tokens at a time. Give programs "
         f"that ask for 512 by default `--sequence_length {positions}`."
     )
+    title = checkpoint["model"]["name"]
+    if is_classifier(checkpoint):
+        title += f", fine-tuned on {config.get('task')}"
     own = model.config.max_position_embeddings
     if positions > own:
         limit += f" Beyond {own} positions nothing was trained."
     lines = [
         *hub_metadata(checkpoint),
         "",
-        f"# {plain(checkpoint['model']['name'])}",
+        f"# {plain(title)}",
         "",
         "Written by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).",
         "",
@@ -375,8 +399,8 @@ def export(path, out, start_token="as-trained", positions=None):
     the folder is not empty, the model's head is tied and `start_token` asks for other input rows,
     or a GPT-2 is asked for positions that it has no embeddings for.
     """
-    model, checkpoint = load_checkpoint(path)
-    architecture = checkpoint["model"]["architecture"]
+    model, checkpoint = load_any(path)
+    architecture, classes = checkpoint["model"]["architecture"], ()
     if architecture not in FIELDS:
         raise UserError(
             f"{path} is a {architecture}, which Hugging Face's stock classes do not know: only "
@@ -385,8 +409,15 @@ def export(path, out, start_token="as-trained", positions=None):
     tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
     check_tokenizer(tokenizer, path)
     weights = checkpoint["weights"]
+    if is_classifier(checkpoint):
+        classes = checkpoint["config"]["classes"]
+        if SCORE not in weights:
+            raise UserError(
+                f"{path} has a head of several layers, which stock classes do not know: export "
+                "what finetune.py --head linear makes"
+            )
     if start_token == "newline":
-        if HEAD not in weights:
+        if HEAD not in weights and not classes:
             raise UserError(
                 f"{path}: its head is its embedding, so that a row cannot be changed for the "
                 "input alone: leave out --start-token"
@@ -409,7 +440,7 @@ def export(path, out, start_token="as-trained", positions=None):
         "tokenizer.json": hf_tokenizer(tokenizer),
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special_tokens_map,
-        "config.json": hf_config(model, architecture)
+        "config.json": hf_config(model, architecture, classes)
         | {FIELDS[architecture]["max_position_embeddings"]: context},
     }
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -593,7 +624,7 @@ def main(argv=None):
         parser.error("two checkpoints have one name: export them apart")
     if several:  # all of them can be read, or none is written
         for path in args.checkpoints:
-            load_checkpoint(path)
+            load_any(path)
     for path in map(Path, args.checkpoints):
         export(path, out / path.stem if several else out, args.start_token, args.positions)
     folders = [out / Path(path).stem for path in args.checkpoints] if several else [out]

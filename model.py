@@ -189,23 +189,34 @@ def check_shape(config):
 # ---- from checkpoints
 
 
-def rebuilt(config, weights):
-    """The model of that config with these weights, a state dict, which are not copied."""
+def rebuilt(config, weights, run_config=None, add_head=None):
+    """The model of that config with these weights, a state dict, which are not copied.
+
+    `add_head(model, run_config)`, if given, adds the head of a classifier.
+    """
     with torch.device("meta"):
         model = build(config)
+        if add_head:
+            add_head(model, run_config)
     model.load_state_dict(weights, assign=True)
     if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise AssertionError(f"{lost} must be made with device='cpu', as llama.py's tables are")
     return model
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, add_head=None):
     """The rebuilt model, in eval mode on the CPU, and the checkpoint's dict, in that order.
 
-    Raises `UserError` where `read_checkpoint` does, if weights and shape do not belong together, or
-    if the model is of an architecture that is not in `ARCHITECTURES`.
+    `add_head(model, config)` adds a classifier's head, by what is in the run's config. Raises
+    `UserError` where `read_checkpoint` does, if weights and shape do not belong together, if the
+    model is of an architecture that is not in `ARCHITECTURES`, or, without `add_head`, classifies.
     """
     checkpoint = read_checkpoint(path)
+    if add_head is None and "classes" in checkpoint["config"]:
+        raise UserError(
+            f"{path} classifies texts, and predicts no tokens: export_hf.py takes it; for all else "
+            "give the checkpoint that it was made from"
+        )
     name = checkpoint["model"].get("architecture")
     try:
         if name not in ARCHITECTURES:
@@ -217,7 +228,7 @@ def load_checkpoint(path):
         config = config_class(**checkpoint["model"]["shape"])
         check_shape(config)
         check_size(config, checkpoint["weights"])
-        model = rebuilt(config, checkpoint["weights"])
+        model = rebuilt(config, checkpoint["weights"], checkpoint["config"], add_head)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that do not fit the model it names") from error
     if checkpoint["config"]["sequence_length"] > config.max_position_embeddings:

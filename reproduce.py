@@ -36,7 +36,9 @@ from generate import written
 from harness.checkpoint import content_digest, read_checkpoint
 from harness.devices import choose_compute, choose_device
 from harness.files import UserError, locked, run_program, say, warn, write_json
+from harness.options import defaults
 from harness.record import commit, machine
+from harness.states import is_finished
 from harness.tables import aligned
 from model import load_checkpoint
 from report.pages import write_report
@@ -77,8 +79,8 @@ def training_stage(program, out, deadline, *arguments):
     if deadline is not None:
         arguments += ("--stop-after", max((deadline - time.monotonic()) / 60, 0))
     stage(program, *arguments, "--out", out)
-    progress = read_checkpoint(out / "checkpoint.pt")["progress"]
-    if progress["step"] < progress["steps"]:
+    checkpoint = read_checkpoint(out / "checkpoint.pt")
+    if not is_finished(checkpoint["progress"], checkpoint["config"].get("patience", 0)):
         raise Stopped(0)
 
 
@@ -247,13 +249,22 @@ def is_done(path, wanted, setup):
 
 
 def differences(there, wanted, at=""):
-    """Texts that say what of `wanted` is otherwise in a result. Options are told by conditions."""
+    """Texts that say what of `wanted` is otherwise in a result. Options are told by conditions.
+
+    A condition that the result does not have is an option that came later: it had its default.
+    """
+    later = defaults(distill.DistillConfig) if at.endswith("conditions.") else {}
     for key, value in wanted.items():
         if key == "options":
             continue
-        found = there.get(key)
+        found = there.get(key, later.get(key))
         if isinstance(value, dict) and isinstance(found, dict):
             yield from differences(found, value, f"{at}{key}.")
+        elif (
+            key in ("teachers", "members") and isinstance(found, list) and len(found) == len(value)
+        ):
+            for i, (one, other) in enumerate(zip(found, value)):
+                yield from differences(one, other, f"{at}{key} {i + 1}: ")
         elif found != json.loads(json.dumps(value)):
             yield f"{at}{key} is {found} there and {value} here"
 

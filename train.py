@@ -24,7 +24,6 @@ from harness.record import Recorder, StopSignal, exit_code
 from loss import fused_cross_entropy
 
 EVAL_BATCH_SIZE = 32  # sequences
-OPTIMIZERS = ("adamw", "muon")
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
 
 
@@ -56,10 +55,9 @@ class TrainConfig(RunConfig):
     )  # fmt: skip
     sequence_length: int = option(128, "tokens of a chunk, T", minimum=1)
     random_offset: bool = option(False, "shift each chunk by 0 to T-1 tokens, redrawn each epoch")
-    optimizer: str = option(
-        "adamw", "muon: Muon for the layers' matrices, AdamW for the rest", choices=OPTIMIZERS
-    )
+    optimizer: str = option("adamw", "muon takes the layers' matrices", choices=("adamw", "muon"))
     learning_rate: float | None = option(None, "peak rate; default: the preset's", minimum=0)
+    schedule: str = option("cosine", "from the peak to the end", choices=("cosine", "linear"))
     min_lr_ratio: float = option(0.0, "the last rate as a share of the peak", minimum=0, maximum=1)
     warmup_steps: int | None = option(
         None, "steps to the peak, at most a tenth of all; default: the preset's", minimum=0
@@ -101,16 +99,18 @@ class CrossEntropyObjective(nn.Module):
         return {"loss": loss, "cross_entropy": cross_entropy}
 
 
-def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0):
+def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0, schedule="cosine"):
     """The rate of step 0, 1, ...: linear to `peak` at `warmup_steps`, then a cosine to its end.
 
     The end, at `steps`, is `min_ratio` of the peak: 0 in the original, as is a warm-up's first.
+    With the schedule "linear" a line takes the cosine's place.
     """
     warmup_steps = min(warmup_steps, steps // 10)
     if step < warmup_steps:
         return peak * step / warmup_steps
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
-    return peak * (min_ratio + (1 - min_ratio) * cosine)
+    done = (step - warmup_steps) / (steps - warmup_steps)
+    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (min_ratio + (1 - min_ratio) * left)
 
 
 def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay="layernorm"):
@@ -236,11 +236,12 @@ def fit(objective, config, stream, evaluate, provenance):
     tensors, `loss` and whatever else is to be logged; `objective.model` is evaluated and exported,
     and all parameters that require gradients are trained. `stream(step)` is a batch, and says
     `num_chunks`, `num_tokens` and `words` of an epoch; `evaluate(model, autocast)` returns
-    {"dev_cross_entropy": ..., whatever else}; the config is complete (`with_recipe`). "stopped_by"
-    in the result is a signal that ended the run. Raises `UserError` for what can be known before.
+    {"dev_cross_entropy": ..., whatever else}, and where it returns a "score", the highest chooses
+    best.pt; the config is complete (`with_recipe`). "stopped_by" in the result is a signal that
+    ended the run. Raises `UserError` for what can be known before.
     """
     compute = devices.choose_compute(config.device, config.precision)
-    plan = plan_run(config, stream.num_chunks, stream.words)
+    plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
     states.check_start(config, provenance)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
     config = memory.choose_micro_batch(config, objective, compute)
@@ -248,17 +249,15 @@ def fit(objective, config, stream, evaluate, provenance):
         return states.new_progress(plan.steps)
     module = parallel.spread(objective, compute.device, config.shard)
     objective.train()
-    optimizers = build_optimizer(
-        objective, config.weight_decay, config.optimizer, config.beta2, config.no_decay
-    )
-    train_step = TrainStep(
-        module, optimizers, compute.autocast, config.micro_batch_size, config.clip
-    )
+    recipe = config.weight_decay, config.optimizer, config.beta2, config.no_decay
+    optimizers = build_optimizer(objective, *recipe)
+    limits = config.micro_batch_size, config.clip
+    train_step = TrainStep(module, optimizers, compute.autocast, *limits)
     graphed = devices.wants_graph(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
-    schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio
+    schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio, config.schedule
     with parallel.first_alone(lambda: locked(config.out)):
         progress, found = states.begin_or_continue(train_step, config, provenance, plan.steps)
-        if progress["step"] >= plan.steps:
+        if states.is_finished(progress, config.patience):
             return progress
         devices.prepare_layers(objective, config, compute, plan.operations(objective))
         take_step = devices.GraphedStep(train_step) if graphed else train_step
@@ -274,10 +273,13 @@ def fit(objective, config, stream, evaluate, provenance):
                     recorder.log_step(terms, rate)
                 if last or plan.evaluates_at(step):
                     recorder.evaluate(evaluate)
+                    last = states.is_finished(progress, config.patience)
                 stopping = recorder.asked_to_stop(stop)
                 if last or stopping or step % config.save_every == 0:
                     recorder.save()
-                if stopping and not last:
+                if last:
+                    break
+                if stopping:
                     say(f"stopped after step {step} of {plan.steps}: the same command continues")
                     return progress | {"stopped_by": stop.number}
         recorder.say_finished()
@@ -295,12 +297,10 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
     starts = dev_subset(corpus.dev, length, config.eval_sequences)
 
     def evaluate(model, autocast):
-        value = dev_cross_entropy(model, corpus.dev, starts, length, autocast)
-        return {"dev_cross_entropy": value}
+        return {"dev_cross_entropy": dev_cross_entropy(model, corpus.dev, starts, length, autocast)}
 
-    shape = objective.model.config
-    digests = {"train_shard": corpus.train.digest, "dev_shard": corpus.dev.digest}
-    digests["init_digest"] = init_digest
+    shape, train, dev = objective.model.config, corpus.train.digest, corpus.dev.digest
+    digests = {"train_shard": train, "dev_shard": dev, "init_digest": init_digest}
     provenance = states.Provenance(
         name, models.architecture(shape), shape, corpus.tokenizer, digests, tuple(teachers)
     )

@@ -47,6 +47,10 @@ class RunConfig:
     eval_every: int = option(
         0, "steps between dev evaluations besides each epoch's; 0: none", minimum=0
     )
+    patience: int = option(
+        0, "stop after so many evaluations in a row without a better one; 0: never",
+        minimum=0, may_change=True,
+    )  # fmt: skip
     stop_after: float | None = option(
         None, "minutes after which to save and stop; default: never", minimum=0, may_change=True
     )

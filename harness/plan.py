@@ -1,6 +1,7 @@
 """The arithmetic of a run, in one place: steps, epochs, words, marks, memory, disk."""
 
 import dataclasses
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class Plan:
 
     steps: int
     batch_size: int
-    sequence_length: int
+    sequence_length: float  # tokens of a chunk, on average
     num_chunks: int
     words: int
     marks: dict
@@ -40,7 +41,7 @@ class Plan:
 
     def tokens_seen(self, step):
         """Targets that were trained on after `step` steps."""
-        return step * self.batch_size * self.sequence_length
+        return round(step * self.batch_size * self.sequence_length)
 
     def operations(self, objective):
         """Floating-point operations of the run, about: 6 for each trained parameter and token."""
@@ -58,8 +59,10 @@ class Plan:
         return [name for name, words in self.marks.items() if before < words <= now]
 
 
-def plan_run(config, num_chunks, words):
-    """The plan of a config over data of so many chunks and words an epoch.
+def plan_run(config, num_chunks, words, num_tokens=math.inf):
+    """The plan of a config over data of so many chunks, words and tokens an epoch.
+
+    Where chunks are of different lengths, `num_tokens` tells the average.
 
     Its number of steps is that of --steps, or round(num_chunks x epochs / batch size). Raises
     `UserError` where there are more processes than sequences in a batch.
@@ -71,10 +74,8 @@ def plan_run(config, num_chunks, words):
     steps = config.steps or max(1, round(num_chunks * config.epochs / config.batch_size))
     total_words = round(steps * config.batch_size / num_chunks * words)
     marks = word_marks(config.save_at_words, total_words)
-    return Plan(
-        steps, config.batch_size, config.sequence_length, num_chunks, words, marks,
-        config.eval_every,
-    )  # fmt: skip
+    length = min(config.sequence_length, num_tokens / num_chunks)
+    return Plan(steps, config.batch_size, length, num_chunks, words, marks, config.eval_every)
 
 
 def word_marks(names, total_words):
@@ -119,7 +120,8 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     if frozen:
         say(f"frozen     {frozen:,} parameters")
     say(f"data       {num_tokens:,} tokens, {plan.words:,} words")
-    say(f"step       {plan.batch_size} sequences x {plan.sequence_length} = {tokens:,} tokens")
+    length = f"{plan.sequence_length:.4g}"
+    say(f"step       {plan.batch_size} sequences x {length} = {tokens:,} tokens")
     epochs = f"{plan.epochs(plan.steps):.2f} epochs of {plan.num_chunks:,} chunks"
     say(f"run        {plan.steps:,} steps = {epochs}")
     if plan.marks:

@@ -291,7 +291,8 @@ class Recorder:
     def evaluate(self, evaluate):
         """Logs what `evaluate(model, autocast)` returns: {"dev_cross_entropy": nats a token, ...}.
 
-        best.pt is written where the dev cross-entropy is the lowest so far.
+        best.pt is written where the dev cross-entropy is the lowest so far, or the "score", if
+        there is one, the highest.
         """
         paused, progress = time.perf_counter(), self.progress
         with parallel.gathered(self.train_step.objective):
@@ -300,11 +301,19 @@ class Recorder:
         progress.update(values)
         self.log.write({"step": progress["step"], **values})
         self.clock += time.perf_counter() - paused
-        value = values["dev_cross_entropy"]
+        value, score = values["dev_cross_entropy"], values.get("score")
         with tqdm.external_write_mode():
-            say(f"step {progress['step']}: dev cross-entropy {value:.4f} nats per token")
-        if value < progress["best_dev_cross_entropy"]:
+            shown = "nats per token" if score is None else f"nats, score {score:.4f}"
+            say(f"step {progress['step']}: dev cross-entropy {value:.4f} {shown}")
+        if score is None:
+            better = value < progress["best_dev_cross_entropy"]
+        else:
+            better = math.isfinite(value) and score > progress.get("best_score", -math.inf)
+        waited = 0 if better else progress.get("evaluations_since_best", 0) + 1
+        progress["evaluations_since_best"] = waited
+        if better:
             progress.update(best_dev_cross_entropy=value, best_step=progress["step"])
+            progress |= {} if score is None else {"best_score": score}
             self._write("best.pt")
 
     def save(self):

@@ -201,6 +201,12 @@ def new_progress(steps):
     return {"step": 0, "steps": steps, "best_dev_cross_entropy": math.inf, "best_step": 0}
 
 
+def is_finished(progress, patience=0):
+    """Whether a run has taken its steps, or its patience with evaluations is at an end."""
+    waited = progress.get("evaluations_since_best", 0)
+    return progress["step"] >= progress["steps"] or 0 < patience <= waited
+
+
 def begin_or_continue(train_step, config, provenance, steps):
     """The progress that a run starts with, and the path of its state or None for a new run.
 
@@ -216,8 +222,9 @@ def begin_or_continue(train_step, config, provenance, steps):
         _restore_random_state(None, train_step.nonfinite_steps.device, config.seed, 0)
         return progress, None
     restore(train_step, checkpoint, found)
-    if progress["step"] >= steps:
-        say(f"{config.out} is finished at {steps} steps; a new run needs another --out")
+    if is_finished(progress, config.patience):
+        step = progress["step"]
+        say(f"{config.out} is finished at {step} steps; a new run needs another --out")
         if not (Path(config.out) / "best.pt").exists():
             warn(f"its best.pt is gone: {found} has the weights of the last step")
     else:
@@ -319,6 +326,7 @@ def _check_best(progress, best):
 
 def _forget_best(progress):
     progress.update(best_dev_cross_entropy=math.inf, best_step=0)
+    progress.pop("best_score", None)
 
 
 def check_continues(checkpoint, config, provenance, path, full=True):

@@ -254,3 +254,16 @@ def test_a_sample_is_made_of_runs_of_lines_from_all_over():
     assert numbers == sorted(numbers) and numbers[-1] > 9000
     following = sum(b == a + 1 for a, b in pairwise(numbers))
     assert following > 900
+
+
+def test_a_result_from_before_an_option_existed_counts_with_its_default():
+    teacher = {"conditions": {"schedule": "cosine", "alpha": 0.5}, "teachers": []}
+    wanted = teacher | {"teachers": [teacher, teacher]}
+    older = {"conditions": {"alpha": 0.5}, "teachers": []}
+    assert not list(reproduce.differences(older | {"teachers": [older, teacher]}, wanted))
+    other = {"conditions": {"alpha": 0.25}, "teachers": []}
+    (found,) = reproduce.differences(older | {"teachers": [older, other]}, wanted)
+    assert found == "teachers 2: conditions.alpha is 0.25 there and 0.5 here"
+    changed = teacher | {"conditions": {"schedule": "linear", "alpha": 0.5}}
+    (found,) = reproduce.differences(older, changed)
+    assert found == "conditions.schedule is cosine there and linear here"

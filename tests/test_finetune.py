@@ -1,0 +1,496 @@
+import dataclasses
+import json
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import classifier
+import export_hf
+import finetune
+import model as models
+import tasks
+import train
+from conftest import interrupt_after, save_model, step_of, write_text
+from data import Tokenizer
+from generate import main as generate_main
+from gpt2 import GPT2Config
+from harness.checkpoint import read_checkpoint
+from harness.files import UserError, run_program
+from llama import LlamaConfig
+from tasks import Settings, encode, read_tasks, scores
+
+V = 300
+SHAPES = {
+    "gpt2": GPT2Config(V, 48, 192, 3, 4, max_position_embeddings=40, dropout=0.0),
+    "llama": LlamaConfig(V, 48, 80, 3, 4, max_position_embeddings=40),
+}
+kinds = pytest.mark.parametrize("kind", SHAPES)
+
+
+def language_model(kind, seed=0):
+    """A model none of whose parameters is the constant that it was initialised with."""
+    torch.manual_seed(seed)
+    model = models.build(SHAPES[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def write_task(folder, name, train, valid):
+    """Writes a task's two files, from lists of objects."""
+    folder.mkdir(exist_ok=True)
+    for part, entries in (("train", train), ("valid", valid)):
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (folder / f"{name}.{part}.jsonl").write_text(lines)
+
+
+def drawn(count, seed, pairs=False):
+    """Examples of which the class says whether a text begins and ends with a river."""
+    generator, found = random.Random(seed), []
+    for i in range(count):
+        words = write_text(generator.randint(3, 14), seed * 1000 + i).replace("river", "dog")
+        label = generator.randint(0, 1)
+        text = " ".join([("child", "river")[label], words, ("child", "river")[label]])
+        found.append({"sentence1": "the cat runs", "sentence2": text} if pairs else {"text": text})
+        found[-1]["label"] = label
+    return found
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Two tasks that can be learned, one of texts and one of pairs."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_task(folder, "single", drawn(96, 1), drawn(40, 2))
+    write_task(folder, "double", drawn(64, 3, pairs=True), drawn(30, 4, pairs=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, tokenizer):
+    """{architecture: a checkpoint that nothing has trained}."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in SHAPES:
+        save_model(folder / f"{kind}.pt", language_model(kind), tokenizer, name=kind)
+    return {kind: folder / f"{kind}.pt" for kind in SHAPES}
+
+
+def finetuned(*arguments):
+    """The exit code of finetune.py with quick settings."""
+    quick = ["--learning-rate", "3e-3", "--batch-size", "16", "--epochs", "4", "--device", "cpu"]
+    return run_program(lambda: finetune.main([*map(str, arguments), *quick]))
+
+
+def results(out):
+    """{path in `out`: result}, but for times."""
+    found = {str(p.relative_to(out)): json.loads(p.read_text()) for p in out.glob("*/*/*.json")}
+    return {path: {k: v for k, v in r.items() if k != "seconds"} for path, r in found.items()}
+
+
+# ---- equal to transformers
+
+
+def twin_of(model, classes):
+    """Transformers' classifier with the same weights."""
+    kind = models.architecture(model.config)
+    described = export_hf.hf_config(model, kind, classes)
+    config = transformers.AutoConfig.for_model(**described)
+    twin = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert type(twin).__name__ == described["architectures"][0]
+    missing, unexpected = twin.load_state_dict(
+        export_hf.hf_weights(kind, model.state_dict()), strict=False
+    )
+    assert not missing and not unexpected
+    return twin.eval()
+
+
+def random_batch(seed, lengths=(3, 17, 9, 40)):
+    """A batch of examples of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(4, V, (n,), generator=generator).tolist() for n in lengths]
+    labels = torch.randint(3, (len(ids),), generator=generator)
+    return tasks.EncodedExamples(ids, labels, 0, 0).batch(list(range(len(ids)))), labels
+
+
+@kinds
+def test_logits_loss_and_ten_steps_are_those_of_transformers(kind):
+    torch.manual_seed(1)
+    model = classifier.as_classifier(language_model(kind), 3)
+    twin, objective = (
+        twin_of(model, ["no", "maybe", "yes"]),
+        finetune.ClassificationObjective(model),
+    )
+    step = step_of(objective)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 1, 10)
+    for i in range(10):
+        batch, labels = random_batch(i)
+        mask = (batch.tokens != 0).long()
+        theirs = twin(batch.tokens, attention_mask=mask, labels=labels)
+        last = mask.sum(1) - 1
+        ours = classifier.class_logits(model, batch.tokens, last)
+        assert (ours - theirs.logits).abs().max() <= 1e-5 * theirs.logits.abs().max()
+        theirs.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        terms = step(batch, train.learning_rate(i, 10, 1e-3, 1, schedule="linear"))
+        assert terms["loss"].item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+        assert terms["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@kinds
+def test_the_exported_folder_predicts_what_finetune_reported(kind, folder, checkpoints, tmp_path):
+    out = tmp_path / "out"
+    assert finetuned(checkpoints[kind], "--tasks", folder, "--out", out, "--keep",
+                     "--max-length", 12) == 0  # fmt: skip
+    for task in read_tasks(folder):
+        exported = tmp_path / f"{task.name}-hf"
+        best = out / kind / task.name / "seed-0" / "best.pt"
+        assert export_hf.main([str(best), "--out", str(exported)]) is None
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(exported).eval()
+        reader = transformers.AutoTokenizer.from_pretrained(exported)
+        assert model.config.id2label == {0: "0", 1: "1"}
+        texts = [list(column) for column in zip(*task.valid[task.name].texts)]
+        read = reader(*texts, truncation=True, max_length=12, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            found = model(**read).logits.argmax(1).tolist()
+        kept = results(out)[f"{kind}/{task.name}/seed-0.json"]
+        assert " ".join(map(str, found)) == kept["predictions"][task.name]
+        assert len(set(found)) == 2
+
+
+def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenizer, tmp_path):
+    export_hf.export(checkpoints["llama"], tmp_path / "hf")
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    generator = random.Random(0)
+    pairs = [tuple(write_text(generator.randint(1, 12), i + j) for j in (0, 500))
+             for i in range(60)]  # fmt: skip
+    for texts in (pairs, [(a,) for a, _ in pairs]):
+        for length in (3, 8, 9, 30):
+            examples = tasks.Examples(texts, [0] * len(texts), 0, "")
+            ours = encode(examples, tokenizer, length)
+            columns = [list(column) for column in zip(*texts)]
+            assert ours.ids == reader(*columns, truncation=True, max_length=length)["input_ids"]
+            whole = reader(*columns)["input_ids"]
+            assert ours.cut == sum(len(ids) > length for ids in whole)
+
+
+# ---- tasks
+
+
+@pytest.mark.parametrize(
+    "fields, texts",
+    [
+        ({"sentence": "A"}, ("A",)),  # CoLA, SST-2, MSGS
+        ({"sentence1": "A", "sentence2": "B"}, ("A", "B")),  # MRPC, RTE
+        ({"question1": "A", "question2": "B"}, ("A", "B")),  # QQP
+        ({"premise": "A", "hypothesis": "B"}, ("A", "B")),  # MNLI
+        ({"question": "A", "sentence": "B"}, ("A", "B")),  # QNLI
+        ({"question": "A", "passage": "B"}, ("A", "B")),  # BoolQ
+        ({"paragraph": "C", "question": "A", "answer": "B"}, ("Question: A Answer: B", "C")),
+        (
+            {"text": "C", "span1_text": "A", "span2_text": "B", "span1_index": 1},
+            ('Does "B" refer to "A" in this passage?', "C"),
+        ),
+        ({"sentence": "A", "linguistic_feature_type": "syntactic"}, ("A",)),  # MSGS
+        ({"text_a": "A", "text_b": "B"}, ("A", "B")),
+        ({"text": "A {sentence}"}, ("A {sentence}",)),
+    ],
+)
+def test_fields_become_texts_as_in_the_pipelines(tmp_path, fields, texts):
+    write_task(tmp_path, "t", [fields | {"label": i, "idx": i} for i in (0, 1)],
+               [fields | {"label": 1}])  # fmt: skip
+    (task,) = read_tasks(tmp_path)
+    assert task.train.texts == [texts, texts] and task.valid["t"].labels == [1]
+
+
+def test_classes_are_the_train_files_in_order(tmp_path):
+    write_task(tmp_path, "t", [{"text": "x", "label": label} for label in (10, 2, "yes", 2, "no")],
+               [{"text": "x", "label": "yes"}])  # fmt: skip
+    (task,) = read_tasks(tmp_path)
+    assert task.classes == ("2", "10", "no", "yes")
+    assert task.train.labels == [1, 0, 3, 0, 2] and task.valid["t"].labels == [3]
+
+
+GOOD = '{"text": "a dog", "label": 0}\n{"text": "a cat", "label": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "train_lines, valid_lines, message",
+    [
+        (GOOD, None, "t.train.jsonl has no t.valid.jsonl beside it"),
+        (None, GOOD, "holds no NAME.train.jsonl"),
+        (GOOD, "", "t.valid.jsonl is empty"),
+        (GOOD, '{"text": "a", "label": 2}', "line 1: the class 2 never occurs in t.train.jsonl"),
+        (GOOD + '{"text": " ", "label": 1}', GOOD, "line 3: a text is empty"),
+        (GOOD + '{"text": "a", "label": -1}', GOOD, "line 3: the label -1 is no class"),
+        (GOOD + '{"text": "a", "label": 0.5}', GOOD, "line 3: the label 0.5 is no class"),
+        (GOOD + '{"text": "a"}', GOOD, "line 3: the label None is no class"),
+        (GOOD + '{"words": "a", "label": 1}', GOOD, "line 3: no text: 'words', 'label'"),
+        (GOOD + '{"text": ["a"], "label": 1}', GOOD, "line 3: text are to be strings"),
+        (GOOD + '{"text": "a\\ud800", "label": 1}', GOOD, "line 3: 'utf-8' codec can't encode"),
+        (GOOD + "[" * 100_000, GOOD, "line 3: "),
+        (GOOD + "text", GOOD, "line 3: Expecting value"),
+        (GOOD.replace("1", "0"), GOOD, "t.train.jsonl shows the class 0 alone"),
+        ("".join(f'{{"text": "a", "label": {i}}}\n' for i in range(1001)), GOOD, "1001 classes"),
+    ],
+)
+def test_a_task_that_cannot_be_learned_is_one_line(
+    tmp_path, checkpoints, capsys, train_lines, valid_lines, message
+):
+    for part, lines in (("train", train_lines), ("valid", valid_lines)):
+        if lines is not None:
+            (tmp_path / f"t.{part}.jsonl").write_text(lines)
+    assert finetuned(checkpoints["llama"], "--tasks", tmp_path, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and str(tmp_path) in error
+
+
+def test_a_mismatched_part_is_scored_with_the_models_of_the_task(checkpoints, tmp_path, capsys):
+    write_task(tmp_path / "in", "mnli", drawn(40, 1), drawn(20, 2))
+    (tmp_path / "in" / "mnli-mm.valid.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in drawn(10, 5))
+    )
+    assert finetuned(checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path / "o") == 0
+    (result,) = results(tmp_path / "o").values()
+    assert set(result["scores"]) == {"mnli", "mnli-mm"}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["mnli-mm", "accuracy", "10", "60.0"] in [row[:4] for row in rows]
+
+
+# ---- scores
+
+
+def test_scores_are_those_of_their_definitions():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        labels, predicted = generator.integers(2, size=(2, 50))
+        found = scores(torch.tensor(predicted), torch.tensor(labels), 2)
+        assert found["accuracy"] == pytest.approx((labels == predicted).mean())
+        assert found["mcc"] == pytest.approx(np.corrcoef(labels, predicted)[0, 1])
+        precision, recall = (
+            (labels[predicted == 1] == 1).mean(),
+            (predicted[labels == 1] == 1).mean(),
+        )
+        assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_matthews_correlation_of_several_classes_is_that_of_their_indicators():
+    labels, predicted = np.random.default_rng(1).integers(3, size=(2, 60))
+    is_, said = np.eye(3)[labels], np.eye(3)[predicted]  # (N, classes)
+    centred = [m - m.mean(0) for m in (is_, said)]
+    covariance = (centred[0] * centred[1]).sum()
+    expected = covariance / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    found = scores(torch.tensor(predicted), torch.tensor(labels), 3)
+    assert found["mcc"] == pytest.approx(expected) and "f1" not in found
+
+
+def test_who_says_one_class_always_correlates_with_nothing(tmp_path):
+    entries = [{"text": "x", "label": label} for label in (1, 1, 0)]
+    write_task(tmp_path, "t", entries, entries + entries[:1])
+    (task,) = read_tasks(tmp_path)
+    found = tasks.majority_scores(task, "t")
+    assert found == {"accuracy": 0.75, "mcc": 0.0, "f1": pytest.approx(6 / 7)}
+    assert scores(torch.zeros(4, dtype=int), torch.ones(4, dtype=int), 2)["f1"] == 0
+
+
+# ---- batches
+
+
+@pytest.fixture(scope="module")
+def stream():
+    generator = random.Random(0)
+    ids = [[5] * generator.randint(1, 100) for _ in range(500)]
+    return finetune.ExampleStream(
+        tasks.EncodedExamples(ids, torch.zeros(500, dtype=int), 0, 0), batch_size=16, seed=0
+    )
+
+
+def test_every_example_is_seen_once_an_epoch_and_the_order_is_the_seeds(stream):
+    for epoch in (0, 1):
+        steps = range(epoch * stream.num_batches, (epoch + 1) * stream.num_batches)
+        seen = [i for step in steps for i in stream(step).chunk_ids.tolist()]
+        assert sorted(seen) == list(range(500))
+    again = finetune.ExampleStream(stream.examples, 16, seed=0)
+    other = finetune.ExampleStream(stream.examples, 16, seed=1)
+    assert again.order(1) == stream.order(1) != stream.order(0)
+    assert other.order(1) != stream.order(1)
+
+
+def test_hardly_a_token_is_padding(stream):
+    batches = [stream(step) for step in range(stream.num_batches)]
+    padded = sum(batch.tokens.numel() for batch in batches)
+    real = sum(int((batch.tokens > 0).sum()) for batch in batches)
+    assert real == stream.num_tokens and padded < 1.05 * real
+
+
+@kinds
+def test_what_is_padded_changes_nothing(kind):
+    torch.manual_seed(0)
+    model = classifier.as_classifier(language_model(kind), 2).eval()
+    generator = random.Random(0)
+    ids = [[generator.randint(4, V - 1) for _ in range(n)] for n in (40, 3, 1, 22)]
+    examples = tasks.EncodedExamples(ids, torch.zeros(4, dtype=int), 0, 0)
+    together = finetune.predict(model, examples, torch.autocast("cpu", enabled=False))
+    for i, row in enumerate(ids):
+        alone = classifier.class_logits(model, torch.tensor([row]), torch.tensor([len(row) - 1]))
+        assert torch.allclose(together[i], alone[0], atol=1e-5)
+
+
+# ---- the program
+
+
+def test_a_task_is_learned_and_nothing_is_done_twice(
+    folder, checkpoints, tmp_path, capsys, monkeypatch
+):
+    arguments = [checkpoints["llama"], checkpoints["gpt2"], "--tasks", folder, "--seeds", 2]
+    arguments += ["--out", tmp_path / "out", "--json", tmp_path / "table.json"]
+    assert finetuned(*arguments) == 0
+    printed = capsys.readouterr().out
+    table = json.loads((tmp_path / "table.json").read_text())
+    for model in ("llama", "gpt2"):
+        for task in ("single", "double"):
+            found = table["models"][model][task]
+            majority = table["tasks"][task]["majority"]["accuracy"]
+            assert all(found[seed]["accuracy"] > majority + 0.1 for seed in ("0", "1"))
+    kept = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
+    assert kept == sorted(f"{m}/{t}/seed-{s}.json" for m in ("llama", "gpt2")
+                          for t in ("single", "double") for s in (0, 1))  # fmt: skip
+    monkeypatch.setattr(finetune, "fit", None)
+    assert finetuned(*arguments) == 0
+    assert capsys.readouterr().out == "\n" + printed.split("\n\n")[1]
+    other = ["--tasks", folder, "--out", tmp_path / "out", "--head", "mlp"]
+    assert finetuned(checkpoints["llama"], *other) == 1
+    assert "is of another run (head differ)" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_continues_with_the_same_bits(
+    folder, checkpoints, tmp_path, monkeypatch, capsys
+):
+    arguments = [checkpoints["gpt2"], "--tasks", folder, "--only", "double", "--head", "mlp"]
+    assert finetuned(*arguments, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 7)
+        assert finetuned(*arguments, "--out", tmp_path / "parts") == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.endswith("stopped before the end: the same command continues\n")
+    assert not results(tmp_path / "parts")
+    assert finetuned(*arguments, "--out", tmp_path / "parts", "--stop-after", 0) == 0
+    assert not results(tmp_path / "parts")
+    assert finetuned(*arguments, "--out", tmp_path / "parts") == 0
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def test_other_text_under_the_same_name_is_another_run(checkpoints, tmp_path, capsys):
+    arguments = [checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path / "out"]
+    write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 2))
+    assert finetuned(*arguments) == 0
+    write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 3))
+    assert finetuned(*arguments) == 1
+    assert "(files differ): choose another --out" in capsys.readouterr().err
+
+
+def test_patience_ends_a_run_and_the_best_score_is_kept(folder, checkpoints, tmp_path):
+    arguments = [checkpoints["llama"], "--tasks", folder, "--only", "single", "--keep"]
+    assert finetuned(*arguments, "--out", tmp_path, "--patience", 2, "--eval-every", 1) == 0
+    run = tmp_path / "llama" / "single" / "seed-0"
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    found = [line["score"] for line in lines if "score" in line]
+    result = results(tmp_path)["llama/single/seed-0.json"]
+    best = found.index(max(found))
+    assert len(found) == result["steps"] == best + 3 < 24 and result["best_step"] == best + 1
+    progress = read_checkpoint(run / "best.pt")["progress"]
+    assert progress["score"] == max(found) == result["scores"]["single"]["f1"]
+
+
+def test_the_head_of_2025_is_trained_and_stays_here(folder, checkpoints, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--only", "double", "--settings", "2025", "--head", "mlp", "--keep", "--out", out]
+    assert finetuned(checkpoints["llama"], "--tasks", folder, *arguments) == 0
+    (result,) = results(out).values()
+    assert result["settings"]["schedule"] == "cosine" and result["settings"]["max_length"] == 40
+    best = out / "llama" / "double" / "seed-0" / "best.pt"
+    model, _ = classifier.load_classifier(best)
+    linear = model.score[1]
+    hidden = torch.randn(5, 48)
+    normed = torch.nn.functional.layer_norm(hidden, (48,))
+    inner = torch.nn.functional.gelu(linear(normed))
+    expected = model.score[5](torch.nn.functional.layer_norm(inner, (48,)))
+    assert torch.allclose(model.score(hidden), expected, atol=1e-6)
+    assert run_program(lambda: export_hf.main([str(best), "--out", str(tmp_path / "hf")])) == 1
+    assert "has a head of several layers" in capsys.readouterr().err
+
+
+def test_a_classifier_is_no_language_model(folder, checkpoints, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert finetuned(checkpoints["llama"], "--tasks", folder, "--keep", "--out", out) == 0
+    best = out / "llama" / "single" / "seed-0" / "best.pt"
+    for program in (
+        lambda: generate_main([str(best), "--prompt", "the"]),
+        lambda: finetune.main([str(best), "--tasks", str(folder)]),
+    ):
+        assert run_program(program) == 1
+        assert f"{best} classifies texts, and predicts no tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is a language model"):
+        classifier.load_classifier(checkpoints["llama"])
+
+
+def test_two_checkpoints_of_one_name_are_told_apart(folder, checkpoints, tmp_path, capsys):
+    paths = [checkpoints["llama"], tmp_path / "llama.pt"]
+    paths[1].write_bytes(paths[0].read_bytes())
+    assert finetuned(*paths, "--tasks", folder, "--out", tmp_path / "out") == 1
+    assert "are both called llama" in capsys.readouterr().err
+
+
+def test_texts_that_are_cut_are_told(folder, checkpoints, tmp_path, capsys):
+    arguments = ["--only", "single", "--max-length", 6, "--out", tmp_path]
+    assert finetuned(checkpoints["llama"], "--tasks", folder, *arguments) == 0
+    (task,) = read_tasks(folder, ["single"])
+    tokenizer = Tokenizer.of_checkpoint(read_checkpoint(checkpoints["llama"]), "it")
+    texts = [text for (text,) in task.train.texts + task.valid["single"].texts]
+    cut = sum(len(ids) > 6 for ids in tokenizer.encode(texts))
+    assert f"single: {cut:,} of 136 texts are longer than 6 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--seeds", "0"), ("--max-length", "2"), ("--batch-size", "0"),
+                      ("--learning-rate", "nan"), ("--head", "deep")]
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(option, value):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(["best.pt", "--tasks", "x", option, value])
+    assert stop.value.code == 2
+
+
+def test_each_option_of_the_settings_has_an_effect():
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    config = {field.name for field in dataclasses.fields(finetune.FinetuneConfig)}
+    assert fields - config == {"max_length", "warmup"}  # sequence_length, warmup_steps
+
+
+def test_a_schedule_may_be_a_line():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    theirs = transformers.get_linear_schedule_with_warmup(optimizer, 3, 40)
+    for step in range(40):
+        ours = train.learning_rate(step, 40, 2.0, 3, schedule="linear")
+        assert ours == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+def test_patience_is_an_option_of_train_too(data_folder, tmp_path, capsys):
+    arguments = ["--model", "llama-tiny-student", "--data", str(data_folder), "--device", "cpu"]
+    arguments += ["--steps", "60", "--batch-size", "4", "--sequence-length", "16"]
+    arguments += ["--learning-rate", "0", "--eval-every", "1", "--patience", "3"]
+    arguments += ["--out", str(tmp_path / "r")]
+    assert train.main(arguments) == 0
+    progress = read_checkpoint(tmp_path / "r" / "checkpoint.pt")["progress"]
+    assert (progress["step"], progress["best_step"]) == (4, 1)
+    capsys.readouterr()
+    assert train.main(arguments) == 0
+    assert "is finished at 4 steps" in capsys.readouterr().out
