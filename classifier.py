@@ -5,13 +5,12 @@ The head reads the final hidden state of a text's last token, as transformers'
 `score`; the head for tokens is left out where it is not the embedding as well.
 """
 
-import dataclasses
-
 import torch
 from torch import nn
 
 import model as models
 from harness.files import UserError
+from llama import LlamaConfig
 
 HEADS = ("linear", "mlp")
 MLP_DROPOUT = 0.1  # as in BabyLM's pipeline of 2025
@@ -44,11 +43,17 @@ def class_logits(model, tokens, last):
     return model.score(hidden[torch.arange(len(last), device=last.device), last]).float()
 
 
-def as_classifier(model, num_classes, head="linear"):
-    """A copy of a language model with a new head, drawn from torch's global generator."""
-    config = model.config
-    if hasattr(config, "tie_word_embeddings"):
-        config = dataclasses.replace(config, tie_word_embeddings=True)  # no head of its own
+def as_classifier(model, num_classes, head="linear", dropout=None):
+    """A copy of a language model with a new head, drawn from torch's global generator.
+
+    With `dropout` None it is what the exported model would be trained with: a GPT-2 with its own, a
+    LLaMA with none.
+    """
+    changes = {}
+    if isinstance(model.config, LlamaConfig):
+        changes = {"dropout": 0.0, "tie_word_embeddings": True}  # it has no head of its own
+    changes |= {} if dropout is None else {"dropout": dropout}
+    config = models.shaped(model.config, changes)
     copy = models.build(config)
     weights = model.state_dict()
     copy.load_state_dict({name: weights[name] for name in copy.state_dict()})

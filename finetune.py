@@ -40,6 +40,7 @@ from harness.tables import aligned
 from model import load_checkpoint
 from report.compare import paired_t
 from report.results import read_result
+from report.tables import task_rows
 from train import TrainConfig, fit
 
 POOL_BATCHES = 32  # within which examples of like length come together
@@ -166,6 +167,7 @@ class Setup:
     settings: str
     changes: dict
     head: str
+    dropout: float | None
     device: str
     precision: str
     deadline: float | None
@@ -196,6 +198,7 @@ def config_of(setup, base, task, settings, seed, num_batches):
         seed=seed,
         task=task.name,
         head=setup.head,
+        dropout=setup.dropout,
         device=setup.device,
         precision=setup.precision,
         compile=False,  # batches are of many lengths
@@ -207,7 +210,7 @@ def config_of(setup, base, task, settings, seed, num_batches):
 def run(setup, base, task, encoded, config):
     """Trains, and returns `fit`'s progress. What it prints is hidden unless that is asked for."""
     torch.manual_seed(config.seed)
-    model = as_classifier(base.model, len(task.classes), config.head)
+    model = as_classifier(base.model, len(task.classes), config.head, config.dropout)
     stream = ExampleStream(encoded["train"], config.batch_size, config.seed)
     origin = base.checkpoint
     provenance = Provenance(
@@ -251,7 +254,7 @@ def run_task(setup, base, task, seeds):
         wanted = {
             "name": base.name, "task": task.name, "seed": seed, "head": setup.head,
             "settings": dataclasses.asdict(settings), "files": task.digests,
-            "checkpoint": base.checkpoint["digest"],
+            "checkpoint": base.checkpoint["digest"], "dropout": setup.dropout,
         }  # fmt: skip
         if path.exists():
             result = read_result(path)
@@ -333,60 +336,34 @@ def load_bases(paths):
     return list(bases.values())
 
 
-def table(found, chosen):
-    """Heading and rows: a row for each file of valid texts, a column for each model.
+def described(found, chosen, settings, head):
+    """The results as plain data, from {model: {task: results}}.
 
-    `found` is {model: {task: results}}. In percent: the mean over seeds with its standard deviation
-    and, from two seeds on, the 95 % interval of the mean (Student's t).
+    "tasks" {name of a valid: {"metric", "texts", "majority", "msgs"}}; "models" {model: {name:
+    {"mean", "deviation", "interval", "seeds"}}}, of the metric, all in [0, 1] or for Matthews'
+    correlation [-1, 1]. The interval of 95 % is that of the mean over seeds (Student's t), or with
+    one seed that over texts (bootstrap). "seeds" has every score of each.
     """
-    rows = [["task", "metric", "texts", "majority", *found]]
-    means = {group: [[] for _ in range(1 + len(found))] for group in ("GLUE and others", "MSGS")}
+    about, models = {}, {model: {} for model in found}
     for task in chosen:
         for name, valid in task.valid.items():
             metric = tasks.metric_of(name)
-            majority = 100 * tasks.majority_scores(task, name)[metric]
-            row = [name, metric, f"{len(valid.texts):,}", f"{majority:.1f}"]
-            group = means["MSGS" if task.name in tasks.MSGS else "GLUE and others"]
-            group[0].append(majority)
-            for mean, by_task in zip(group[1:], found.values()):
-                values = [100 * r["scores"][name][metric] for r in by_task.get(task.name, ())]
-                row.append(summary(values))
-                mean += [statistics.fmean(values)] if values else []
-            rows.append(row)
-    for group, (majority, *models) in means.items():
-        if len(majority) > 1:
-            whole = [
-                f"{statistics.fmean(m):.1f}" if len(m) == len(majority) else "-" for m in models
-            ]
-            rows.append([f"mean, {group}", "", "", f"{statistics.fmean(majority):.1f}", *whole])
-    return rows
-
-
-def summary(values):
-    """A score such as 62.3 ± 1.2 [59.3, 65.3] from its values over seeds; "-" without any."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.1f}"
-    if len(values) == 1:
-        return mean
-    low, high = paired_t(values)
-    return f"{mean} ± {statistics.stdev(values):.1f} [{low:.1f}, {high:.1f}]"
-
-
-def described(found, chosen, settings, head):
-    """The table as plain data."""
-    about = {
-        name: {"metric": tasks.metric_of(name), "texts": len(valid.texts),
-               "majority": tasks.majority_scores(task, name)}
-        for task in chosen for name, valid in task.valid.items()
-    }  # fmt: skip
-    models = {
-        model: {
-            name: {r["seed"]: r["scores"][name] for r in by_task.get(task.name, ())}
-            for task in chosen for name in task.valid
-        }
-        for model, by_task in found.items()
-    }  # fmt: skip
+            majority = tasks.majority_scores(task, name)[metric]
+            about[name] = {"metric": metric, "texts": len(valid.texts), "majority": majority}
+            about[name]["msgs"] = task.name.lower() in tasks.MSGS
+            for model, by_task in found.items():
+                results = by_task[task.name]
+                values = [r["scores"][name][metric] for r in results]
+                several = len(values) > 1
+                labels, classes = torch.tensor(valid.labels), len(task.classes)
+                predicted = torch.tensor([int(c) for c in results[0]["predictions"][name].split()])
+                models[model][name] = {
+                    "mean": statistics.fmean(values),
+                    "deviation": statistics.stdev(values) if several else None,
+                    "interval": paired_t(values)
+                    or tasks.text_interval(predicted, labels, classes, metric),
+                    "seeds": {r["seed"]: r["scores"][name] for r in results},
+                }
     return {"settings": settings, "head": head, "tasks": about, "models": models}
 
 
@@ -406,6 +383,10 @@ def parse_arguments(argv):
         "--head", choices=HEADS, default="linear",
         help="linear, as the pipeline of 2023 and transformers have it, or the mlp of the pipeline "
         "of 2025 (default: linear)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dropout", type=float, metavar="P",
+        help="in the model (default: a GPT-2's own, none in a LLaMA, as in its exported folder)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs (default: 1)")
     parser.add_argument(
@@ -438,6 +419,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     least = {"seeds": 1, "first_seed": 0, "batch_size": 1, "epochs": 1, "patience": 0,
              "eval_every": 0, "max_length": 3, "learning_rate": 0, "stop_after": 0}  # fmt: skip
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        parser.error("--dropout must be at least 0 and below 1")
     for name, value in least.items():
         given = getattr(args, name)
         if given is not None and not value <= given < 1 << 31:
@@ -455,7 +438,7 @@ def main(argv=None):
     setup = Setup(
         args.tasks, Path(args.out), args.settings,
         {name: value for name, value in changes.items() if value is not None}, args.head,
-        args.device, args.precision,
+        args.dropout, args.device, args.precision,
         None if args.stop_after is None else time.monotonic() + 60 * args.stop_after,
         args.keep, args.verbose,
     )  # fmt: skip
@@ -469,9 +452,10 @@ def main(argv=None):
                 if len(results) < len(seeds):
                     say("stopped before the end: the same command continues")
                     return exit_code({"stopped_by": signal})
-    print("\n" + "\n".join(aligned(table(found, chosen))))
+    data = described(found, chosen, args.settings, args.head)
+    print("\n" + "\n".join(aligned(task_rows(data))))
     if args.json:
-        write_json(args.json, described(found, chosen, args.settings, args.head))
+        write_json(args.json, data)
     return 0
 
 

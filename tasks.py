@@ -10,13 +10,15 @@ import string
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from data import PAD, Batch
 from harness.files import UserError, printable, sha256
 from loss import IGNORED
 
-MAX_CLASSES = 1000
+MAX_CLASSES = 100
+RESAMPLES, BOOTSTRAP_SEED = 1000, 2023
 # Fields become a text, or a pair of texts, as BabyLM's pipelines of 2023 to 2025 make them. The
 # first form whose fields are all there is taken.
 FORMS = (
@@ -280,22 +282,49 @@ def encode(examples, tokenizer, max_length):
 # ---- how they are scored
 
 
-def scores(predicted, labels, num_classes):
-    """{"accuracy", "mcc"} of predicted classes, both (N,), and "f1" of class 1 where there are two.
+def confusion(predicted, labels, num_classes):
+    """How many examples of each class are predicted as each class: (is, predicted), float64."""
+    table = torch.zeros(num_classes, num_classes, dtype=torch.float64)
+    ones = torch.ones(len(labels), dtype=torch.float64)
+    return table.index_put_((labels, predicted), ones, accumulate=True)
 
-    Matthews' correlation is 0 where all are predicted, or are, of one class (Gorodkin 2004); F1 is
-    0 where class 1 is never right.
+
+def table_scores(tables):
+    """{"accuracy", "mcc"} of confusion tables (..., C, C), and "f1" of class 1 if C is 2: (...).
+
+    Matthews' correlation, for any C (Gorodkin 2004), is 0 where all are of one class, or all are
+    predicted to be; F1 is 0 where class 1 is never right.
     """
-    table = torch.zeros(num_classes, num_classes, dtype=torch.float64)  # (is, predicted)
-    table.index_put_((labels, predicted), torch.ones(len(labels)).double(), accumulate=True)
-    total, right = table.sum(), table.trace()
-    are, said = table.sum(1), table.sum(0)
-    covariance = right * total - are @ said
-    variances = (total**2 - are @ are) * (total**2 - said @ said)
+    are, said = tables.sum(-1), tables.sum(-2)  # (..., C)
+    total, right = are.sum(-1), tables.diagonal(dim1=-2, dim2=-1).sum(-1)
+    covariance = right * total - (are * said).sum(-1)
+    variances = (total**2 - (are**2).sum(-1)) * (total**2 - (said**2).sum(-1))
     found = {"accuracy": right / total, "mcc": covariance / variances.sqrt().clamp(min=1e-300)}
-    if num_classes == 2:
-        found["f1"] = 2 * table[1, 1] / (are[1] + said[1]).clamp(min=1)
-    return {name: value.item() for name, value in found.items()}
+    if tables.shape[-1] == 2:
+        found["f1"] = 2 * tables[..., 1, 1] / (are[..., 1] + said[..., 1]).clamp(min=1)
+    return found
+
+
+def scores(predicted, labels, num_classes):
+    """`table_scores` of predicted classes and those that are, both (N,), as numbers."""
+    table = confusion(predicted, labels, num_classes)
+    return {name: value.item() for name, value in table_scores(table).items()}
+
+
+def text_interval(predicted, labels, num_classes, metric):
+    """The 95 % interval (low, high) of a score over texts that might have been drawn instead.
+
+    A bootstrap: examples are drawn with replacement, which draws the cells of their confusion table
+    from a multinomial distribution.
+    """
+    cells = confusion(predicted, labels, num_classes).flatten().numpy()
+    there = np.flatnonzero(cells)
+    drawn = np.zeros((RESAMPLES, len(cells)))
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    drawn[:, there] = generator.multinomial(len(labels), cells[there] / len(labels), RESAMPLES)
+    tables = torch.from_numpy(drawn).view(-1, num_classes, num_classes)
+    low, high = np.quantile(table_scores(tables)[metric].numpy(), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def metric_of(name):

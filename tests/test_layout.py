@@ -23,7 +23,7 @@ ALLOWED = {  # modules of the root that a module of the root may import
     "train": {"data", "loss", "model"},
     "distill": {"data", "loss", "model", "train"},
     "tasks": {"data", "loss"},
-    "classifier": {"model"},
+    "classifier": {"llama", "model"},
     "finetune": NOUNS | {"classifier", "tasks", "train"},
     "export_hf": NOUNS | {"classifier"},
     "tokenize_corpus": NOUNS | {"cleaning"},
