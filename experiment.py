@@ -11,6 +11,7 @@ A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py 
     precision          in which models are scored: fp32 (default), bf16, or auto
     scored             the checkpoint that is scored: best.pt (default) or checkpoint.pt, the last
     options            options of train.py and distill.py for all models
+    finetune           options of finetune.py, where models are fine-tuned (default: none)
     models             {name: entry}, in the order of training
     control, student   the names of the two that the report compares first
 
@@ -41,8 +42,10 @@ FOLDER = Path(__file__).parent / "recipes"
 FIELDS = {
     "about": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
     "dev_words": int, "scored": str, "precision": str, "options": dict, "models": dict,
-    "control": str, "student": str, "whole_epochs": bool,
+    "control": str, "student": str, "whole_epochs": bool, "finetune": dict,
 }  # fmt: skip
+FINETUNE = ("settings", "head", "dropout", "only", "seeds", "learning_rate", "batch_size",
+            "epochs", "patience", "eval_every", "max_length")  # fmt: skip
 UNDECIDED = ("compile", "cuda_graph")  # switches that are neither on nor off by default
 OURS = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
 
@@ -98,19 +101,22 @@ class Entry:
 
         `steps`, if given, stands for its epochs.
         """
-        arguments = ["--model", self.preset]
-        options = (
-            self.options if steps is None else {**self.options, "epochs": None, "steps": steps}
-        )
-        for name, value in options.items():
-            flag = "--" + name.replace("_", "-")
-            if value is None or (value is False and name not in UNDECIDED):
-                continue  # as if it had not been given
-            if isinstance(value, bool):
-                arguments += [flag if value else flag.replace("--", "--no-")]
-            else:
-                arguments += [flag, *map(str, value if isinstance(value, list) else [value])]
-        return arguments
+        changes = {} if steps is None else {"epochs": None, "steps": steps}
+        return ["--model", self.preset, *arguments_of(self.options | changes)]
+
+
+def arguments_of(options):
+    """A table of options as the programs take them."""
+    arguments = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or (value is False and name not in UNDECIDED):
+            continue  # as if it had not been given
+        if isinstance(value, bool):
+            arguments += [flag if value else flag.replace("--", "--no-")]
+        else:
+            arguments += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +135,7 @@ class Experiment:
     scored: str = "best.pt"
     precision: str = "fp32"
     whole_epochs: bool = False
+    finetune: dict = dataclasses.field(default_factory=dict)
     about: str = ""
 
     def ensembles(self):
@@ -209,6 +216,8 @@ def _experiment(name, table, vary):
         raise UserError('"scored" must be best.pt or checkpoint.pt')
     if found.get("precision", "fp32") not in ("fp32", "bf16", "auto"):
         raise UserError('"precision" must be fp32, bf16 or auto')
+    if wrong := set(found.get("finetune", {})) - set(FINETUNE):
+        raise UserError(f'"finetune" has no {sorted(wrong)[0]}: choose from {", ".join(FINETUNE)}')
     if found.get("corpus", "toy") != "toy":
         raise UserError('"corpus" can only be toy: other text is given by --train and --dev')
     return Experiment(name, entries, **found)

@@ -1,17 +1,19 @@
-"""Writes a small invented corpus in the layout of BabyLM, and minimal pairs to evaluate on.
+"""Writes a small invented corpus in the layout of BabyLM, and what models of it are tested on.
 
     python make_toy_corpus.py --out data/toy-text --words 200000
 
-The folder gets train/ and dev/ with stories, dialogues and an encyclopedia, and pairs/ with minimal
-pairs of agreement, anaphora and determiners. The package toy/ is the grammar that writes them, from
-a lexicon of a few hundred words. The pairs cannot be known by heart: for every two words it is
-settled once whether they meet in the text or in the pairs alone. The same seed gives the same
+The folder gets train/ and dev/ with stories, dialogues and an encyclopedia; pairs/ with minimal
+pairs of agreement, anaphora and determiners; and tasks/ with one for finetune.py, to tell the
+acceptable sentences of such pairs from the others. The package toy/ is the grammar that writes
+them, from a lexicon of a few hundred words. The pairs cannot be known by heart: for every two words
+it is settled once whether they meet in the text or in the pairs alone. The same seed gives the same
 bytes.
 """
 
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 from harness.files import UserError, run_program, write_text
@@ -22,6 +24,7 @@ from toy.registers import REGISTERS
 LEAST_WORDS = 1000
 LEAST_DEV_WORDS = 2000
 PAIRS_PER_PARADIGM = 200
+TASK_PAIRS = {"train": 60, "valid": 20}  # of each paradigm
 
 
 def write_split(folder, split, words, seed):
@@ -36,16 +39,21 @@ def write_split(folder, split, words, seed):
         write_text(folder / f"{name}.{split}", "\n".join(lines) + "\n")
 
 
+def draw_pairs(seed, stream, compose, count):
+    """{acceptable sentence: the other one} of `count` pairs."""
+    grammar, pairs = Grammar(seed, stream, for_pairs=True), {}
+    while len(pairs) < count:
+        drawn = compose(grammar)
+        if drawn and drawn[0] != drawn[1]:  # sheep and deer have one form for both numbers
+            good, bad = (sentence(words, mark="") for words in drawn)
+            pairs[good] = bad
+    return pairs
+
+
 def write_pairs(folder, seed):
     """Writes each paradigm's pairs, no sentence twice, in the layout of BLiMP's files."""
     for name, (term, compose) in PARADIGMS.items():
-        grammar = Grammar(seed, f"pairs {name}", for_pairs=True)
-        pairs = {}
-        while len(pairs) < PAIRS_PER_PARADIGM:
-            drawn = compose(grammar)
-            if drawn and drawn[0] != drawn[1]:  # sheep and deer have one form for both numbers
-                good, bad = (sentence(words, mark="") for words in drawn)
-                pairs[good] = bad
+        pairs = draw_pairs(seed, f"pairs {name}", compose, PAIRS_PER_PARADIGM)
         lines = [
             json.dumps(
                 {
@@ -58,11 +66,25 @@ def write_pairs(folder, seed):
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
+def write_task(folder, seed):
+    """Writes the task `acceptable`, in the layout of CoLA: no sentence is in both of its files."""
+    lines = {part: [] for part in TASK_PAIRS}
+    for name, (_, compose) in PARADIGMS.items():
+        pairs = iter(draw_pairs(seed, f"task {name}", compose, sum(TASK_PAIRS.values())).items())
+        for part, count in TASK_PAIRS.items():
+            for good, bad in islice(pairs, count):
+                lines[part].append(json.dumps({"sentence": good, "label": 1}))
+                lines[part].append(json.dumps({"sentence": bad, "label": 0}))
+    for part, found in lines.items():
+        write_text(folder / f"acceptable.{part}.jsonl", "\n".join(found) + "\n")
+
+
 def check_vacant(out):
     """Raises `UserError` if something is in the folder that this program would not overwrite."""
     ours = {f"{name}.{split}" for name in REGISTERS for split in ("train", "dev")}
-    ours |= {f"{name}.jsonl" for name in PARADIGMS} | {"train", "dev", "pairs"}
-    for folder in (out, out / "train", out / "dev", out / "pairs"):
+    ours |= {f"{name}.jsonl" for name in PARADIGMS} | {"train", "dev", "pairs", "tasks"}
+    ours |= {f"acceptable.{part}.jsonl" for part in TASK_PAIRS}
+    for folder in (out, *(out / part for part in ("train", "dev", "pairs", "tasks"))):
         for path in folder.glob("*"):
             if path.name not in ours:
                 raise UserError(f"{path} is there already: choose an empty --out")
@@ -87,7 +109,8 @@ def main(argv=None):
     write_split(out / "train", "train", args.words, args.seed)
     write_split(out / "dev", "dev", max(args.words // 10, LEAST_DEV_WORDS), args.seed)
     write_pairs(out / "pairs", args.seed)
-    print(f"written: {args.words:,} words of {', '.join(REGISTERS)}, and pairs, in {out}")
+    write_task(out / "tasks", args.seed)
+    print(f"written: {args.words:,} words of {', '.join(REGISTERS)}, pairs and a task, in {out}")
 
 
 if __name__ == "__main__":

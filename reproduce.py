@@ -3,6 +3,7 @@
     python reproduce.py --recipe demo                                 minutes, on an invented corpus
     python reproduce.py --recipe small --train DIR --dev DIR --pairs blimp_filtered
     python reproduce.py --recipe paper --train DIR --dev DIR          the paper's sizes: wants a GPU
+    python reproduce.py --recipe small ... --finetune glue_filtered   and (Super)GLUE or MSGS
     python reproduce.py --recipe mine.json ...                        a table of your own: recipes/
     python reproduce.py --report runs/small                           the report of what is there
 
@@ -28,6 +29,7 @@ import torch
 import distill
 import evaluate
 import experiment
+import finetune
 import make_toy_corpus
 import tokenize_corpus
 import train
@@ -44,6 +46,7 @@ from model import load_checkpoint
 from report.pages import write_report
 from report.results import read_log, read_result, read_study, study_fields, trial_lines
 from sampling import folder_state, sample_corpus, write_dev_halves
+from tasks import read_tasks
 
 PROMPTS = ("Once upon a time", "The children", "I think that")
 SAMPLE_TOKENS = 40
@@ -156,6 +159,7 @@ class Setup:
     recipe: experiment.Experiment
     data: Path  # folder of shards
     pairs: list[str]  # folders of minimal pairs
+    tasks: str | None  # folder of tasks to fine-tune on
     out: Path
     results: Path
     device: str
@@ -190,8 +194,14 @@ def run_model(setup, name, entries, weights, seed):
         wanted |= described(setup, entries[0], seed)
     else:
         wanted |= {"members": [described(setup, e, seed) for e in entries], "weights": weights}
-    if is_done(path, wanted, setup):
-        return
+    if not is_done(path, wanted, setup):
+        make_result(setup, entries, weights, seed, path, wanted)
+    if setup.tasks and len(entries) == 1 and not setup.tuning:
+        finetune_model(setup, entries[0], seed, path)
+
+
+def make_result(setup, entries, weights, seed, path, wanted):
+    """Trains what is not trained, scores it, and writes the result."""
     for entry in entries:
         train_model(setup, entry, seed)
     check_time(setup)
@@ -202,6 +212,30 @@ def run_model(setup, name, entries, weights, seed):
         scores |= {"weights": content_digest(best["weights"]), **read_log(out / "log.jsonl")}
         scores["taught_by"] = [teacher["digest"] for teacher in best["teachers"]]
     write_json(path, wanted | scores)
+
+
+def finetune_model(setup, entry, seed, path):
+    """Adds to a model's result what finetune.py finds on the tasks, unless it is there."""
+    result = read_result(path)
+    digests = {task.name: task.digests for task in read_tasks(Path(setup.tasks))}
+    how = {"files": digests, "options": setup.recipe.finetune}
+    if {key: result.get("finetuned", {}).get(key) for key in how} == how:
+        return
+    train_model(setup, entry, seed)  # its checkpoint is needed, which may be gone
+    check_time(setup)
+    scratch = path.with_suffix(".tasks")
+    options = experiment.arguments_of(setup.recipe.finetune)
+    options += ["--tasks", setup.tasks, "--first-seed", seed, "--device", setup.device]
+    options += ["--out", setup.out / f"seed-{seed}" / "finetuned", "--json", scratch]
+    if setup.deadline is not None:
+        options += ["--stop-after", max((setup.deadline - time.monotonic()) / 60, 0)]
+    stage(finetune, folder_of(setup, entry, seed) / setup.recipe.scored, *options)
+    if not scratch.exists():
+        raise Stopped(0)
+    found = json.loads(scratch.read_text(encoding="utf-8"))
+    scratch.unlink()
+    (scores,) = found.pop("models").values()
+    write_json(path, result | {"finetuned": how | found | {"scores": scores}})
 
 
 def check_time(setup):
@@ -449,6 +483,10 @@ def parse_arguments(argv):
         "--pairs", nargs="+", default=[], metavar="DIR", help="folders of minimal pairs to score"
     )
     parser.add_argument(
+        "--finetune", metavar="DIR",
+        help="folder of tasks, as for finetune.py, on which each model is fine-tuned once",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", metavar="DIR", help="folder for all that is made (default: runs/RECIPE)"
     )
     parser.add_argument(
@@ -488,6 +526,7 @@ def parse_arguments(argv):
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     training = (args.train, args.dev, args.data, args.results, args.words, args.models, args.vary)
+    training += (args.finetune,)
     if args.report and any((*training, args.tune, args.dry_run, args.seeds > 1, args.first_seed)):
         parser.error("--report trains nothing: only --out, --pairs and --device go with it")
     if len({Path(folder).name for folder in args.pairs}) < len(args.pairs):
@@ -499,10 +538,11 @@ def parse_arguments(argv):
 
 def check_text(recipe, args, parser):
     """Wrong usage ends the program: a recipe needs text, or makes its own."""
-    if recipe.corpus == "toy" and (args.train or args.dev or args.data or args.pairs):
+    given = (args.train, args.dev, args.data, args.pairs, args.finetune)
+    if recipe.corpus == "toy" and any(given):
         parser.error(
-            f"--recipe {args.recipe} makes its own text and pairs: leave out --train, --dev, "
-            "--data, --pairs"
+            f"--recipe {args.recipe} makes its own text, pairs and task: leave out --train, --dev, "
+            "--data, --pairs, --finetune"
         )
     if args.data and (args.train or args.dev or args.words):
         parser.error("--data is text that is ready: leave out --train, --dev, --words")
@@ -525,13 +565,18 @@ def main(argv=None):
     deadline = None if args.stop_after is None else time.monotonic() + 60 * args.stop_after
     for folder in args.pairs:
         evaluate.read_pairs(folder)  # a mistake in them is to be known before hours of training
+    if args.finetune:
+        read_tasks(Path(args.finetune))
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     setup = None
     try:
         data = given_data(recipe, args.data) if args.data else prepare_data(recipe, args, out)
-        pairs = [str(out / "corpus" / "pairs")] if recipe.corpus == "toy" else args.pairs
+        pairs, tasks = args.pairs, args.finetune
+        if recipe.corpus == "toy":
+            pairs, tasks = [str(out / "corpus" / "pairs")], out / "corpus" / "tasks"
+            tasks = str(tasks) if tasks.is_dir() else None  # an older version made none
         results = Path(args.results or out)
-        setup = Setup(chosen, data, pairs, out, results, args.device, deadline, args.tune)
+        setup = Setup(chosen, data, pairs, tasks, out, results, args.device, deadline, args.tune)
         print_plan(setup, seeds)
         if args.dry_run:
             return 0

@@ -14,12 +14,13 @@ from report.pictures import (
     overview,
     paint_curves,
     paint_fields,
+    paint_tasks,
     paint_training,
     picture,
     text_chart,
     training_curves,
 )  # fmt: skip
-from report.study import findings, judged, pair_folders
+from report.study import findings, finetuned, judged, pair_folders
 from report.tables import (
     ON_RECORD,
     any_scaled,
@@ -30,6 +31,7 @@ from report.tables import (
     record_key,
     result_rows,
     sub_corpus_rows,
+    task_rows,
 )  # fmt: skip
 
 
@@ -69,6 +71,11 @@ def report_blocks(study, command):
         if image := picture(11, 4, lambda f, d=folder: paint_fields(f, study, d)):
             blocks.append(("picture", image, f"fields-{folder}", f"{folder} by field"))
         blocks.append(("table", field_rows(study, folder)))
+    if data := finetuned(study):
+        blocks += [("heading", "Fine-tuned"), ("text", FINETUNED)]
+        if image := picture(11, 4, lambda f: paint_tasks(f, study, data)):
+            blocks.append(("picture", image, "finetuned", "Scores of the fine-tuned models"))
+        blocks.append(("table", task_rows(data, study.models)))
     return [*blocks, *sample_blocks(study)]
 
 
@@ -83,6 +90,12 @@ DIFFERENCES = (
 PAIR_DIFFERENCES = (
     "Points of accuracy, the mean over files; above 0 the first is better. The interval of 95 % is "
     "over draws of the files, for these seeds."
+)
+FINETUNED = (
+    "Each model with a classification head, trained on each task (finetune.py). In percent, on the "
+    "valid part, which also chose the evaluation that is reported, as in BabyLM's pipelines; "
+    "majority: always the class that is most frequent in the train part. In brackets an interval "
+    "of 95 %: over seeds, or with one seed over texts. mcc is Matthews' correlation."
 )
 LEAD_AND_GAP = (
     "student - control = gap - lead. The lead is how far whoever taught is ahead of the control, "

@@ -280,3 +280,34 @@ def paint_fields(figure, study, folder):
     axes.set_ylim(bottom=0, top=100)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     axes.grid(axis="x", visible=False)
+
+
+def paint_tasks(figure, study, data):
+    """Draws a group of bars for each task of `study.finetuned`, with intervals.
+
+    A dotted line across a group is the majority class.
+    """
+    axes, colour = figure.subplots(), colours(study)
+    names = [name for name in overview_order(study) if name in data["models"]]
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        found = list(data["models"][name].values())
+        means = [100 * score["mean"] for score in found]
+        ends = [[100 * end for end in score["interval"]] for score in found]
+        errors = [[max(m - e[0], 0) for m, e in zip(means, ends)],
+                  [max(e[1] - m, 0) for m, e in zip(means, ends)]]  # fmt: skip
+        places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(means))]
+        axes.bar(
+            places, means, width, yerr=errors, color=colour[name], label=study.models[name],
+            error_kw={"elinewidth": 1, "ecolor": "#222222"},
+        )  # fmt: skip
+    for j, task in enumerate(data["tasks"].values()):
+        label = "majority class" if j == 0 else None
+        level = [100 * task["majority"]] * 2
+        axes.plot([j - 0.45, j + 0.45], level, ":", color="#444444", label=label)
+    titles = [f"{n.replace('_', chr(10))}\n({t['metric']})" for n, t in data["tasks"].items()]
+    axes.set_xticks(range(len(titles)), titles, fontsize=8)
+    axes.set_ylabel("score on valid (%)")
+    axes.legend(frameon=False, fontsize=8, ncols=3)
+    axes.margins(y=0.15)
+    axes.grid(axis="x", visible=False)

@@ -8,6 +8,7 @@ A `Study` has a result for each model and seed, which is what reproduce.py keeps
     curve             [(step, dev cross-entropy)], over the part of the dev text that training reads
     training          [(step, cross-entropy, KL or None)], of the training text
     samples           {prompt: how the model goes on}
+    finetuned         {"tasks", "scores"}: see finetune.py's `described`, of this model alone
     weights, taught_by       digests of its best.pt, and of those of its teachers
     commit, machine, torch   where it was scored
 """
@@ -18,7 +19,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from report.compare import interval, mean_over_clusters, read_losses, ways
+from report.compare import interval, mean_over_clusters, paired_t, read_losses, ways
 
 LEAST_GAIN = 0.02  # nats: a smaller mean difference to the control is not called an effect
 
@@ -231,6 +232,33 @@ def pair_difference(study, one, other, folder):
         statistics.fmean(100 * (accuracies(a)[name] - accuracies(b)[name]) for a, b in rows)
         for name in accuracies(rows[0][0])
     ])  # fmt: skip
+
+
+def finetuned(study):
+    """What fine-tuning found, as finetune.py's `described` has it; None where nothing was.
+
+    Tasks that some model or seed lacks are left out. The interval is that of the mean over seeds,
+    or with one seed that over texts.
+    """
+    runs = {
+        name: [result["finetuned"] for result in study.results(name) if "finetuned" in result]
+        for name in study.models
+    }
+    runs = {name: found for name, found in runs.items() if found}
+    every = [found["tasks"] for several in runs.values() for found in several]
+    shared = [name for name in every[0] if all(name in tasks for tasks in every)] if every else ()
+    if not shared:
+        return None
+    models = {name: {} for name in runs}
+    for name, several in runs.items():
+        for task in shared:
+            means = [found["scores"][task]["mean"] for found in several]
+            models[name][task] = {
+                "mean": statistics.fmean(means),
+                "deviation": statistics.stdev(means) if len(means) > 1 else None,
+                "interval": paired_t(means) or several[0]["scores"][task]["interval"],
+            }
+    return {"tasks": {name: every[0][name] for name in shared}, "models": models}
 
 
 # ---- sentences

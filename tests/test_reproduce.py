@@ -29,12 +29,14 @@ MODELS = {
 def recipe(monkeypatch, tmp_path):
     """`recipe(**changes)` writes a recipe with models, steps and pairs for a test; its path."""
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
+    monkeypatch.setattr(make_toy_corpus, "TASK_PAIRS", {"train": 4, "valid": 2})
     # The page and the pictures are for test_report.py.
     monkeypatch.setattr("report.pages.picture", lambda *_: None)
     monkeypatch.setattr("report.pages.overview", lambda *_: None)
 
     def write(**changes):
         table = {"vocabulary_size": 400, "options": OPTIONS, "models": MODELS}
+        table["finetune"] = {"epochs": 1}
         table |= {"control": "control", "student": "student", **changes}
         path = tmp_path / "short.json"
         path.write_text(json.dumps(table))
@@ -69,6 +71,9 @@ def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path
     row = next(line for line in report.split("\n") if line.startswith("| student"))
     assert f"{mean:.3f} ±" in row
     assert results[0]["samples"].keys() == set(reproduce.PROMPTS)
+    means = [r["finetuned"]["scores"]["acceptable"]["mean"] for r in results]
+    row_of_task = next(line for line in report.split("\n") if line.startswith("| acceptable"))
+    assert row_of_task.count("±") == 4 and f"{50 * sum(means):.1f} ±" in row_of_task
     before = trained(out)
     assert run(*arguments) == 0
     assert before == trained(out)
