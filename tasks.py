@@ -5,6 +5,7 @@ about, in the fields of one of `FORMS`, and its "label". NAME-mm.valid.jsonl wit
 its own, as MNLI's mismatched part is, goes with the train file of NAME.
 """
 
+import hashlib
 import json
 import string
 from collections import Counter
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 
 from data import PAD, Batch
-from harness.files import UserError, printable, sha256
+from harness.files import UserError, printable
 from loss import IGNORED
 
 MAX_CLASSES = 100
+MAX_LINE_BYTES = 1 << 20  # of a file of examples: no model here reads as much
 RESAMPLES, BOOTSTRAP_SEED = 1000, 2023
 # Fields become a text, or a pair of texts, as BabyLM's pipelines of 2023 to 2025 make them. The
 # first form whose fields are all there is taken.
@@ -191,17 +193,21 @@ def _read_task(name, train, valid):
 
 def _lines(path):
     """[(number, texts, class)] of a file's lines, and the file's digest."""
-    content = path.read_bytes()
-    found = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
+    found, digest = [], hashlib.sha256()
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            digest.update(line)
+            if not line.strip():
+                continue
             try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes")
                 found.append((number, *_example(json.loads(line.decode("utf-8")))))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}: mend it or remove it") from error
     if not found:
         raise UserError(f"{path} is empty: fill it or remove it")
-    return found, sha256(content)
+    return found, digest.hexdigest()
 
 
 def _example(entry):

@@ -237,6 +237,7 @@ GOOD = '{"text": "a dog", "label": 0}\n{"text": "a cat", "label": 1}\n'
         (GOOD + '{"text": "a\\ud800", "label": 1}', GOOD, "line 3: 'utf-8' codec can't encode"),
         (GOOD + "[" * 100_000, GOOD, "line 3: "),
         (GOOD + "text", GOOD, "line 3: Expecting value"),
+        (GOOD + '{"text": "' + "a" * (1 << 20), GOOD, "line 3: it has more than 1048576 bytes"),
         (GOOD.replace("1", "0"), GOOD, "t.train.jsonl shows the class 0 alone"),
         ("".join(f'{{"text": "a", "label": {i}}}\n' for i in range(101)), GOOD, "101 classes"),
     ],

@@ -37,6 +37,11 @@ def small_world(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         pair = {"sentence_good": "the cat runs", "sentence_bad": "the dog runs"}
         (tmp_path / folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "glue_filtered").mkdir()
+    for part in ("train", "valid"):
+        pairs = [{"sentence1": "the cat", "sentence2": "a dog", "label": i % 2} for i in range(6)]
+        path = tmp_path / "glue_filtered" / f"rte.{part}.jsonl"
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "stimuli.txt").write_text("the cat runs\nthe old dog sees\n")
     tiny = {"gpt2": models.PRESETS["gpt2-tiny"], "llama": models.PRESETS["llama-tiny-student"]}
     recipe = models.Recipe(1e-3, 4, 0.1, 10)
@@ -54,6 +59,7 @@ def small_world(tmp_path, monkeypatch):
         (tmp_path / "recipes" / path.name).write_text(json.dumps(table))
     monkeypatch.setattr(experiment, "FOLDER", tmp_path / "recipes")
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
+    monkeypatch.setattr(make_toy_corpus, "TASK_PAIRS", {"train": 4, "valid": 2})
     # The page and the pictures are for test_report.py.
     monkeypatch.setattr("report.pages.picture", lambda *_: None)
     monkeypatch.setattr("report.pages.overview", lambda *_: None)
@@ -82,6 +88,7 @@ def test_each_command_in_the_readme_runs(small_world):
         "evaluate.py",
         "generate.py",
         "export_hf.py",
+        "finetune.py",
     }
 
 
