@@ -6,6 +6,7 @@ another is something else. What is refused costs at most 64 MiB and eight times 
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -22,10 +23,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import classifier
 import evaluate
 import export_hf
 import generate
 import model as models
+import tasks
 import train
 from conftest import FIGURES, provenance_of, save_model, step_of
 from data import Batch, Tokenizer, TokenShard
@@ -41,6 +44,7 @@ from report.compare import comparison_rows, read_losses
 
 SHAPE = LlamaConfig(300, 8, 8, 1, 2)
 PAIR = {"sentence_good": "the cat", "sentence_bad": "cat the", "linguistics_term": "x"}
+EXAMPLE = {"text": "the cat", "label": 1}
 DELETED = object()
 VALUES = [
     DELETED, None, True, -1, 0, 1, 3, 1 << 31, 1 << 63, 10**30, 0.5, math.nan, math.inf, "", "x",
@@ -112,6 +116,11 @@ class Files:
         self.full, self.best = self.unsigned("full.pt"), self.unsigned("best.pt")
         (folder / "pairs").mkdir()
         (folder / "pairs" / "a.jsonl").write_text(json.dumps(PAIR))
+        (folder / "tasks").mkdir()
+        for part in ("train", "valid"):
+            lines = (json.dumps(EXAMPLE | {"label": i}) for i in (1, 0))
+            (folder / "tasks" / f"a.{part}.jsonl").write_text("\n".join(lines))
+        self.classifier = self.classifier_of(step.objective.model)
         export_hf.export(folder / "best.pt", folder / "hf")
         self.shard = (data_folder / "train.bin").read_bytes()
         assert int(self.shard.split()[2]) == PAGE_BYTES  # the header's size
@@ -140,6 +149,15 @@ class Files:
         del found["digest"]
         return found
 
+    def classifier_of(self, model):
+        """What the checkpoint of a classifier holds."""
+        model = classifier.as_classifier(model, 2)
+        found = self.best | {"weights": model.state_dict(), "teachers": []}
+        shape = dataclasses.asdict(model.config)
+        found["model"] = found["model"] | {"shape": shape}
+        found["config"] = found["config"] | {"classes": ["no", "yes"], "head": "linear"}
+        return found
+
     # ---- readers
 
     def resume(self, path):
@@ -155,6 +173,12 @@ class Files:
         pairs = ["--pairs", str(self.folder / "pairs")]
         evaluate.main([str(path), *self.arguments, *pairs])
         generate.main([str(path), "--prompt", "a", "--tokens", "2", "--device", "cpu"])
+        export_hf.main([str(path), "--out", str(path.with_suffix(".hf"))])
+
+    def use_classifier(self, path):
+        """A classifier's checkpoint as finetune.py and export_hf.py use it."""
+        model, _ = classifier.load_classifier(path)
+        classifier.class_logits(model, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1]))
         export_hf.main([str(path), "--out", str(path.with_suffix(".hf"))])
 
     def import_folder(self, path):
@@ -173,6 +197,9 @@ class Files:
 
     def read_pairs(self, path):
         return evaluate.read_pairs(path.parent)
+
+    def read_tasks(self, path):
+        return tasks.read_tasks(path.parent)
 
     # ---- writers of files with valid digests
 
@@ -261,6 +288,8 @@ def headers(files):
         ("config.json", files.config, config, json_of, files.import_folder),
         ("pairs", PAIR, folder / "pairs" / "a.jsonl", json_of, files.read_pairs),
         ("losses", files.arrays, folder / "b.npz", files.write_arrays, files.compare),
+        ("classifiers", files.classifier, folder / "c.pt", checkpoint, files.use_classifier),
+        ("tasks", EXAMPLE, folder / "tasks" / "a.valid.jsonl", json_of, files.read_tasks),
     ]  # fmt: skip
 
 
@@ -294,7 +323,7 @@ def told(totals):
 
 def test_a_changed_field_crashes_no_program(files):
     totals = change_every_field(files, 47)
-    assert len(totals) == 9 and all(total for total, _ in totals.values())
+    assert len(totals) == 11 and all(total for total, _ in totals.values())
 
 
 @pytest.mark.faults
@@ -377,11 +406,20 @@ def pair_files():
     return lines.map(lambda entries: "\n".join(map(json.dumps, entries)).encode())
 
 
+def task_files():
+    """Files of examples of any text and label, and of what is no example."""
+    text = st.text(st.characters())
+    example = st.fixed_dictionaries({"text": text, "label": st.sampled_from([0, 1]) | JSON})
+    lines = st.lists(example | JSON, max_size=3)
+    return lines.map(lambda entries: "\n".join(map(json.dumps, entries)).encode())
+
+
 def kinds(files):
     """(name, path, reader, strategy, writer(path, example)) of all that is tried."""
     folder, write = files.folder, lambda path, content: path.write_bytes(content)
     shard, weights, model_file = folder / "a.bin", folder / "a.pt", folder / "a.model"
     tensors, pairs = folder / "a.safetensors", folder / "pairs" / "a.jsonl"
+    examples = folder / "tasks" / "a.valid.jsonl"
     read_tensors, tokenizer = export_hf.read_safetensors, files.tokenizer.model_bytes
     load, sign = models.load_checkpoint, files.sign_checkpoint
     small = (folder / "best.pt").read_bytes()
@@ -395,6 +433,7 @@ def kinds(files):
         ("resume points", weights, files.resume, fields_changed(files.full), sign),
         ("safetensors", tensors, read_tensors, safetensors_files() | ANYTHING, write),
         ("pairs", pairs, files.read_pairs, pair_files() | ANYTHING, write),
+        ("tasks", examples, files.read_tasks, task_files() | ANYTHING, write),
         ("tokenizers", model_file, Tokenizer.load, damaged(tokenizer) | ANYTHING, write),
         ("teacher caches", folder / "a.cache", files.open_cache, damaged(files.cache), write),
         ("losses", folder / "a.npz", files.compare,
@@ -495,6 +534,11 @@ def bombs(files, folder):
         (json.dumps({"sentence_good": "a", "sentence_bad": "b"}) + "\n") * 300_000 + "x"
     )
     yield path, files.read_pairs
+    (folder / "tasks").mkdir()
+    path = folder / "tasks" / "a.train.jsonl"
+    (folder / "tasks" / "a.valid.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    path.write_text('{"text":"a","label":0}\n' * 300_000 + "x")
+    yield path, files.read_tasks
     path = folder / "dicts.pt"
     torch.save(content, path)
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(folder / "d.pt", "w") as changed_archive:
