@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+import finetune
 import model as models
 from cleaning import CLEANERS
 from data import count_chunks
@@ -218,6 +219,8 @@ def _experiment(name, table, vary):
         raise UserError('"precision" must be fp32, bf16 or auto')
     if wrong := set(found.get("finetune", {})) - set(FINETUNE):
         raise UserError(f'"finetune" has no {sorted(wrong)[0]}: choose from {", ".join(FINETUNE)}')
+    given = ["-", "--tasks", "-", *arguments_of(found.get("finetune", {}))]
+    finetune.parse_arguments(given, Strict)  # for what is wrong with a value
     if found.get("corpus", "toy") != "toy":
         raise UserError('"corpus" can only be toy: other text is given by --train and --dev')
     return Experiment(name, entries, **found)

@@ -6,7 +6,8 @@ A task is NAME.train.jsonl and NAME.valid.jsonl, in the fields of BabyLM's pipel
 (or "text_a" and "text_b") and "label". For each checkpoint, task and seed a classification head on
 the last token and the whole model are trained by the loop of train.py. As in the pipelines, the
 evaluation that is best on valid is the one that is reported, on valid: compare models by it, and
-take it for no estimate of what new text would show.
+take it for no estimate of what new text would show. F1 is that of the second of two classes, 1 of 0
+and 1; the authors and the pipeline of 2023 choose by it wherever there are two.
 
 --settings names a table in tasks.py: that of the authors (default), or what the pipeline of 2023 or
 2025 has by default; the options below change all tasks alike. Results are kept in OUT, one file
@@ -31,18 +32,20 @@ import tasks
 from classifier import HEADS, as_classifier, class_logits, load_classifier
 from data import Tokenizer
 from harness import parallel
-from harness.devices import choose_compute
+from harness.devices import Compute, choose_compute
 from harness.files import UserError, locked, printable, run_program, say, write_json
 from harness.options import option
 from harness.record import commit, exit_code, machine
 from harness.states import Provenance, is_finished
 from harness.tables import aligned
 from model import load_checkpoint
-from report.compare import paired_t
+from report.compare import t_interval
 from report.results import read_result
 from report.tables import task_rows
 from train import TrainConfig, fit
 
+OPTIONS = ("learning_rate", "batch_size", "epochs", "patience", "eval_every", "max_length")
+SETTINGS_FIELDS = {field.name: field for field in dataclasses.fields(tasks.Settings)}
 POOL_BATCHES = 32  # within which examples of like length come together
 BATCH_TOKENS = 8192  # of an evaluation
 
@@ -73,7 +76,7 @@ class ClassificationObjective(nn.Module):
         return batch
 
     def forward(self, batch):
-        last = (batch.targets >= 0).long().argmax(1)  # (B,)
+        last = tasks.last_places(batch.targets)  # (B,)
         classes = batch.targets.gather(1, last[:, None])[:, 0]
         logits = class_logits(self.model, batch.tokens, last)  # (B, classes)
         loss = F.cross_entropy(logits, classes, reduction="sum") / batch.num_targets
@@ -103,9 +106,13 @@ class ExampleStream:
         """The batches of an epoch, lists of examples' numbers: a function of seed and epoch."""
         generator = random.Random(f"{self.seed} {epoch}")
         shuffled = generator.sample(range(len(self.examples.ids)), len(self.examples.ids))
-        size, batches = POOL_BATCHES * self.batch_size, []
-        for start in range(0, len(shuffled), size):
-            pool = sorted(shuffled[start : start + size], key=lambda i: len(self.examples.ids[i]))
+        whole = len(shuffled) // self.batch_size * self.batch_size
+        batches = [shuffled[whole:]] if whole < len(shuffled) else []
+        # Of a short file, pools of a quarter: with all of it in one, batches would stay the same.
+        size = self.batch_size * max(1, min(POOL_BATCHES, self.num_batches // 4))
+        for start in range(0, whole, size):
+            pool = shuffled[start : min(start + size, whole)]
+            pool.sort(key=lambda i: len(self.examples.ids[i]))
             batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
         generator.shuffle(batches)
         return batches
@@ -122,7 +129,7 @@ def predict(model, examples, autocast):
     while start < len(order):
         rows = max(1, BATCH_TOKENS // lengths[order[start]])
         batch = examples.batch(order[start : start + rows])
-        last = (batch.targets >= 0).long().argmax(1)
+        last = tasks.last_places(batch.targets)
         with autocast:
             parts.append(class_logits(model, batch.tokens.to(device), last.to(device)).cpu())
         start += rows
@@ -162,45 +169,51 @@ class Base:
 class Setup:
     """What all runs share. `deadline` is a time of `time.monotonic`, or None."""
 
-    folder: str
-    out: Path
-    settings: str
-    changes: dict
-    head: str
-    dropout: float | None
-    device: str
-    precision: str
+    args: argparse.Namespace
+    compute: Compute
     deadline: float | None
-    keep: bool
-    verbose: bool
+
+    @property
+    def changes(self):
+        """{name of a setting: value} of those that were given as options."""
+        given = {name: getattr(self.args, name) for name in OPTIONS}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def folder(self, base, task):
+        """Where results of a task are."""
+        return Path(self.args.out) / base.name / task.name
 
 
 def settings_for(setup, base, task):
     """The task's `Settings`, as the options change them, for a model of so many positions."""
-    found = dataclasses.replace(tasks.settings_of(task.name, setup.settings), **setup.changes)
+    found = tasks.settings_of(task.name, setup.args.settings)
+    found = dataclasses.replace(found, **setup.changes)
     positions = base.model.config.max_position_embeddings
     return dataclasses.replace(found, max_length=min(found.max_length, positions))
 
 
-def config_of(setup, base, task, settings, seed, num_batches):
+def config_of(setup, base, task, settings, seed):
     """The complete config of a run."""
     left = None if setup.deadline is None else (setup.deadline - time.monotonic()) / 60
+    num_batches = -(-len(task.train.texts) // settings.batch_size)
     shared = ("learning_rate", "batch_size", "epochs", "schedule", "min_lr_ratio", "patience",
-              "eval_every", "weight_decay", "clip", "chosen_by")  # fmt: skip
+              "eval_every", "weight_decay", "clip", "least_gain", "chosen_by")  # fmt: skip
     return FinetuneConfig(
         **{name: getattr(settings, name) for name in shared},
+        eval_only_every=settings.eval_every > 0,
         warmup_steps=round(settings.warmup * settings.epochs * num_batches),
         sequence_length=settings.max_length,
         model=base.checkpoint["model"]["name"],
         init=base.path,
-        data=setup.folder,
-        out=str(setup.out / base.name / task.name / f"seed-{seed}"),
+        data=setup.args.tasks,
+        out=str(setup.folder(base, task) / f"seed-{seed}"),
         seed=seed,
         task=task.name,
-        head=setup.head,
-        dropout=setup.dropout,
-        device=setup.device,
-        precision=setup.precision,
+        head=setup.args.head,
+        dropout=setup.args.dropout,
+        micro_batch_size=setup.args.micro_batch_size,
+        device=setup.args.device,
+        precision=setup.compute.precision,
         compile=False,  # batches are of many lengths
         cuda_graph=False,
         stop_after=None if left is None else max(left, 0),
@@ -220,7 +233,7 @@ def run(setup, base, task, encoded, config):
     )  # fmt: skip
     evaluate = evaluation(task, encoded[task.name], config.chosen_by)
     with contextlib.ExitStack() as stack:
-        if not setup.verbose:
+        if not setup.args.verbose:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         return fit(ClassificationObjective(model), config, stream, evaluate, provenance)
@@ -228,60 +241,74 @@ def run(setup, base, task, encoded, config):
 
 def result_of(setup, task, encoded, config):
     """What is kept of a run: the scores of its best.pt, and the classes that it predicts."""
-    compute = choose_compute(config.device, config.precision)
     model, checkpoint = load_classifier(Path(config.out) / "best.pt")
-    model.to(compute.device)
+    model.to(setup.compute.device)
     found = {"scores": {}, "predictions": {}, "best_step": checkpoint["progress"]["best_step"]}
     for name in task.valid:
-        predicted = predict(model, encoded[name], compute.autocast).argmax(1)
+        predicted = predict(model, encoded[name], setup.compute.autocast).argmax(1)
         found["scores"][name] = tasks.scores(predicted, encoded[name].labels, len(task.classes))
         found["predictions"][name] = " ".join(map(str, predicted.tolist()))
-    return found | {
-        "commit": commit(), "machine": machine(setup.device), "torch": torch.__version__,
-        "precision": compute.precision,
-    }  # fmt: skip
+    where = {"commit": commit(), "machine": machine(setup.args.device), "torch": torch.__version__}
+    return found | where
 
 
 def run_task(setup, base, task, seeds):
     """The results of a task's seeds: what is not there is made. (results, signal or None).
 
-    A list that is shorter than the seeds says that the time is over, or that a signal came.
+    A list that is shorter than the seeds says that the time is over. Raises `UserError` for the
+    result of another run, or where a run fails.
     """
     settings = settings_for(setup, base, task)
     encoded, results = None, []
     for seed in seeds:
-        path = setup.out / base.name / task.name / f"seed-{seed}.json"
+        path = setup.folder(base, task) / f"seed-{seed}.json"
         wanted = {
-            "name": base.name, "task": task.name, "seed": seed, "head": setup.head,
-            "settings": dataclasses.asdict(settings), "files": task.digests,
-            "checkpoint": base.checkpoint["digest"], "dropout": setup.dropout,
+            "name": base.name, "task": task.name, "seed": seed, "head": setup.args.head,
+            "settings": dataclasses.asdict(settings), "dropout": setup.args.dropout,
+            "precision": setup.compute.precision, "files": task.digests,
+            "checkpoint": base.checkpoint["digest"],
         }  # fmt: skip
         if path.exists():
-            result = read_result(path)
-            if different := [key for key in wanted if result.get(key) != wanted[key]]:
-                raise UserError(
-                    f"{path} is of another run ({', '.join(different)} differ): choose another "
-                    "--out, or move it away"
-                )
-            results.append(result)
+            results.append(earlier_result(path, wanted, setup.args.keep))
             continue
         if setup.deadline is not None and time.monotonic() > setup.deadline:
             return results, None
         if encoded is None:
             encoded = encode_task(base, task, settings.max_length)
-        num_batches = -(-len(task.train.texts) // settings.batch_size)
-        config = config_of(setup, base, task, settings, seed, num_batches)
-        start = time.monotonic()
-        progress = run(setup, base, task, encoded, config)
+        config = config_of(setup, base, task, settings, seed)
+        new, start = not Path(config.out).exists(), time.monotonic()
+        try:
+            progress = run(setup, base, task, encoded, config)
+        except UserError as error:
+            raise UserError(f"{base.name}, {task.name}, seed {seed}: {error}") from error
+        stopped_by = progress.get("stopped_by")
         if not is_finished(progress, config.patience):
-            return results, progress.get("stopped_by")
-        result = wanted | result_of(setup, task, encoded, config)
-        result |= {"seconds": round(time.monotonic() - start, 1), "steps": progress["step"]}
+            return results, stopped_by
+        result = wanted | result_of(setup, task, encoded, config) | {"steps": progress["step"]}
+        if new:  # else its clock began in an earlier command
+            result["seconds"] = round(time.monotonic() - start, 1)
         write_json(path, result)
-        clean(Path(config.out), setup.keep)
+        clean(Path(config.out), setup.args.keep)
         results.append(result)
-        say(f"{base.name}, seed {seed}: {shown_scores(task, result)}, {result['seconds']:.0f} s")
+        say(f"{base.name}, seed {seed}: {shown_scores(task, result)}")
+        if stopped_by:
+            return results, stopped_by
     return results, None
+
+
+def earlier_result(path, wanted, keep):
+    """The result in a file. `UserError` if it is of another run, or a kept best.pt is not there."""
+    result, folder = read_result(path), path.with_suffix("")
+    if different := [key for key in wanted if result.get(key) != wanted[key]]:
+        raise UserError(
+            f"{path} is of another run ({', '.join(different)} differ): choose another --out, or "
+            "move it away"
+        )
+    if keep and not (folder / "best.pt").exists():
+        raise UserError(f"--keep: {path} is there and its best.pt is not: move it away")
+    if folder.exists():  # a kill came before it was clean
+        clean(folder, keep=True)
+    return result
 
 
 def encode_task(base, task, max_length):
@@ -308,11 +335,11 @@ def shown_scores(task, result):
 
 
 def clean(folder, keep):
-    """Removes the state of a finished run; best.pt and the log remain where that is asked for."""
+    """Removes the state of a finished run; with `keep`, best.pt and the log remain."""
     for path in folder.iterdir():
         if not (keep and path.name in ("best.pt", "log.jsonl")):
             path.unlink()
-    if not keep:
+    if not any(folder.iterdir()):
         folder.rmdir()
 
 
@@ -339,18 +366,20 @@ def load_bases(paths):
 def described(found, chosen, settings, head):
     """The results as plain data, from {model: {task: results}}.
 
-    "tasks" {name of a valid: {"metric", "texts", "majority", "msgs"}}; "models" {model: {name:
-    {"mean", "deviation", "interval", "seeds"}}}, of the metric, all in [0, 1] or for Matthews'
-    correlation [-1, 1]. The interval of 95 % is that of the mean over seeds (Student's t), or with
-    one seed that over texts (bootstrap). "seeds" has every score of each.
+    "tasks" is {name of a valid: {"metric", "texts", "majority", "classes", "msgs"}}, "models"
+    {model: {name: {"mean", "deviation", "interval", "seeds"}}}: of the metric, from 0 to 1, or for
+    Matthews' correlation from -1. The interval of 95 % is that of the mean over seeds (Student's
+    t), or with one seed that over texts (bootstrap). "seeds" has every score of each.
     """
     about, models = {}, {model: {} for model in found}
     for task in chosen:
         for name, valid in task.valid.items():
             metric = tasks.metric_of(name)
             majority = tasks.majority_scores(task, name)[metric]
-            about[name] = {"metric": metric, "texts": len(valid.texts), "majority": majority}
-            about[name]["msgs"] = task.name.lower() in tasks.MSGS
+            about[name] = {
+                "metric": metric, "texts": len(valid.texts), "majority": majority,
+                "classes": task.classes, "msgs": task.name.lower() in tasks.MSGS,
+            }  # fmt: skip
             for model, by_task in found.items():
                 results = by_task[task.name]
                 values = [r["scores"][name][metric] for r in results]
@@ -360,18 +389,16 @@ def described(found, chosen, settings, head):
                 models[model][name] = {
                     "mean": statistics.fmean(values),
                     "deviation": statistics.stdev(values) if several else None,
-                    "interval": paired_t(values)
+                    "interval": t_interval(values, -1 if metric == "mcc" else 0, 1)
                     or tasks.text_interval(predicted, labels, classes, metric),
                     "seeds": {r["seed"]: r["scores"][name] for r in results},
                 }
     return {"settings": settings, "head": head, "tasks": about, "models": models}
 
 
-def parse_arguments(argv):
-    """The options of the command line; wrong usage ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def argument_parser(parser_class=argparse.ArgumentParser):
+    """The parser of the command line."""
+    parser = parser_class(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--tasks", required=True, metavar="DIR", help="folder of tasks")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these tasks of the folder")
@@ -393,11 +420,10 @@ def parse_arguments(argv):
         "--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)"
     )
     changes = parser.add_argument_group("in place of what the table says")
-    for field in dataclasses.fields(tasks.Settings):
-        if field.name in ("learning_rate", "batch_size", "epochs", "patience", "eval_every",
-                          "max_length"):  # fmt: skip
-            kind = float if field.type is float else int
-            changes.add_argument("--" + field.name.replace("_", "-"), type=kind, metavar="N")
+    for name in OPTIONS:
+        field = SETTINGS_FIELDS[name]
+        flag, help = "--" + name.replace("_", "-"), field.metadata["help"]
+        changes.add_argument(flag, type=field.type, metavar="N", help=help)
     parser.add_argument(
         "--out", default="runs/finetune", metavar="DIR",
         help="folder for results (default: runs/finetune)",
@@ -415,10 +441,23 @@ def parse_arguments(argv):
         "--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of matrix products (default: auto, bf16 where the chip multiplies it natively)",
     )  # fmt: skip
+    parser.add_argument(
+        "--micro-batch-size", type=int, metavar="N",
+        help="examples at a time, where memory is small (default: the whole batch)",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show how each run trains")
+    return parser
+
+
+def parse_arguments(argv, parser_class=argparse.ArgumentParser):
+    """The options of the command line; wrong usage ends the program with exit code 2.
+
+    `parser_class` may be `options.Strict`, which raises `UserError` instead.
+    """
+    parser, fields = argument_parser(parser_class), SETTINGS_FIELDS
     args = parser.parse_args(argv)
-    least = {"seeds": 1, "first_seed": 0, "batch_size": 1, "epochs": 1, "patience": 0,
-             "eval_every": 0, "max_length": 3, "learning_rate": 0, "stop_after": 0}  # fmt: skip
+    least = {"seeds": 1, "first_seed": 0, "stop_after": 0, "micro_batch_size": 1}
+    least |= {name: fields[name].metadata["minimum"] for name in OPTIONS}
     if args.dropout is not None and not 0 <= args.dropout < 1:
         parser.error("--dropout must be at least 0 and below 1")
     for name, value in least.items():
@@ -434,22 +473,16 @@ def main(argv=None):
         raise UserError("finetune.py trains in one process: start it without torchrun")
     chosen = tasks.read_tasks(Path(args.tasks), args.only)
     bases = load_bases(args.checkpoints)
-    changes = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(tasks.Settings)}
-    setup = Setup(
-        args.tasks, Path(args.out), args.settings,
-        {name: value for name, value in changes.items() if value is not None}, args.head,
-        args.dropout, args.device, args.precision,
-        None if args.stop_after is None else time.monotonic() + 60 * args.stop_after,
-        args.keep, args.verbose,
-    )  # fmt: skip
+    deadline = None if args.stop_after is None else time.monotonic() + 60 * args.stop_after
+    setup = Setup(args, choose_compute(args.device, args.precision), deadline)
     seeds, found = range(args.first_seed, args.first_seed + args.seeds), {}
-    with locked(setup.out):
+    with locked(args.out):
         for base in bases:
             found[base.name] = {}
             for task in chosen:
                 results, signal = run_task(setup, base, task, seeds)
                 found[base.name][task.name] = results
-                if len(results) < len(seeds):
+                if signal or len(results) < len(seeds):
                     say("stopped before the end: the same command continues")
                     return exit_code({"stopped_by": signal})
     data = described(found, chosen, args.settings, args.head)

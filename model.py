@@ -189,15 +189,14 @@ def check_shape(config):
 # ---- from checkpoints
 
 
-def rebuilt(config, weights, run_config=None, add_head=None):
+def rebuilt(config, weights, complete=lambda model: None):
     """The model of that config with these weights, a state dict, which are not copied.
 
-    `add_head(model, run_config)`, if given, adds the head of a classifier.
+    `complete(model)` adds what else has weights.
     """
     with torch.device("meta"):
         model = build(config)
-        if add_head:
-            add_head(model, run_config)
+        complete(model)
     model.load_state_dict(weights, assign=True)
     if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise AssertionError(f"{lost} must be made with device='cpu', as llama.py's tables are")
@@ -228,7 +227,9 @@ def load_checkpoint(path, add_head=None):
         config = config_class(**checkpoint["model"]["shape"])
         check_shape(config)
         check_size(config, checkpoint["weights"])
-        model = rebuilt(config, checkpoint["weights"], checkpoint["config"], add_head)
+        described = checkpoint["config"]
+        complete = (lambda model: add_head(model, described)) if add_head else (lambda model: None)
+        model = rebuilt(config, checkpoint["weights"], complete)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that do not fit the model it names") from error
     if checkpoint["config"]["sequence_length"] > config.max_position_embeddings:

@@ -173,6 +173,12 @@ class Setup:
         found = {"train": "train.bin", "dev": "dev.bin", "report": "report/dev.bin"}
         return {name: TokenShard(self.data / path).digest for name, path in found.items()}
 
+    @functools.cached_property
+    def finetuning(self):
+        """What fine-tuning depends on besides the model: the tasks' files and the options."""
+        files = {task.name: task.digests for task in read_tasks(Path(self.tasks))}
+        return {"files": files, "options": self.recipe.finetune}
+
 
 def run_seed(setup, seed):
     """Trains and scores the models of one seed, but for those whose results are there.
@@ -216,20 +222,23 @@ def make_result(setup, entries, weights, seed, path, wanted):
 
 def finetune_model(setup, entry, seed, path):
     """Adds to a model's result what finetune.py finds on the tasks, unless it is there."""
-    result = read_result(path)
-    digests = {task.name: task.digests for task in read_tasks(Path(setup.tasks))}
-    how = {"files": digests, "options": setup.recipe.finetune}
+    result, how = read_result(path), setup.finetuning
     if {key: result.get("finetuned", {}).get(key) for key in how} == how:
         return
     train_model(setup, entry, seed)  # its checkpoint is needed, which may be gone
     check_time(setup)
+    checkpoint = folder_of(setup, entry, seed) / setup.recipe.scored
+    # What was tried before with other options, or of another checkpoint, is not in the way.
+    made_from = content_digest([how, read_checkpoint(checkpoint)["digest"]])
     scratch = path.with_suffix(".tasks")
-    options = experiment.arguments_of(setup.recipe.finetune)
-    options += ["--tasks", setup.tasks, "--first-seed", seed, "--device", setup.device]
-    options += ["--out", setup.out / f"seed-{seed}" / "finetuned", "--json", scratch]
+    scratch.unlink(missing_ok=True)
+    first_seed = seed * how["options"].get("seeds", 1)
+    options = experiment.arguments_of(how["options"])
+    options += ["--tasks", setup.tasks, "--first-seed", first_seed, "--device", setup.device]
+    options += ["--out", setup.out / f"seed-{seed}" / f"finetuned-{made_from[:8]}"]
     if setup.deadline is not None:
         options += ["--stop-after", max((setup.deadline - time.monotonic()) / 60, 0)]
-    stage(finetune, folder_of(setup, entry, seed) / setup.recipe.scored, *options)
+    stage(finetune, checkpoint, *options, "--json", scratch)
     if not scratch.exists():
         raise Stopped(0)
     found = json.loads(scratch.read_text(encoding="utf-8"))
@@ -403,7 +412,7 @@ def print_plan(setup, seeds):
     free = shutil.disk_usage(setup.data).free / 1e9
     print(
         f"seeds {seeds[0]} to {seeds[-1]}: {sum(left.values()) / 3600:.2g} hours of training left, "
-        f"{how}; scoring comes on top\ndisk {disk:.2f} GB in all, {free:.0f} GB free"
+        f"{how}; scoring and fine-tuning come on top\ndisk {disk:.2f} GB in all, {free:.0f} GB free"
     )
     if disk > free:
         warn("the disk is too small for all of it")
@@ -484,7 +493,7 @@ def parse_arguments(argv):
     )
     parser.add_argument(
         "--finetune", metavar="DIR",
-        help="folder of tasks, as for finetune.py, on which each model is fine-tuned once",
+        help="folder of tasks, as for finetune.py, on which each model is fine-tuned",
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="DIR", help="folder for all that is made (default: runs/RECIPE)"
@@ -566,7 +575,7 @@ def main(argv=None):
     for folder in args.pairs:
         evaluate.read_pairs(folder)  # a mistake in them is to be known before hours of training
     if args.finetune:
-        read_tasks(Path(args.finetune))
+        read_tasks(Path(args.finetune), recipe.finetune.get("only"))
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     setup = None
     try:

@@ -238,7 +238,7 @@ def fit(objective, config, stream, evaluate, provenance):
     `num_chunks`, `num_tokens` and `words` of an epoch; `evaluate(model, autocast)` returns
     {"dev_cross_entropy": ..., whatever else}, and where it returns a "score", the highest chooses
     best.pt; the config is complete (`with_recipe`). "stopped_by" in the result is a signal that
-    ended the run. Raises `UserError` for what can be known before.
+    came, or None. Raises `UserError` for what can be known before.
     """
     compute = devices.choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
@@ -277,13 +277,13 @@ def fit(objective, config, stream, evaluate, provenance):
                 stopping = recorder.asked_to_stop(stop)
                 if last or stopping or step % config.save_every == 0:
                     recorder.save()
-                if last:
+                if last or stopping:
                     break
-                if stopping:
-                    say(f"stopped after step {step} of {plan.steps}: the same command continues")
-                    return progress | {"stopped_by": stop.number}
-        recorder.say_finished()
-    return progress
+        if last:
+            recorder.say_finished()
+        else:
+            say(f"stopped after step {step} of {plan.steps}: the same command continues")
+    return progress | {"stopped_by": stop.number}
 
 
 def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):

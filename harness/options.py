@@ -47,9 +47,14 @@ class RunConfig:
     eval_every: int = option(
         0, "steps between dev evaluations besides each epoch's; 0: none", minimum=0
     )
+    eval_only_every: bool = option(False, "leave out the dev evaluation where an epoch ends")
     patience: int = option(
         0, "stop after so many evaluations in a row without a better one; 0: never",
         minimum=0, may_change=True,
+    )  # fmt: skip
+    least_gain: float = option(
+        0.0, "gain up to which patience counts an evaluation as no better", minimum=0,
+        may_change=True,
     )  # fmt: skip
     stop_after: float | None = option(
         None, "minutes after which to save and stop; default: never", minimum=0, may_change=True

@@ -20,7 +20,7 @@ class Plan:
     """A run of `steps` steps over epochs of `num_chunks` chunks that hold `words` words.
 
     `marks` is {file name: words seen after which the weights are kept under that name}; dev is
-    evaluated where an epoch ends and, unless it is 0, every `eval_every` steps.
+    evaluated where an epoch ends, if `eval_epochs`, and unless it is 0, every `eval_every` steps.
     """
 
     steps: int
@@ -30,6 +30,7 @@ class Plan:
     words: int
     marks: dict
     eval_every: int
+    eval_epochs: bool = True
 
     def epochs(self, step):
         """Passes over the data after `step` steps."""
@@ -51,7 +52,9 @@ class Plan:
     def evaluates_at(self, step):
         """Whether dev is evaluated after that step."""
         epoch_ends = int(self.epochs(step)) > int(self.epochs(step - 1))
-        return epoch_ends or bool(self.eval_every and step % self.eval_every == 0)
+        return (self.eval_epochs and epoch_ends) or bool(
+            self.eval_every and step % self.eval_every == 0
+        )
 
     def marks_passed(self, step):
         """The marks that are reached with that step."""
@@ -75,7 +78,10 @@ def plan_run(config, num_chunks, words, num_tokens=math.inf):
     total_words = round(steps * config.batch_size / num_chunks * words)
     marks = word_marks(config.save_at_words, total_words)
     length = min(config.sequence_length, num_tokens / num_chunks)
-    return Plan(steps, config.batch_size, length, num_chunks, words, marks, config.eval_every)
+    return Plan(
+        steps, config.batch_size, length, num_chunks, words, marks, config.eval_every,
+        not config.eval_only_every,
+    )  # fmt: skip
 
 
 def word_marks(names, total_words):
@@ -120,7 +126,7 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     if frozen:
         say(f"frozen     {frozen:,} parameters")
     say(f"data       {num_tokens:,} tokens, {plan.words:,} words")
-    length = f"{plan.sequence_length:.4g}"
+    length = f"{round(plan.sequence_length, 1):g}"
     say(f"step       {plan.batch_size} sequences x {length} = {tokens:,} tokens")
     epochs = f"{plan.epochs(plan.steps):.2f} epochs of {plan.num_chunks:,} chunks"
     say(f"run        {plan.steps:,} steps = {epochs}")

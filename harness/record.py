@@ -306,11 +306,12 @@ class Recorder:
             shown = "nats per token" if score is None else f"nats, score {score:.4f}"
             say(f"step {progress['step']}: dev cross-entropy {value:.4f} {shown}")
         if score is None:
-            better = value < progress["best_dev_cross_entropy"]
+            gain = progress["best_dev_cross_entropy"] - value
         else:
-            better = math.isfinite(value) and score > progress.get("best_score", -math.inf)
-        waited = 0 if better else progress.get("evaluations_since_best", 0) + 1
-        progress["evaluations_since_best"] = waited
+            gain = score - progress.get("best_score", -math.inf)
+        better = gain > 0 and math.isfinite(value)
+        waited = progress.get("evaluations_since_best", 0) + 1
+        progress["evaluations_since_best"] = 0 if gain > self.config.least_gain else waited
         if better:
             progress.update(best_dev_cross_entropy=value, best_step=progress["step"])
             progress |= {} if score is None else {"best_score": score}

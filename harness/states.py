@@ -271,13 +271,14 @@ def find_checkpoint(config, provenance):
         if path.name == "checkpoint.new":  # a kill came between a save's renames
             path = out / "checkpoint.pt"
             promote(out, rotate=path.exists() and _is_whole(path))
-        _check_best(checkpoint["progress"], out / "best.pt")
+        if not is_finished(checkpoint["progress"], config.patience):
+            _check_best(checkpoint["progress"], out / "best.pt")
         return checkpoint, path
     if config.resume not in ("auto", "never"):
         checkpoint = read_checkpoint(config.resume)
         check_continues(checkpoint, config, provenance, config.resume)
         progress = checkpoint["progress"]
-        if progress["step"] >= progress["steps"]:
+        if is_finished(progress, config.patience):
             raise UserError(f"{config.resume} is of a finished run: there is nothing to continue")
         _forget_best(progress)  # the new folder is to have a best.pt of its own
         return checkpoint, Path(config.resume)
@@ -316,7 +317,7 @@ def _is_whole(path):
 
 def _check_best(progress, best):
     """Forgets the best evaluation of an unfinished run whose best.pt is damaged or gone."""
-    if progress["step"] < progress["steps"] and progress["best_step"]:
+    if progress["best_step"]:
         try:
             read_checkpoint(best)
         except UserError as error:
@@ -359,7 +360,7 @@ def check_continues(checkpoint, config, provenance, path, full=True):
             short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader
             differing.append(f"{key} ({there} there, {now} now)" if short else key)
     if differing:
-        finished = whole and progress["step"] >= progress["steps"]
+        finished = whole and is_finished(progress, config.patience)
         longer = finished and {text.split(" ")[0] for text in differing} <= {"steps", "epochs"}
         more = f", with --init {path} to train these weights on" if longer else ""
         raise UserError(

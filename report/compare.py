@@ -167,14 +167,16 @@ def t_quantile(degrees, probability=0.975):
     return (low + high) / 2
 
 
-def paired_t(differences):
-    """The 95 % interval (low, high) of the mean of the seeds' differences; None below two seeds."""
-    if len(differences) < 2:
+def t_interval(values, least=-math.inf, most=math.inf):
+    """The 95 % interval (low, high) of the mean of the seeds' values; None below two seeds.
+
+    For values that lie between `least` and `most` it ends there.
+    """
+    if len(values) < 2:
         return None
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    half = t_quantile(len(differences) - 1) * error
-    mean = statistics.fmean(differences)
-    return mean - half, mean + half
+    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return max(mean - half, least), min(mean + half, most)
 
 
 def text_blocks(losses):
@@ -251,7 +253,7 @@ def compare(ones, others, weights="train", scaled=False):
     per_seed = [mean_loss(ones[0], nats, weights) for nats in differences]
     average = np.mean(differences, axis=0)
     return Difference(
-        per_seed, statistics.fmean(per_seed), paired_t(per_seed),
+        per_seed, statistics.fmean(per_seed), t_interval(per_seed),
         block_bootstrap(ones[0], average, weights),
     )  # fmt: skip
 

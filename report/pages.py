@@ -73,7 +73,8 @@ def report_blocks(study, command):
         blocks.append(("table", field_rows(study, folder)))
     if data := finetuned(study):
         blocks += [("heading", "Fine-tuned"), ("text", FINETUNED)]
-        if image := picture(11, 4, lambda f: paint_tasks(f, study, data)):
+        width = min(11, 4 + 1.4 * len(data["tasks"]))
+        if image := picture(width, 4, lambda f: paint_tasks(f, study, data)):
             blocks.append(("picture", image, "finetuned", "Scores of the fine-tuned models"))
         blocks.append(("table", task_rows(data, study.models)))
     return [*blocks, *sample_blocks(study)]

@@ -308,6 +308,5 @@ def paint_tasks(figure, study, data):
     titles = [f"{n.replace('_', chr(10))}\n({t['metric']})" for n, t in data["tasks"].items()]
     axes.set_xticks(range(len(titles)), titles, fontsize=8)
     axes.set_ylabel("score on valid (%)")
-    axes.legend(frameon=False, fontsize=8, ncols=3)
-    axes.margins(y=0.15)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     axes.grid(axis="x", visible=False)

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from report.compare import interval, mean_over_clusters, paired_t, read_losses, ways
+from report.compare import interval, mean_over_clusters, read_losses, t_interval, ways
 
 LEAST_GAIN = 0.02  # nats: a smaller mean difference to the control is not called an effect
 
@@ -237,28 +237,25 @@ def pair_difference(study, one, other, folder):
 def finetuned(study):
     """What fine-tuning found, as finetune.py's `described` has it; None where nothing was.
 
-    Tasks that some model or seed lacks are left out. The interval is that of the mean over seeds,
-    or with one seed that over texts.
+    What was found on other files or with other options than the first is left out. The interval is
+    that of the mean over seeds, or with one seed that over texts.
     """
-    runs = {
-        name: [result["finetuned"] for result in study.results(name) if "finetuned" in result]
-        for name in study.models
-    }
-    runs = {name: found for name, found in runs.items() if found}
-    every = [found["tasks"] for several in runs.values() for found in several]
-    shared = [name for name in every[0] if all(name in tasks for tasks in every)] if every else ()
-    if not shared:
+    every = [r["finetuned"] for r in study.every_result() if "finetuned" in r]
+    if not every:
         return None
-    models = {name: {} for name in runs}
-    for name, several in runs.items():
-        for task in shared:
+    alike = [f for f in every if all(f[key] == every[0][key] for key in ("files", "options"))]
+    tasks, models = every[0]["tasks"], {}
+    for name in study.models:
+        several = [r["finetuned"] for r in study.results(name) if r.get("finetuned") in alike]
+        for task, about in tasks.items() if several else ():
             means = [found["scores"][task]["mean"] for found in several]
-            models[name][task] = {
+            least = -1 if about["metric"] == "mcc" else 0
+            models.setdefault(name, {})[task] = {
                 "mean": statistics.fmean(means),
                 "deviation": statistics.stdev(means) if len(means) > 1 else None,
-                "interval": paired_t(means) or several[0]["scores"][task]["interval"],
+                "interval": t_interval(means, least, 1) or several[0]["scores"][task]["interval"],
             }
-    return {"tasks": {name: every[0][name] for name in shared}, "models": models}
+    return {"tasks": tasks, "models": models}
 
 
 # ---- sentences

@@ -6,7 +6,7 @@ import pytest
 import evaluate
 from harness.files import UserError, run_program
 from report import compare
-from report.compare import block_bootstrap, mean_loss, paired_t, read_losses, t_quantile
+from report.compare import block_bootstrap, mean_loss, read_losses, t_interval, t_quantile
 
 FILES = [("novels", 4000, 0.5), ("letters", 6000, 0.5)]
 SHARES = {"novels": 0.9, "letters": 0.1}
@@ -42,10 +42,10 @@ def test_students_quantiles_are_those_of_the_tables(degrees, expected):
 
 
 def test_the_paired_interval_is_the_textbooks():
-    low, high = paired_t([-0.03, -0.05, -0.04])
+    low, high = t_interval([-0.03, -0.05, -0.04])
     half = 4.302653 * 0.01 / 3**0.5
     assert (low, high) == pytest.approx((-0.04 - half, -0.04 + half), abs=1e-6)
-    assert paired_t([-0.03]) is None
+    assert t_interval([-0.03]) is None
 
 
 def test_blocks_stay_in_their_file_and_have_about_as_many_words(losses, tmp_path):

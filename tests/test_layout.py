@@ -31,7 +31,7 @@ ALLOWED = {  # modules of the root that a module of the root may import
     "surprisal": {"scoring"},
     "evaluate": NOUNS | {"scoring", "surprisal"},
     "sampling": set(),
-    "experiment": {"cleaning", "data", "model", "train", "distill"},
+    "experiment": {"cleaning", "data", "model", "train", "distill", "finetune"},
 }
 
 
