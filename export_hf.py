@@ -87,6 +87,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # in old files, and constant
 CONTEXT_IF_UNSAID = {"llama": 2048, "gpt2": 1024}  # where a config.json leaves out the default
 
+METRICS = ("accuracy", "f1", "mcc")  # of a classifier on its valid examples
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 1 << 21  # some 15,000 tensors; the format's own limit is 100 MB
 SPECIAL = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
@@ -348,14 +349,18 @@ def model_card(checkpoint, model, start_token, positions):
         "commit": checkpoint.get("commit"),
     }
     if is_classifier(checkpoint):
-        facts |= {"task": config.get("task"), "classes": ", ".join(config["classes"])}
-        facts |= {key: progress.get(key) for key in ("accuracy", "f1", "mcc")}
+        form = config.get("form") or []
+        facts |= {
+            "task": config.get("task"), "classes": ", ".join(config["classes"]),
+            "text": " and then ".join(map(str, form)), "init": None, "words seen": None,
+            **{key: progress.get(key) and f"{progress[key]:.4f}" for key in METRICS},
+        }  # fmt: skip
     recipe = (
         "learning_rate", "batch_size", "sequence_length", "epochs", "warmup_steps",
         "weight_decay", "random_offset", "alpha", "temperature", "kl_reduction",
         "teacher_weights", "init", "seed",
     )  # fmt: skip
-    facts |= {key.replace("_", " "): config.get(key) for key in recipe}
+    facts |= {key.replace("_", " "): config.get(key) for key in recipe if key not in facts}
     start = (
         "`<s>` and `</s>` never occurred in training. "
         + {
@@ -426,6 +431,7 @@ def export(path, out, start_token="as-trained", positions=None):
         rows = weights[EMBEDDING[architecture]]
         rows[[BOS, EOS]] = rows[newline].clone()
     context = positions or model.config.max_position_embeddings
+    read = checkpoint["config"]["sequence_length"] if classes else context  # longer texts are cut
     own = model.config.max_position_embeddings
     if positions and positions < own:
         raise UserError(f"--positions {positions}: {path} has {own}: give at least that many")
@@ -434,7 +440,7 @@ def export(path, out, start_token="as-trained", positions=None):
             f"--positions {positions}: {path} is a {architecture} of {own}: only a LLaMA can have "
             "more"
         )
-    tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, context)
+    tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, read)
     contents = {
         "generation_config.json": SPECIAL_IDS,
         "tokenizer.json": hf_tokenizer(tokenizer),

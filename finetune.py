@@ -17,6 +17,7 @@ for each run, and a run whose result is there is not repeated: a command that wa
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import statistics
@@ -48,6 +49,10 @@ OPTIONS = ("learning_rate", "batch_size", "epochs", "patience", "eval_every", "m
 SETTINGS_FIELDS = {field.name: field for field in dataclasses.fields(tasks.Settings)}
 POOL_BATCHES = 32  # within which examples of like length come together
 BATCH_TOKENS = 8192  # of an evaluation
+LEGEND = (
+    "in percent, on valid; in brackets an interval of 95 %, of the mean over seeds or, with one "
+    "seed, over texts\nmajority: always the class that is most frequent in the train file"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,15 +178,15 @@ class Setup:
     compute: Compute
     deadline: float | None
 
+    def path(self, base, task, seed):
+        """The file of a result; the folder of its run is beside it."""
+        return Path(self.args.out) / base.name / task.name / f"seed-{seed}.json"
+
     @property
     def changes(self):
         """{name of a setting: value} of those that were given as options."""
         given = {name: getattr(self.args, name) for name in OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
-
-    def folder(self, base, task):
-        """Where results of a task are."""
-        return Path(self.args.out) / base.name / task.name
 
 
 def settings_for(setup, base, task):
@@ -206,7 +211,7 @@ def config_of(setup, base, task, settings, seed):
         model=base.checkpoint["model"]["name"],
         init=base.path,
         data=setup.args.tasks,
-        out=str(setup.folder(base, task) / f"seed-{seed}"),
+        out=str(setup.path(base, task, seed).with_suffix("")),
         seed=seed,
         task=task.name,
         head=setup.args.head,
@@ -228,7 +233,7 @@ def run(setup, base, task, encoded, config):
     origin = base.checkpoint
     provenance = Provenance(
         config.model, origin["model"]["architecture"], model.config, base.tokenizer,
-        {"classes": list(task.classes), "task_digests": task.digests,
+        {"classes": list(task.classes), "form": list(task.form), "task_digests": task.digests,
          "init_digest": origin["digest"]},
     )  # fmt: skip
     evaluate = evaluation(task, encoded[task.name], config.chosen_by)
@@ -240,7 +245,10 @@ def run(setup, base, task, encoded, config):
 
 
 def result_of(setup, task, encoded, config):
-    """What is kept of a run: the scores of its best.pt, and the classes that it predicts."""
+    """What is kept of a run: the scores of its best.pt, and the classes that it predicts.
+
+    "predictions" are the numbers of classes in "classes", in the order of the lines.
+    """
     model, checkpoint = load_classifier(Path(config.out) / "best.pt")
     model.to(setup.compute.device)
     found = {"scores": {}, "predictions": {}, "best_step": checkpoint["progress"]["best_step"]}
@@ -248,31 +256,23 @@ def result_of(setup, task, encoded, config):
         predicted = predict(model, encoded[name], setup.compute.autocast).argmax(1)
         found["scores"][name] = tasks.scores(predicted, encoded[name].labels, len(task.classes))
         found["predictions"][name] = " ".join(map(str, predicted.tolist()))
+    found["classes"] = list(task.classes)
     where = {"commit": commit(), "machine": machine(setup.args.device), "torch": torch.__version__}
     return found | where
 
 
 def run_task(setup, base, task, seeds):
-    """The results of a task's seeds: what is not there is made. (results, signal or None).
+    """Makes those results of a task's seeds that are not there; the signal that came, or None.
 
-    A list that is shorter than the seeds says that the time is over. Raises `UserError` for the
-    result of another run, or where a run fails.
+    Returns early where the time is over. Raises `UserError` where a run fails.
     """
-    settings = settings_for(setup, base, task)
-    encoded, results = None, []
+    settings, encoded = settings_for(setup, base, task), None
     for seed in seeds:
-        path = setup.folder(base, task) / f"seed-{seed}.json"
-        wanted = {
-            "name": base.name, "task": task.name, "seed": seed, "head": setup.args.head,
-            "settings": dataclasses.asdict(settings), "dropout": setup.args.dropout,
-            "precision": setup.compute.precision, "files": task.digests,
-            "checkpoint": base.checkpoint["digest"],
-        }  # fmt: skip
+        path = setup.path(base, task, seed)
         if path.exists():
-            results.append(earlier_result(path, wanted, setup.args.keep))
             continue
         if setup.deadline is not None and time.monotonic() > setup.deadline:
-            return results, None
+            return None
         if encoded is None:
             encoded = encode_task(base, task, settings.max_length)
         config = config_of(setup, base, task, settings, seed)
@@ -283,32 +283,71 @@ def run_task(setup, base, task, seeds):
             raise UserError(f"{base.name}, {task.name}, seed {seed}: {error}") from error
         stopped_by = progress.get("stopped_by")
         if not is_finished(progress, config.patience):
-            return results, stopped_by
-        result = wanted | result_of(setup, task, encoded, config) | {"steps": progress["step"]}
+            return stopped_by
+        result = wanted(setup, base, task, seed) | result_of(setup, task, encoded, config)
+        result["steps"] = progress["step"]
         if new:  # else its clock began in an earlier command
             result["seconds"] = round(time.monotonic() - start, 1)
         write_json(path, result)
         clean(Path(config.out), setup.args.keep)
-        results.append(result)
         say(f"{base.name}, seed {seed}: {shown_scores(task, result)}")
         if stopped_by:
-            return results, stopped_by
-    return results, None
+            return stopped_by
+    return None
+
+
+def wanted(setup, base, task, seed):
+    """What a result is the result of: unless all of this is the same, it is another's."""
+    return {
+        "name": base.name, "task": task.name, "seed": seed, "head": setup.args.head,
+        "dropout": setup.args.dropout,
+        "settings": dataclasses.asdict(settings_for(setup, base, task)),
+        "precision": setup.compute.precision, "files": task.digests,
+        "checkpoint": base.checkpoint["digest"],
+    }  # fmt: skip
+
+
+def results_there(setup, bases, chosen, seeds):
+    """{model: {task: the results that are there}}. Raises `UserError` if one is of another run."""
+    found = {base.name: {task.name: [] for task in chosen} for base in bases}
+    for base, task, seed in itertools.product(bases, chosen, seeds):
+        path = setup.path(base, task, seed)
+        if path.exists():
+            result = earlier_result(path, wanted(setup, base, task, seed), setup.args.keep)
+            found[base.name][task.name].append(result)
+    return found
 
 
 def earlier_result(path, wanted, keep):
     """The result in a file. `UserError` if it is of another run, or a kept best.pt is not there."""
     result, folder = read_result(path), path.with_suffix("")
-    if different := [key for key in wanted if result.get(key) != wanted[key]]:
+    if different := list(differences(result, wanted)):
         raise UserError(
-            f"{path} is of another run ({', '.join(different)} differ): choose another --out, or "
-            "move it away"
+            f"{path} is the result of another run: {', '.join(different)}; choose another --out, "
+            "or move it away"
         )
+    parts = [result.get(key) for key in ("scores", "predictions")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} is no result of this program: move it away")
     if keep and not (folder / "best.pt").exists():
-        raise UserError(f"--keep: {path} is there and its best.pt is not: move it away")
+        raise UserError(
+            f"--keep: {path} was made without it, and there is no best.pt: move it away, and the "
+            "run is repeated"
+        )
     if folder.exists():  # a kill came before it was clean
         clean(folder, keep=True)
     return result
+
+
+def differences(there, wanted, at=""):
+    """Texts that say what of `wanted` is otherwise in a result."""
+    for key, value in wanted.items():
+        found = there.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            yield from differences(found, value, f"{at}{key} ")
+        elif found != value:
+            digest = isinstance(value, str) and len(value) == 64
+            yield f"{at}{key}" if digest else f"{at}{key} ({found} there, {value} now)"
 
 
 def encode_task(base, task, max_length):
@@ -317,9 +356,10 @@ def encode_task(base, task, max_length):
     encoded = {n: tasks.encode(part, base.tokenizer, max_length) for n, part in parts.items()}
     if cut := sum(part.cut for part in encoded.values()):
         texts = sum(len(part.ids) for part in encoded.values())
+        positions = base.model.config.max_position_embeddings
         say(
             f"{task.name}: {cut:,} of {texts:,} texts are longer than {max_length} tokens and lose "
-            "their ends (--max-length)"
+            f"their ends (--max-length; the model reads {positions})"
         )
     return encoded
 
@@ -347,20 +387,33 @@ def clean(folder, keep):
 
 
 def load_bases(paths):
-    """A `Base` for each checkpoint, with a name of its own: its run's, or its file's."""
-    bases = {}
-    for path in map(Path, paths):
-        kept = path.stem in ("best", "checkpoint", "previous")
-        name = printable(path.resolve().parent.name if kept else path.stem)
-        if name in bases:
-            raise UserError(
-                f"{path} and {bases[name].path} are both called {name}: fine-tune them apart, each "
-                "into an --out of its own"
-            )
+    """A `Base` for each checkpoint, with a name of its own."""
+    bases = []
+    for path, name in zip(paths, names_of(paths)):
         model, checkpoint = load_checkpoint(path)
         tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
-        bases[name] = Base(name, str(path), model, checkpoint, tokenizer)
-    return list(bases.values())
+        bases.append(Base(name, str(path), model, checkpoint, tokenizer))
+    return bases
+
+
+def names_of(paths):
+    """A name for each checkpoint: its run's folder, or its file, with as many folders as it takes.
+
+    Raises `UserError` for a path that is given twice.
+    """
+    whole = [Path(path).resolve() for path in paths]
+    if len(set(whole)) < len(whole):
+        raise UserError("a checkpoint is given twice: give each once")
+    several = len({path.parent for path in whole}) < len(whole)  # in one folder
+    kept = ("best", "checkpoint", "previous")
+    parts = [
+        path.parent.parts if path.stem in kept and not several else path.with_suffix("").parts
+        for path in whole
+    ]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return [printable("-".join(part[-depth:])) for part in parts]
 
 
 def described(found, chosen, settings, head):
@@ -382,6 +435,8 @@ def described(found, chosen, settings, head):
             }  # fmt: skip
             for model, by_task in found.items():
                 results = by_task[task.name]
+                if not results:
+                    continue
                 values = [r["scores"][name][metric] for r in results]
                 several = len(values) > 1
                 labels, classes = torch.tensor(valid.labels), len(task.classes)
@@ -401,7 +456,10 @@ def argument_parser(parser_class=argparse.ArgumentParser):
     parser = parser_class(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--tasks", required=True, metavar="DIR", help="folder of tasks")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these tasks of the folder")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME",
+        help="only these tasks of the folder; give the checkpoints before it",
+    )  # fmt: skip
     parser.add_argument(
         "--settings", choices=tasks.SETTINGS, default="authors",
         help="table of learning rates and so on; see above (default: authors)",
@@ -409,13 +467,15 @@ def argument_parser(parser_class=argparse.ArgumentParser):
     parser.add_argument(
         "--head", choices=HEADS, default="linear",
         help="linear, as the pipeline of 2023 and transformers have it, or the mlp of the pipeline "
-        "of 2025 (default: linear)",
+        "of 2025, which cannot be exported (default: linear)",
     )  # fmt: skip
     parser.add_argument(
         "--dropout", type=float, metavar="P",
         help="in the model (default: a GPT-2's own, none in a LLaMA, as in its exported folder)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs (default: 1)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="runs of each task (default: 1)"
+    )
     parser.add_argument(
         "--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)"
     )
@@ -431,7 +491,7 @@ def argument_parser(parser_class=argparse.ArgumentParser):
     parser.add_argument("--json", metavar="FILE", help="write the table here")
     parser.add_argument(
         "--keep", action="store_true",
-        help="keep each run's best.pt, for export_hf.py, and its log.jsonl",
+        help="keep each run's best.pt, for export_hf.py, and log.jsonl; give it from the beginning",
     )  # fmt: skip
     parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="save and stop after so many minutes"
@@ -473,23 +533,27 @@ def main(argv=None):
         raise UserError("finetune.py trains in one process: start it without torchrun")
     chosen = tasks.read_tasks(Path(args.tasks), args.only)
     bases = load_bases(args.checkpoints)
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json {args.json} is a folder: give the name of a file")
     deadline = None if args.stop_after is None else time.monotonic() + 60 * args.stop_after
     setup = Setup(args, choose_compute(args.device, args.precision), deadline)
-    seeds, found = range(args.first_seed, args.first_seed + args.seeds), {}
+    seeds, signal = range(args.first_seed, args.first_seed + args.seeds), None
     with locked(args.out):
-        for base in bases:
-            found[base.name] = {}
-            for task in chosen:
-                results, signal = run_task(setup, base, task, seeds)
-                found[base.name][task.name] = results
-                if signal or len(results) < len(seeds):
-                    say("stopped before the end: the same command continues")
-                    return exit_code({"stopped_by": signal})
+        results_there(setup, bases, chosen, seeds)  # of another run: to be known before hours
+        for base, task in itertools.product(bases, chosen):
+            if signal := run_task(setup, base, task, seeds):
+                break
+        found = results_there(setup, bases, chosen, seeds)
+    done = sum(len(results) for by_task in found.values() for results in by_task.values())
     data = described(found, chosen, args.settings, args.head)
-    print("\n" + "\n".join(aligned(task_rows(data))))
-    if args.json:
+    if done:
+        print("\n" + "\n".join([*aligned(task_rows(data)), LEGEND]))
+    if done < len(bases) * len(chosen) * len(seeds):
+        whole = len(bases) * len(chosen) * len(seeds)
+        say(f"stopped after {done} of {whole} runs: the same command continues")
+    elif args.json:
         write_json(args.json, data)
-    return 0
+    return exit_code({"stopped_by": signal})
 
 
 if __name__ == "__main__":

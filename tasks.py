@@ -146,6 +146,7 @@ class Task:
 
     name: str
     classes: tuple[str, ...]
+    form: tuple[str, ...]  # one of `FORMS`, that of the first line
     train: Examples
     valid: dict
 
@@ -158,21 +159,23 @@ class Task:
 def read_tasks(folder, names=None):
     """The `Task`s of a folder, in order of their names, or those of `names` in that order.
 
-    Raises `UserError` where there is none, where a file of one lacks the other, and for a line
-    that cannot be learned from.
+    Raises `UserError` where there is none, where one of these lacks a file, and for a line that
+    cannot be learned from.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one of NAME.train.jsonl, NAME.valid.jsonl")
     train, valid = _files(folder, TRAIN), _files(folder, VALID)
-    owners = {n: n if n in train else n.removesuffix("-mm") for n in valid}
     if not train:
         raise UserError(f"{folder} holds no NAME.train.jsonl: give a folder of tasks")
-    if lost := sorted(set(train) - set(owners.values())):
-        raise UserError(f"{train[lost[0]]} has no {lost[0]}.valid.jsonl beside it: add it")
-    if lost := sorted(n for n, owner in owners.items() if owner not in train):
-        raise UserError(f"{valid[lost[0]]} has no {lost[0]}.train.jsonl beside it: add it")
-    if lost := [name for name in names or () if name not in train]:
-        raise UserError(f"{folder} has no task {lost[0]}: choose from {', '.join(train)}")
+    owners = {n: n if n in train else n.removesuffix("-mm") for n in valid}
+    for name in names or [*train, *owners.values()]:
+        if name not in train and name not in owners.values():
+            raise UserError(f"{folder} has no task {name}: choose from {', '.join(train)}")
+        if name not in train:
+            path = next(valid[n] for n, owner in owners.items() if owner == name)
+            raise UserError(f"{path} has no {name}.train.jsonl beside it: add it")
+        if name not in owners.values():
+            raise UserError(f"{train[name]} has no {name}.valid.jsonl beside it: add it")
     return [
         _read_task(name, train[name], {n: valid[n] for n in valid if owners[n] == name})
         for name in names or train
@@ -193,6 +196,8 @@ def _files(folder, ends):
 
 def _read_task(name, train, valid):
     texts, names, digest = _read(train)
+    with open(train, "rb") as file:
+        form = FORMS[_form(_parsed(next(filter(bytes.strip, file))))]
     counted = Counter(names)
     classes = sorted(counted, key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0, c))
     if len(classes) < 2:
@@ -206,7 +211,7 @@ def _read_task(name, train, valid):
 
     numbers = {name: i for i, name in enumerate(classes)}
     scored = {n: examples(*_read(path, train.name, classes)) for n, path in sorted(valid.items())}
-    return Task(name, tuple(classes), examples(texts, names, digest), scored)
+    return Task(name, tuple(classes), form, examples(texts, names, digest), scored)
 
 
 def _read(path, train_name="", classes=None):
@@ -223,7 +228,7 @@ def _read(path, train_name="", classes=None):
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes")
-                text, name = _example(json.loads(line.decode("utf-8")))
+                text, name = _example(_parsed(line))
                 if classes and name not in classes:
                     known = ", ".join(classes[:9])
                     raise ValueError(f"the class {name} never occurs in {train_name} ({known})")
@@ -236,26 +241,46 @@ def _read(path, train_name="", classes=None):
     return texts, names, digest.hexdigest()
 
 
+def _parsed(line):
+    """What a line of JSON holds. Raises ValueError for what is none."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError("it is no JSON object") from error
+
+
 def _example(entry):
     """The texts and the class's name in a line's object. Raises ValueError for any other."""
-    if not isinstance(entry, dict):
-        raise ValueError("no JSON object")
-    label = entry.get("label")
-    named = isinstance(label, (str, int)) and 0 < len(str(label).strip()) <= MAX_LABEL
-    if not named or str(label).startswith("-"):
-        shown = repr(label)[:MAX_LABEL]
-        raise ValueError(f'the label {shown} is no class: "label" is to be a word or a number')
-    fitting = [i for i, fields in enumerate(FIELDS) if fields <= entry.keys()]
-    if not fitting:
-        raise ValueError(f"no text: {', '.join(map(repr, entry))} are no fields of a known task")
-    form, fields = FORMS[fitting[0]], FIELDS[fitting[0]]
+    if not isinstance(entry, dict) or "label" not in entry:
+        raise ValueError('it is no JSON object with a "label"')
+    form, fields = FORMS[_form(entry)], FIELDS[_form(entry)]
     if not all(isinstance(entry[field], str) for field in fields):
-        raise ValueError(f"{', '.join(sorted(fields))} are to be strings")
-    if not all(entry[field].strip() for field in fields):
-        raise ValueError(f"a text is empty: {', '.join(sorted(fields))} are to hold something")
+        raise ValueError(f"{' and '.join(sorted(fields))} must be text")
+    if not any(entry[field].strip() for field in fields):
+        raise ValueError(f"there is no text: {' and '.join(sorted(fields))} must not be empty")
     texts = tuple(part.format(**entry) for part in form)
     "".join(texts).encode()  # half of a surrogate pair is no character: a UnicodeError
-    return texts, printable(str(label))
+    return texts, _class_name(entry["label"])
+
+
+def _form(entry):
+    """The number of the first form whose fields an object has. Raises ValueError without any."""
+    for i, fields in enumerate(FIELDS):
+        if fields <= entry.keys():
+            return i
+    known = "; ".join(", ".join(sorted(fields)) for fields in FIELDS)
+    raise ValueError(f"it has none of these sets of fields: {known}")
+
+
+def _class_name(label):
+    """The name of a class, as a text. Raises ValueError for a label that names none."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # how pandas writes whole numbers, once one of them was missing
+    name = str(label).strip() if isinstance(label, (str, int)) else ""
+    if not 0 < len(name) <= MAX_LABEL or name.startswith("-"):
+        shown = repr(label)[:MAX_LABEL]
+        raise ValueError(f'the label {shown} is no class: "label" must be a word or a number')
+    return printable(name)
 
 
 # ---- as tokens

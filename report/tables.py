@@ -148,18 +148,21 @@ def task_rows(data, titles=None):
     rows = [["task", "metric", "texts", "majority"]]
     rows[0] += [(titles or {}).get(model, model) for model in data["models"]]
     for name, task in data["tasks"].items():
-        cells = [score_text(found[name]) for found in data["models"].values()]
+        cells = [
+            score_text(found[name]) if name in found else "-" for found in data["models"].values()
+        ]
         majority = f"{100 * task['majority']:.1f}"
         rows.append([name, task["metric"], f"{task['texts']:,}", majority, *cells])
-    for of_msgs, title in ((False, "mean"), (True, "mean of MSGS")):
+    for of_msgs, which in ((False, ""), (True, " of MSGS")):
         names = [name for name, task in data["tasks"].items() if task["msgs"] == of_msgs]
         if len(names) > 1:
             majority = statistics.fmean(data["tasks"][name]["majority"] for name in names)
-            means = [
-                statistics.fmean(found[name]["mean"] for name in names)
-                for found in data["models"].values()
-            ]
-            rows.append([title, "", "", *(f"{100 * mean:.1f}" for mean in (majority, *means))])
+            cells = [f"{100 * majority:.1f}"]
+            for found in data["models"].values():
+                means = [found[name]["mean"] for name in names if name in found]
+                whole = len(means) == len(names)
+                cells.append(minus(f"{100 * statistics.fmean(means):.1f}") if whole else "-")
+            rows.append([f"mean of {len(names)}{which}", "", "", *cells])
     return rows
 
 

@@ -219,6 +219,17 @@ def test_classes_are_the_train_files_in_order(tmp_path):
     assert task.train.labels == [1, 0, 3, 0, 2] and task.valid["t"].labels == [3]
 
 
+def test_files_may_be_named_as_in_2023_and_labels_written_as_others_do(tmp_path):
+    lines = ['{"premise": "A", "hypothesis": "B", "label": 1.0}',
+             '{"premise": "", "hypothesis": "B", "label": " 0"}']  # fmt: skip
+    for name in ("train", "validation_matched", "validation_mismatched"):
+        (tmp_path / f"mnli.{name}.json").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    (tmp_path / "other.train.jsonl").touch()  # is not asked for
+    (task,) = read_tasks(tmp_path, ["mnli"])
+    assert task.classes == ("0", "1") and set(task.valid) == {"mnli", "mnli-mm"}
+    assert task.train.texts == [("A", "B"), ("", "B")] and task.train.labels == [1, 0]
+
+
 GOOD = '{"text": "a dog", "label": 0}\n{"text": "a cat", "label": 1}\n'
 
 
@@ -229,15 +240,23 @@ GOOD = '{"text": "a dog", "label": 0}\n{"text": "a cat", "label": 1}\n'
         (None, GOOD, "holds no NAME.train.jsonl"),
         (GOOD, "", "t.valid.jsonl is empty"),
         (GOOD, '{"text": "a", "label": 2}', "line 1: the class 2 never occurs in t.train.jsonl"),
-        (GOOD + '{"text": " ", "label": 1}', GOOD, "line 3: a text is empty"),
+        (
+            GOOD + '{"text": " ", "label": 1}',
+            GOOD,
+            "line 3: there is no text: text must not be empty",
+        ),
         (GOOD + '{"text": "a", "label": -1}', GOOD, "line 3: the label -1 is no class"),
         (GOOD + '{"text": "a", "label": 0.5}', GOOD, "line 3: the label 0.5 is no class"),
-        (GOOD + '{"text": "a"}', GOOD, "line 3: the label None is no class"),
-        (GOOD + '{"words": "a", "label": 1}', GOOD, "line 3: no text: 'words', 'label'"),
-        (GOOD + '{"text": ["a"], "label": 1}', GOOD, "line 3: text are to be strings"),
+        (GOOD + '{"text": "a"}', GOOD, 'line 3: it is no JSON object with a "label"'),
+        (
+            GOOD + '{"words": "a", "label": 1}',
+            GOOD,
+            "line 3: it has none of these sets of fields: ",
+        ),
+        (GOOD + '{"text": ["a"], "label": 1}', GOOD, "line 3: text must be text"),
         (GOOD + '{"text": "a\\ud800", "label": 1}', GOOD, "line 3: 'utf-8' codec can't encode"),
         (GOOD + "[" * 100_000, GOOD, "line 3: "),
-        (GOOD + "text", GOOD, "line 3: Expecting value"),
+        (GOOD + "text", GOOD, "line 3: it is no JSON object"),
         (GOOD + '{"text": "' + "a" * (1 << 20), GOOD, "line 3: it has more than 1048576 bytes"),
         (GOOD.replace("1", "0"), GOOD, "t.train.jsonl shows the class 0 alone"),
         ("".join(f'{{"text": "a", "label": {i}}}\n' for i in range(101)), GOOD, "101 classes"),
@@ -391,7 +410,7 @@ def test_a_task_is_learned_and_nothing_is_done_twice(
     assert capsys.readouterr().out == "\n" + printed.split("\n\n")[1]
     other = ["--tasks", folder, "--out", tmp_path / "out", "--head", "mlp"]
     assert finetuned(checkpoints["llama"], *other) == 1
-    assert "is of another run (head differ)" in capsys.readouterr().err
+    assert "of another run: head (linear there, mlp now); choose" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_continues_with_the_same_bits(
@@ -402,7 +421,7 @@ def test_a_run_that_was_stopped_continues_with_the_same_bits(
     with monkeypatch.context() as patched:
         interrupt_after(patched, 7)
         assert finetuned(*arguments, "--out", tmp_path / "parts") == 128 + signal.SIGTERM
-    assert capsys.readouterr().out.endswith("stopped before the end: the same command continues\n")
+    assert "stopped after 0 of 1 runs: the same command continues" in capsys.readouterr().out
     assert not results(tmp_path / "parts")
     assert finetuned(*arguments, "--out", tmp_path / "parts", "--stop-after", 0) == 0
     assert not results(tmp_path / "parts")
@@ -420,13 +439,37 @@ def test_a_signal_in_the_last_step_of_a_run_ends_the_command_too(
     assert list(results(tmp_path)) == ["llama/double/seed-0.json"]
 
 
+def test_results_that_are_there_are_looked_at_before_anything_is_trained(
+    folder, checkpoints, tmp_path, capsys, monkeypatch
+):
+    arguments = [checkpoints["llama"], "--tasks", folder, "--out", tmp_path]
+    assert finetuned(*arguments, "--only", "single") == 0
+    (path,) = tmp_path.glob("*/*/*.json")
+    (path.with_suffix("")).mkdir()
+    (path.with_suffix("") / "checkpoint.pt").touch()  # as a kill would leave it
+    monkeypatch.setattr(finetune, "fit", None)
+    assert finetuned(*arguments, "--only", "single") == 0
+    assert not path.with_suffix("").exists()
+    for option, message in (
+        ("--keep", "was made without it, and there is no best.pt"),
+        ("--precision=bf16", "precision (fp32 there, bf16 now)"),
+        ("--max-length=9", "settings max_length (40 there, 9 now)"),
+    ):
+        assert finetuned(*arguments, option) == 1
+        assert message in capsys.readouterr().err
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"scores": 0}))
+    assert finetuned(*arguments) == 1
+    assert f"{path} is no result of this program" in capsys.readouterr().err
+
+
 def test_other_text_under_the_same_name_is_another_run(checkpoints, tmp_path, capsys):
     arguments = [checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path / "out"]
     write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 2))
     assert finetuned(*arguments) == 0
     write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 3))
     assert finetuned(*arguments) == 1
-    assert "(files differ): choose another --out" in capsys.readouterr().err
+    assert "is the result of another run: files t; choose another" in capsys.readouterr().err
 
 
 def test_patience_ends_a_run_and_the_best_score_is_kept(folder, checkpoints, tmp_path):
@@ -474,11 +517,13 @@ def test_a_classifier_is_no_language_model(folder, checkpoints, tmp_path, capsys
         classifier.load_classifier(checkpoints["llama"])
 
 
-def test_two_checkpoints_of_one_name_are_told_apart(folder, checkpoints, tmp_path, capsys):
-    paths = [checkpoints["llama"], tmp_path / "llama.pt"]
-    paths[1].write_bytes(paths[0].read_bytes())
-    assert finetuned(*paths, "--tasks", folder, "--out", tmp_path / "out") == 1
-    assert "are both called llama" in capsys.readouterr().err
+def test_checkpoints_have_names_of_their_own():
+    seeds = ["runs/seed-1/student/best.pt", "runs/seed-2/student/best.pt"]
+    assert finetune.names_of(["runs/a/best.pt", "runs/b/checkpoint.pt"]) == ["a", "b"]
+    assert finetune.names_of(seeds) == ["seed-1-student", "seed-2-student"]
+    assert finetune.names_of(["runs/a/best.pt", "runs/a/checkpoint.pt"]) == ["best", "checkpoint"]
+    with pytest.raises(UserError, match="is given twice"):
+        finetune.names_of(["runs/a/best.pt", "runs/b/../a/best.pt"])
 
 
 def test_texts_that_are_cut_are_told(folder, checkpoints, tmp_path, capsys):
@@ -528,3 +573,7 @@ def test_patience_is_an_option_of_train_too(data_folder, tmp_path, capsys):
     capsys.readouterr()
     assert train.main(arguments) == 0
     assert "is finished at 4 steps" in capsys.readouterr().out
+    elsewhere = [*arguments[:-1], str(tmp_path / "n")]
+    elsewhere += ["--resume", str(tmp_path / "r" / "checkpoint.pt")]
+    assert run_program(lambda: train.main(elsewhere)) == 1
+    assert "is of a finished run" in capsys.readouterr().err
