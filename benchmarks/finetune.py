@@ -2,17 +2,18 @@
 
     python benchmarks/finetune.py --model llama-16m
 
-ours          finetune.py's loop: batches of texts of like length
-trainer       transformers' Trainer with dynamic padding, to the longest text of each batch
-trainer_full  the same with every text padded to 128 tokens, as BabyLM's pipeline of 2023 pads
+ours             finetune.py's loop: batches of texts of like length
+trainer          transformers' Trainer with dynamic padding, to the longest text of each batch
+trainer_grouped  the same, its batches of texts of like length too
+trainer_full     with every text padded to 128 tokens, as BabyLM's pipeline of 2023 pads
 
 The same texts of 8 to 128 random tokens for all, 44 on average, the same batch size, AdamW, linear
 schedule and clipping. Needs the package accelerate, which Trainer needs.
 """
 
 import argparse
+import inspect
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from model import PRESETS, architecture, build_model  # noqa: E402
 from tasks import EncodedExamples  # noqa: E402
 from train import TrainStep, build_optimizer, learning_rate  # noqa: E402
 
-VARIANTS = ("ours", "trainer", "trainer_full")
+VARIANTS = ("ours", "trainer", "trainer_grouped", "trainer_full")
 LONGEST, VOCABULARY, RATE = 128, 16_000, 5e-5
 
 
@@ -65,10 +66,11 @@ def our_epoch(model, found, args, device, precision):
     return work
 
 
-def their_epoch(model, found, args, device, precision, full):
+def their_epoch(model, found, args, device, precision, variant):
     """The same by transformers' Trainer."""
     import transformers
 
+    full, grouped = variant == "trainer_full", variant == "trainer_grouped"
     transformers.utils.logging.set_verbosity_error()
     described = hf_config(model, architecture(model.config), ["0", "1"])
     twin = transformers.AutoModelForSequenceClassification.from_config(
@@ -88,11 +90,16 @@ def their_epoch(model, found, args, device, precision, full):
             "labels": torch.tensor([row["labels"] for row in batch]),
         }
 
+    grouping = {}
+    if grouped:  # its name before transformers 5, and since
+        named = "group_by_length" in inspect.signature(transformers.TrainingArguments).parameters
+        grouping = {"group_by_length": True} if named else {
+            "train_sampling_strategy": "group_by_length"}  # fmt: skip
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), num_train_epochs=1, learning_rate=RATE,
+        output_dir=str(ROOT / "runs" / "benchmark"), num_train_epochs=1, learning_rate=RATE,
         per_device_train_batch_size=args.batch_size, bf16=precision == "bf16",
         use_cpu=device.type == "cpu", save_strategy="no", logging_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False,
+        disable_tqdm=True, dataloader_pin_memory=False, **grouping,
     )  # fmt: skip
     trainer = transformers.Trainer(twin, arguments, data_collator=collate, train_dataset=rows)
     return trainer.train
@@ -104,10 +111,7 @@ def be_contestant(args, device):
     precision = choose_precision(args.precision, device)
     model = as_classifier(build_model(args.model, VOCABULARY), 2)
     given = model, examples(args.examples), args, device, precision
-    if args.worker == "ours":
-        work = our_epoch(*given)
-    else:
-        work = their_epoch(*given, full=args.worker == "trainer_full")
+    work = our_epoch(*given) if args.worker == "ours" else their_epoch(*given, args.worker)
     serve(work, work, device)
 
 
