@@ -7,7 +7,7 @@ trainer          transformers' Trainer with dynamic padding, to the longest text
 trainer_grouped  the same, its batches of texts of like length too
 trainer_full     with every text padded to 128 tokens, as BabyLM's pipeline of 2023 pads
 
-The same texts of 8 to 128 random tokens for all, 44 on average, the same batch size, AdamW, linear
+The same texts of 8 to 128 random tokens for all, 42 on average, the same batch size, AdamW, linear
 schedule and clipping. Needs the package accelerate, which Trainer needs.
 """
 
