@@ -313,12 +313,13 @@ def results_there(setup, bases, chosen, seeds):
     for base, task, seed in itertools.product(bases, chosen, seeds):
         path = setup.path(base, task, seed)
         if path.exists():
-            result = earlier_result(path, wanted(setup, base, task, seed), setup.args.keep)
+            known = wanted(setup, base, task, seed)
+            result = earlier_result(path, known, task, setup.args.keep)
             found[base.name][task.name].append(result)
     return found
 
 
-def earlier_result(path, wanted, keep):
+def earlier_result(path, wanted, task, keep):
     """The result in a file. `UserError` if it is of another run, or a kept best.pt is not there."""
     result, folder = read_result(path), path.with_suffix("")
     if different := list(differences(result, wanted)):
@@ -326,9 +327,14 @@ def earlier_result(path, wanted, keep):
             f"{path} is the result of another run: {', '.join(different)}; choose another --out, "
             "or move it away"
         )
-    parts = [result.get(key) for key in ("scores", "predictions")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{path} is no result of this program: move it away")
+    try:
+        for name, valid in task.valid.items():
+            predicted = [int(number) for number in result["predictions"][name].split()]
+            right = sum(a == b for a, b in zip(predicted, valid.labels, strict=True))
+            if right != round(result["scores"][name]["accuracy"] * len(predicted)):
+                raise ValueError("scores and predictions differ")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no result of this program: move it away") from error
     if keep and not (folder / "best.pt").exists():
         raise UserError(
             f"--keep: {path} was made without it, and there is no best.pt: move it away, and the "
@@ -413,7 +419,7 @@ def names_of(paths):
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
-    return [printable("-".join(part[-depth:])) for part in parts]
+    return [printable("-".join(part[-depth:])).replace("/", "root") for part in parts]
 
 
 def described(found, chosen, settings, head):
@@ -545,11 +551,11 @@ def main(argv=None):
                 break
         found = results_there(setup, bases, chosen, seeds)
     done = sum(len(results) for by_task in found.values() for results in by_task.values())
+    whole = len(bases) * len(chosen) * len(seeds)
     data = described(found, chosen, args.settings, args.head)
     if done:
         print("\n" + "\n".join([*aligned(task_rows(data)), LEGEND]))
-    if done < len(bases) * len(chosen) * len(seeds):
-        whole = len(bases) * len(chosen) * len(seeds)
+    if done < whole:
         say(f"stopped after {done} of {whole} runs: the same command continues")
     elif args.json:
         write_json(args.json, data)
