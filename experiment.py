@@ -45,8 +45,7 @@ FIELDS = {
     "dev_words": int, "scored": str, "precision": str, "options": dict, "models": dict,
     "control": str, "student": str, "whole_epochs": bool, "finetune": dict,
 }  # fmt: skip
-FINETUNE = ("settings", "head", "dropout", "only", "seeds", "learning_rate", "batch_size",
-            "epochs", "patience", "eval_every", "max_length")  # fmt: skip
+FINETUNE = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
 UNDECIDED = ("compile", "cuda_graph")  # switches that are neither on nor off by default
 OURS = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
 

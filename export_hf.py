@@ -334,9 +334,21 @@ def hub_metadata(checkpoint):
     return ["---", *lines, "---"]
 
 
+def classifier_facts(config, progress):
+    """What the card of a classifier says besides, or, where it is None, leaves out."""
+    return {
+        "task": config.get("task"),
+        "classes": ", ".join(config["classes"]),
+        "text": " and then ".join(map(str, config.get("form") or [])),
+        **{key: progress.get(key) and f"{progress[key]:.4f}" for key in METRICS},
+        **dict.fromkeys(("init", "words seen")),
+    }
+
+
 def model_card(checkpoint, model, start_token, positions):
     """README.md: what the checkpoint itself knows of its origin. `positions` are the export's."""
     config, progress = checkpoint["config"], checkpoint["progress"]
+    texts = is_classifier(checkpoint)
     facts = {
         "model": f"{checkpoint['model']['name']}, {count_parameters(model):,} parameters",
         "teachers": ", ".join(f"{t['name']} ({t['digest'][:12]})" for t in checkpoint["teachers"]),
@@ -345,16 +357,10 @@ def model_card(checkpoint, model, start_token, positions):
         "words seen": progress.get("words") and f"{progress['words']:,}",
         "steps": progress.get("step") and f"{progress['step']:,} of {progress.get('steps', 0):,}",
         "last dev cross-entropy": progress.get("dev_cross_entropy")
-        and f"{progress['dev_cross_entropy']:.4f} nats",
+        and f"{progress['dev_cross_entropy']:.4f} nats per {'text' if texts else 'token'}",
         "commit": checkpoint.get("commit"),
     }
-    if is_classifier(checkpoint):
-        form = config.get("form") or []
-        facts |= {
-            "task": config.get("task"), "classes": ", ".join(config["classes"]),
-            "text": " and then ".join(map(str, form)), "init": None, "words seen": None,
-            **{key: progress.get(key) and f"{progress[key]:.4f}" for key in METRICS},
-        }  # fmt: skip
+    facts |= classifier_facts(config, progress) if texts else {}
     recipe = (
         "learning_rate", "batch_size", "sequence_length", "epochs", "warmup_steps",
         "weight_decay", "random_offset", "alpha", "temperature", "kl_reduction",
@@ -375,7 +381,7 @@ def model_card(checkpoint, model, start_token, positions):
         f"that ask for 512 by default `--sequence_length {positions}`."
     )
     title = checkpoint["model"]["name"]
-    if is_classifier(checkpoint):
+    if texts:
         title += f", fine-tuned on {config.get('task')}"
     own = model.config.max_position_embeddings
     if positions > own:

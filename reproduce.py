@@ -176,8 +176,9 @@ class Setup:
     @functools.cached_property
     def finetuning(self):
         """What fine-tuning depends on besides the model: the tasks' files and the options."""
-        files = {task.name: task.digests for task in read_tasks(Path(self.tasks))}
-        return {"files": files, "options": self.recipe.finetune}
+        options = self.recipe.finetune
+        read = read_tasks(Path(self.tasks), options.get("only"))
+        return {"files": {task.name: task.digests for task in read}, "options": options}
 
 
 def run_seed(setup, seed):
@@ -232,7 +233,7 @@ def finetune_model(setup, entry, seed, path):
     made_from = content_digest([how, read_checkpoint(checkpoint)["digest"]])
     scratch = path.with_suffix(".tasks")
     scratch.unlink(missing_ok=True)
-    first_seed = seed * how["options"].get("seeds", 1)
+    first_seed = seed * int(how["options"].get("seeds") or 1)
     options = experiment.arguments_of(how["options"])
     options += ["--tasks", setup.tasks, "--first-seed", first_seed, "--device", setup.device]
     options += ["--out", setup.out / f"seed-{seed}" / f"finetuned-{made_from[:8]}"]
