@@ -10,6 +10,7 @@ writes. Without torchrun there is one process, and nothing here changes anything
 
 import atexit
 import contextlib
+import gc
 import inspect
 import os
 
@@ -28,6 +29,12 @@ def join(device):
     """
     if not is_launched() or dist.is_initialized():
         return
+    # When a process ends, nothing may keep its group: gloo's threads would outlive it, and abort the
+    # process if they want the interpreter after its end. These functions keep the group that there
+    # is when they are imported, as DistributedDataParallel does.
+    import torch.distributed.nn  # noqa: F401
+
+    atexit.register(gc.collect)  # last, after `_leave`
     try:
         if device.type == "cuda":
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
@@ -149,6 +156,8 @@ def spread(objective, device, shard=False):
     from torch.distributed.fsdp import fully_shard  # here, because it takes seconds
 
     mesh = dist.init_device_mesh(device.type, (size(),))
+    # DTensor's caches keep the mesh, which keeps the group: see `join`.
+    atexit.register(getattr(mesh, "_pg_registry", {}).clear)
     frozen = {p for p in objective.parameters() if not p.requires_grad}
     for block in objective.model.blocks:
         fully_shard(block, mesh=mesh)

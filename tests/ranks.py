@@ -3,8 +3,10 @@
 Each task is a JSON object: "program" and "arguments", where "{rank}" stands for the process's rank;
 "signal_at": a step at which the last process gets a SIGTERM; "nan_at": a step at which its gradient
 is not finite; "die_at": a step at which it is killed, the first time. Exit codes go to FILE.RANK.
+At the very end FILE.RANK.threads gets the names of gloo's threads that are left.
 """
 
+import atexit
 import functools
 import json
 import os
@@ -59,8 +61,15 @@ def do(task, rank):
         train.TrainStep.update = update
 
 
+def write_gloo_threads(path):
+    """Writes the names of gloo's threads in this process, as Linux has them."""
+    names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+    path.write_text(json.dumps([name for name in names if "gloo" in name]))
+
+
 def main(path):
     rank = int(os.environ.get("RANK", "0"))
+    atexit.register(write_gloo_threads, Path(f"{path}.{rank}.threads"))  # the first is the last
     codes = [do(task, rank) for task in json.loads(Path(path).read_text())]
     Path(f"{path}.{rank}").write_text(json.dumps(codes))
     return max(codes) if codes == [1] else 0  # a lone task that failed is one to be restarted

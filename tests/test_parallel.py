@@ -67,6 +67,8 @@ class Runs:
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        for i in range(processes):  # a thread that is left can abort a process that has finished
+            assert json.loads(Path(f"{path}.{i}.threads").read_text()) == []
         return done, [json.loads(Path(f"{path}.{i}").read_text()) for i in range(processes)]
 
     def on_one(self, name, options, program="train"):
