@@ -15,6 +15,8 @@ import finetune
 import model as models
 import tasks
 import train
+from benchmarks import predictions
+from benchmarks.predictions import their_logits
 from conftest import interrupt_after, save_model, step_of, write_text
 from data import Tokenizer
 from generate import main as generate_main
@@ -146,24 +148,27 @@ def test_logits_loss_and_ten_steps_are_those_of_transformers(kind):
 
 
 @kinds
-def test_the_exported_folder_predicts_what_finetune_reported(kind, folder, checkpoints, tmp_path):
+def test_the_exported_folder_predicts_what_finetune_reported(
+    kind, folder, checkpoints, tmp_path, capsys
+):
     out = tmp_path / "out"
     assert finetuned(checkpoints[kind], "--tasks", folder, "--out", out, "--keep",
                      "--max-length", 12) == 0  # fmt: skip
     for task in read_tasks(folder):
-        exported = tmp_path / f"{task.name}-hf"
         best = out / kind / task.name / "seed-0" / "best.pt"
-        assert export_hf.main([str(best), "--out", str(exported)]) is None
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(exported).eval()
-        reader = transformers.AutoTokenizer.from_pretrained(exported)
-        assert model.config.id2label == {0: "0", 1: "1"}
-        texts = [list(column) for column in zip(*task.valid[task.name].texts)]
-        read = reader(*texts, truncation=True, max_length=12, padding=True, return_tensors="pt")
-        with torch.no_grad():
-            found = model(**read).logits.argmax(1).tolist()
+        logits = their_logits(best, task.valid[task.name], 12, torch.device("cpu"))
+        found = logits.argmax(1).tolist()
         kept = results(out)[f"{kind}/{task.name}/seed-0.json"]
         assert " ".join(map(str, found)) == kept["predictions"][task.name]
         assert len(set(found)) == 2
+    assert export_hf.main([str(best), "--out", str(tmp_path / "hf")]) is None
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert described["id2label"] == {"0": "0", "1": "1"}
+    capsys.readouterr()
+    predictions.main([str(out / kind), "--tasks", str(folder), "--max-length", "12", "--json"])
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("single/seed-0", "double/seed-0"):
+        assert measured[name]["others"] == 0 and measured[name]["largest"] < 1e-5
 
 
 def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenizer, tmp_path):
