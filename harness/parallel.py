@@ -29,9 +29,9 @@ def join(device):
     """
     if not is_launched() or dist.is_initialized():
         return
-    # When a process ends, nothing may keep its group: gloo's threads would outlive it, and abort the
-    # process if they want the interpreter after its end. These functions keep the group that there
-    # is when they are imported, as DistributedDataParallel does.
+    # When a process ends, nothing may keep its group: gloo's threads would outlive it, and abort
+    # the process if they want the interpreter after its end. These functions keep the group that
+    # there is when they are imported, as DistributedDataParallel does.
     import torch.distributed.nn  # noqa: F401
 
     atexit.register(gc.collect)  # last, after `_leave`
