@@ -152,7 +152,7 @@ class Files:
     def classifier_of(self, model):
         """What the checkpoint of a classifier holds."""
         model = classifier.as_classifier(model, 2)
-        found = self.best | {"weights": model.state_dict(), "teachers": []}
+        found = self.best | {"weights": dict(model.state_dict()), "teachers": []}
         shape = dataclasses.asdict(model.config)
         found["model"] = found["model"] | {"shape": shape}
         found["config"] = found["config"] | {"classes": ["no", "yes"], "head": "linear"}
@@ -298,6 +298,9 @@ def change_every_field(files, every):
     totals = {}
     for name, whole, path, write, reader in headers(files):
         kept, count = path.read_bytes() if path.exists() else None, [0, 0]
+        write(path, whole)
+        assert not refuses(reader, path), f"{name}: refused as it is"
+        shutil.rmtree(path.with_suffix(".hf"), ignore_errors=True)
         cases = itertools.product(places(whole), VALUES)
         for place, value in itertools.islice(cases, 0, None, every):
             if isinstance(value, torch.Tensor) and write != files.sign_checkpoint:
