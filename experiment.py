@@ -14,6 +14,7 @@ A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py 
     finetune           options of finetune.py, where models are fine-tuned (default: none)
     models             {name: entry}, in the order of training
     control, student   the names of the two that the report compares first
+    seeds              with fewer of them the report decides nothing (default: 2)
 
 An entry has the options of its run, with underscores (`weight_decay`), and besides them `model`
 (a preset), `teachers` (names of entries above it: then it is distilled), `like` (another entry,
@@ -43,7 +44,7 @@ FOLDER = Path(__file__).parent / "recipes"
 FIELDS = {
     "about": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
     "dev_words": int, "scored": str, "precision": str, "options": dict, "models": dict,
-    "control": str, "student": str, "whole_epochs": bool, "finetune": dict,
+    "control": str, "student": str, "whole_epochs": bool, "finetune": dict, "seeds": int,
 }  # fmt: skip
 FINETUNE = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
 UNDECIDED = ("compile", "cuda_graph")  # switches that are neither on nor off by default
@@ -136,7 +137,9 @@ class Experiment:
     precision: str = "fp32"
     whole_epochs: bool = False
     finetune: dict = dataclasses.field(default_factory=dict)
+    seeds: int = 2
     about: str = ""
+    teaching: frozenset = frozenset()  # the names of all teachers, those that `only` leaves out too
 
     def ensembles(self):
         """{name: (entries of its members, their weights or None)} of whoever teaches together."""
@@ -222,7 +225,8 @@ def _experiment(name, table, vary):
     finetune.parse_arguments(given, Strict)  # for what is wrong with a value
     if found.get("corpus", "toy") != "toy":
         raise UserError('"corpus" can only be toy: other text is given by --train and --dev')
-    return Experiment(name, entries, **found)
+    teaching = frozenset(teacher for entry in entries.values() for teacher in entry.teachers)
+    return Experiment(name, entries, teaching=teaching, **found)
 
 
 def _variations(known, text):

@@ -196,15 +196,31 @@ def run_seed(setup, seed):
 def run_model(setup, name, entries, weights, seed):
     """Makes the result of one model, or of the ensemble of several, where it is not there."""
     path = setup.results / f"seed-{seed}" / f"{name}.json"
-    wanted = {"name": name, "shards": setup.shards, "seed": seed}
-    if len(entries) == 1:
-        wanted |= described(setup, entries[0], seed)
-    else:
-        wanted |= {"members": [described(setup, e, seed) for e in entries], "weights": weights}
+    wanted = wanted_of(setup, name, entries, weights, seed)
     if not is_done(path, wanted, setup):
         make_result(setup, entries, weights, seed, path, wanted)
     if setup.tasks and len(entries) == 1 and not setup.tuning:
         finetune_model(setup, entries[0], seed, path)
+
+
+def wanted_of(setup, name, entries, weights, seed):
+    """What the result of a model, or of an ensemble, is the result of."""
+    wanted = {"name": name, "shards": setup.shards, "seed": seed}
+    if len(entries) == 1:
+        return wanted | described(setup, entries[0], seed)
+    return wanted | {"members": [described(setup, e, seed) for e in entries], "weights": weights}
+
+
+def check_other_seeds(setup, seeds):
+    """Raises `UserError` where what the report has of another seed is of another recipe or text."""
+    models = [(name, [entry], None) for name, entry in setup.recipe.entries.items()]
+    models += [(name, *members) for name, members in setup.recipe.ensembles().items()]
+    for folder in setup.results.glob("seed-[0-9]*"):
+        seed = int(folder.name.removeprefix("seed-"))
+        for model in models if seed not in seeds else ():
+            path = folder / f"{model[0]}.json"
+            if path.exists() and "report" in (result := read_result(path)):
+                check_result(path, result, wanted_of(setup, *model, seed))
 
 
 def make_result(setup, entries, weights, seed, path, wanted):
@@ -276,11 +292,7 @@ def is_done(path, wanted, setup):
     if not path.exists():
         return False
     result = read_result(path)
-    if different := list(differences(result, wanted)):
-        raise UserError(
-            f"{path} is another model's result: {'; '.join(different)}; choose another --out or "
-            "--results, or move it away"
-        )
+    check_result(path, result, wanted)
     if setup.tuning:
         return True
     if "report" not in result:
@@ -290,6 +302,15 @@ def is_done(path, wanted, setup):
     if missing:
         say(f"{path} lacks {', '.join(sorted(missing))}: made again")
     return not missing
+
+
+def check_result(path, result, wanted):
+    """Raises `UserError` where a file holds another model's result."""
+    if different := list(differences(result, wanted)):
+        raise UserError(
+            f"{path} is another model's result: {'; '.join(different)}; choose another --out or "
+            "--results, or move it away"
+        )
 
 
 def differences(there, wanted, at=""):
@@ -359,8 +380,7 @@ def score(setup, entries, weights, seed, path):
     found["report"] = evaluated(path, *which, *common, *options)
     if len(entries) == 1:
         found["samples"] = samples(which[0], setup.device)
-        teaches = any(entries[0].name in e.teachers for e in setup.recipe.entries.values())
-        if teaches and which != best:
+        if entries[0].name in setup.recipe.teaching and which != best:
             found["teaching"] = evaluated(path, *best, *common, "--data", report)
     return found
 
@@ -587,6 +607,8 @@ def main(argv=None):
             tasks = str(tasks) if tasks.is_dir() else None  # an older version made none
         results = Path(args.results or out)
         setup = Setup(chosen, data, pairs, tasks, out, results, args.device, deadline, args.tune)
+        if not args.tune:
+            check_other_seeds(setup, seeds)
         print_plan(setup, seeds)
         if args.dry_run:
             return 0

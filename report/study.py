@@ -22,6 +22,7 @@ from pathlib import Path
 from report.compare import interval, mean_over_clusters, read_losses, t_interval, ways
 
 LEAST_GAIN = 0.02  # nats: a smaller mean difference to the control is not called an effect
+CONCLUSIONS = {True: "shown", False: "not shown", None: "not decided: seeds or models are missing"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Study:
     `models` is {name: title} in order, `teachers` {student: names of its teachers}, `ensembles`
     {student: who taught it as one}, a teacher or an ensemble. `text` says what is reported on.
     `seeds` is {seed: {name: result}}; a model may be missing in some of them. `folder` has the
-    losses of each, seed-N/NAME.losses.npz.
+    losses of each, seed-N/NAME.losses.npz. Nothing is decided with fewer seeds than `least_seeds`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Study:
     student: str | None
     seeds: dict
     folder: Path
+    least_seeds: int = 2
 
     def results(self, name):
         """The results of a model, one for each seed that has it."""
@@ -62,6 +64,12 @@ class Study:
     def students(self):
         """The names of the models that were taught."""
         return [name for name in self.models if name in self.teachers]
+
+    @property
+    def rivals(self):
+        """The names of students that others taught than the study's student."""
+        own = self.teachers[self.student]
+        return [name for name, teachers in self.teachers.items() if teachers != own]
 
     def losses(self, one, other):
         """Their `Losses` in the seeds that have both models: two lists.
@@ -186,14 +194,15 @@ def advantage(study, measure):
     return f"{minus(spread(differences, measure.digits, sign='+'))} {measure.unit}"
 
 
-def verdict(difference, least_gain=LEAST_GAIN):
+def verdict(difference, least_gain=LEAST_GAIN, least_seeds=2):
     """HOLDS, REVERSED or UNDECIDED: what seeds and text say of a `compare.Difference`.
 
     HOLDS: below 0 with every seed, by `least_gain` or more on average, and both 95 % intervals
-    below 0. REVERSED: both above 0. With one seed nothing is decided.
+    below 0. REVERSED: both above 0. With fewer than `least_seeds` seeds nothing is decided.
     """
-    if difference.over_seeds is None:
-        return "UNDECIDED (one seed)"
+    seeds = len(difference.per_seed)
+    if seeds < max(least_seeds, 2):
+        return f"UNDECIDED ({seeds} of {max(least_seeds, 2)} seeds)"
     intervals = (difference.over_seeds, difference.over_text)
     below = all(value < 0 for value in difference.per_seed)
     if below and difference.mean <= -least_gain and all(high < 0 for _, high in intervals):
@@ -209,10 +218,21 @@ def judged(study, one, other):
     found = study.comparisons[one, other]
     first, scaled = next(iter(found.values())), found.get("temperature-scaled")
     gain = LEAST_GAIN if other == study.control and one in study.teachers else 0.0
-    answer = verdict(first, gain)
+    answer = verdict(first, gain, study.least_seeds)
     if answer == "HOLDS" and scaled is not None and verdict(scaled, gain) != "HOLDS":
         return "CALIBRATION"
     return answer
+
+
+def beats(study, one, others):
+    """Whether HOLDS is the verdict on a model and each of the others; None while one is open."""
+    pairs = [(one, other) for other in others]
+    if not set(pairs) <= study.comparisons.keys():
+        return None
+    verdicts = [judged(study, *pair) for pair in pairs]
+    if any(answer.startswith("UNDECIDED (") for answer in verdicts):
+        return None
+    return all(answer == "HOLDS" for answer in verdicts)
 
 
 def pair_difference(study, one, other, folder):
@@ -302,22 +322,36 @@ def difference_text(study, one, other):
 
 
 def effect_sentences(study):
-    """Each student against the control, the study's own first."""
+    """Each student against the control; without the study's own, the others are exploratory."""
     pairs = [(n, study.control) for n in study.students if (n, study.control) in study.comparisons]
     pairs.sort(key=lambda pair: pair[0] != study.student)
-    return [difference_text(study, *pair) + "." for pair in pairs]
+    shown = beats(study, study.student, [study.control])
+    lines = []
+    for pair in pairs:
+        line = difference_text(study, *pair)
+        if pair[0] != study.student and not shown:
+            line += f"; exploratory, as the {study.models[study.student]} was not shown to be ahead"
+        lines.append(line + ".")
+    return lines
 
 
 def teacher_sentences(study):
-    """The student against each of its teachers, and which of them are behind the control."""
-    lines = []
-    for teacher in study.teachers[study.student]:
+    """The student against each of its teachers, and which of these are behind the control.
+
+    Then whether it, and each other student of the same teachers, beats all of them.
+    """
+    lines, teachers = [], study.teachers[study.student]
+    for teacher in teachers:
         if (study.student, teacher) in study.comparisons:
             line = difference_text(study, study.student, teacher)
             against = study.comparisons.get((teacher, study.control))
             if against is not None and next(iter(against.values())).mean > 0:
                 line += "; this teacher is behind the control, so that beating it proves nothing"
             lines.append(line + ".")
+    for name in study.students:
+        if study.teachers[name] == teachers:
+            answer = CONCLUSIONS[beats(study, name, teachers)]
+            lines.append(f"{study.models[name]} beats each of its teachers: **{answer}**.")
     return lines
 
 
@@ -331,9 +365,18 @@ def ensemble_sentences(study):
         line = difference_text(study, study.student, other)
         theirs = study.comparisons.get((other, study.control))
         if own and theirs and (gain := next(iter(own.values())).mean) < 0:
-            share = next(iter(theirs.values())).mean / gain
-            line += f"; the latter has {minus(f'{share:.0%}')} of the former's gain on the control"
+            between = study.comparisons[study.student, other]
+            if len({len(next(iter(f.values())).per_seed) for f in (own, theirs, between)}) == 1:
+                share = next(iter(theirs.values())).mean / gain
+                line += (
+                    f"; the latter has {minus(f'{share:.0%}')} of the former's gain on the control"
+                )
         lines.append(line + ".")
+    if study.rivals and len(study.teachers[study.student]) > 1:
+        shown = beats(study, study.student, study.rivals)
+        what = {True: "an ensemble", False: "soft targets"}.get(shown, CONCLUSIONS[None])
+        names = ", ".join(study.models.get(name, name) for name in study.rivals)
+        lines.append(f"What taught the {study.models[study.student]}, beside {names}: **{what}**.")
     return lines
 
 

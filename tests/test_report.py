@@ -205,15 +205,76 @@ def test_a_gain_that_goes_away_with_the_temperature_is_called_calibration(study)
     assert judged(study, "student", "control") == "CALIBRATION"
 
 
+def add_student(study, name, title, teachers, values, seeds=(0, 1)):
+    """Gives the study another student, with one loss for each seed."""
+    study.models[name] = title
+    study.teachers[name], study.ensembles[name] = teachers, "&".join(teachers)
+    for seed in seeds:
+        study.seeds[seed][name] = copy.deepcopy(study.seeds[seed]["student"])
+        study.seeds[seed][name]["taught_by"] = [f"{teacher} {seed}" for teacher in teachers]
+    rewrite(study, name, values)
+
+
 def test_another_student_is_compared_with_its_share_of_the_gain(study):
-    study.models["other"] = "born again"
-    study.teachers["other"], study.ensembles["other"] = ["control"], "control"
-    for seed in study.seeds:
-        study.seeds[seed]["other"] = copy.deepcopy(study.seeds[seed]["student"])
-        study.seeds[seed]["other"]["taught_by"] = [f"control {seed}"]
-    rewrite(study, "other", (1.62, 1.64))
+    add_student(study, "other", "born again", ["control"], (1.62, 1.64))
     line = next(li for li in findings(study) if "minus born again" in li)
     assert line.endswith("the latter has 50% of the former's gain on the control.")
+
+
+def test_a_share_of_other_seeds_is_not_told(study):
+    add_student(study, "other", "born again", ["control"], (1.62,), seeds=(0,))
+    line = next(li for li in findings(study) if "minus born again" in li)
+    assert line.endswith("**UNDECIDED (1 of 2 seeds)**.")
+
+
+@pytest.mark.parametrize(
+    "values, seeds, said",
+    [
+        ((1.65, 1.65), (0, 1), "an ensemble"),
+        ((1.56, 1.54), (0, 1), "soft targets"),
+        ((1.62,), (0,), "not decided: seeds or models are missing"),
+    ],
+)
+def test_an_ensemble_is_more_than_its_parts_or_soft_targets(study, values, seeds, said):
+    add_student(study, "other", "born again", ["control"], values, seeds)
+    line = f"What taught the student (distilled), beside born again: **{said}**."
+    assert line in findings(study)
+
+
+def test_a_rival_without_results_leaves_it_open(study):
+    study.teachers["other"] = ["control"]
+    assert any(li.endswith("beside other: **not decided: seeds or models are missing**.")
+               for li in findings(study))  # fmt: skip
+
+
+def test_students_beat_their_teachers_if_they_beat_each(study):
+    add_student(study, "P", "the paper's loss", TEACHERS, (1.55, 1.55))
+    for line in ("student (distilled) beats each of its teachers: **not shown**.",
+                 "the paper's loss beats each of its teachers: **not shown**."):  # fmt: skip
+        assert line in findings(study)
+    for teacher in TEACHERS:
+        rewrite(study, teacher, (1.6, 1.6))
+    again = dataclasses.replace(study)
+    assert "student (distilled) beats each of its teachers: **shown**." in findings(again)
+
+
+def test_what_the_first_student_did_not_show_another_cannot_confirm(study):
+    add_student(study, "P", "the paper's loss", TEACHERS, (1.55, 1.55))
+    ends = "exploratory, as the student (distilled) was not shown to be ahead."
+
+    def line(study):
+        return next(li for li in findings(study) if "the paper's loss minus control" in li)
+
+    assert not line(study).endswith(ends)
+    rewrite(study, "student", (1.7, 1.73))
+    assert "**HOLDS**" in line(again := dataclasses.replace(study)) and line(again).endswith(ends)
+
+
+def test_fewer_seeds_than_the_rules_ask_for_decide_nothing(study):
+    lines = findings(dataclasses.replace(study, least_seeds=3))
+    assert "**UNDECIDED (2 of 3 seeds)**" in lines[1]
+    assert any(line.endswith("teachers: **not decided: seeds or models are missing**.")
+               for line in lines)  # fmt: skip
 
 
 def test_teachers_that_were_trained_again_are_named(study):
@@ -251,7 +312,7 @@ def test_minimal_pairs_are_compared_with_an_interval_over_their_files(study):
         ([-0.03, -0.02], (-0.04, -0.01), (-0.03, 0.02), "UNDECIDED"),
         ([0.03, 0.02], (0.01, 0.04), (0.01, 0.04), "REVERSED"),
         ([0.03, 0.02], (-0.01, 0.04), (0.01, 0.04), "UNDECIDED"),
-        ([-0.9], None, (-1.0, -0.8), "UNDECIDED (one seed)"),
+        ([-0.9], None, (-1.0, -0.8), "UNDECIDED (1 of 2 seeds)"),
     ],
 )
 def test_the_verdict_follows_the_rules(per_seed, over_seeds, over_text, expected):
@@ -285,7 +346,7 @@ def test_pairs_are_left_out_where_some_model_has_none(study):
 def test_a_single_seed_has_no_spread(study, figure):
     text, _ = write(one_seed(study))
     assert text.startswith("# Recipe demo, 1 seed\n") and "0.150 ±" not in text
-    assert "0.150] over text, none over seeds: **UNDECIDED (one seed)**." in text
+    assert "0.150] over text, none over seeds: **UNDECIDED (1 of 2 seeds)**." in text
 
 
 def test_a_model_that_some_seeds_lack_is_compared_in_the_others(study):

@@ -102,8 +102,10 @@ def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, c
     # A result of other options is refused, and not mixed in.
     changed = recipe(corpus="toy", words=1500, options=OPTIONS | {"steps": 5})
     capsys.readouterr()
-    assert run("--recipe", changed, "--out", tmp_path / "b", "--results", kept) == 1
-    assert "conditions.steps is 4 there and 5 here" in capsys.readouterr().err
+    for first_seed in (0, 1):  # nor beside another seed
+        assert run("--recipe", changed, "--out", tmp_path / "b", "--results", kept,
+                   "--first-seed", first_seed) == 1  # fmt: skip
+        assert "conditions.steps is 4 there and 5 here" in capsys.readouterr().err
 
 
 def test_tuning_never_reads_what_is_reported(recipe, tmp_path, monkeypatch, capsys):
