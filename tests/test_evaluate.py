@@ -291,7 +291,7 @@ def test_the_fitted_temperature_is_the_best_there_is(dev_shard):
 
 
 def test_losses_are_kept_weighted_and_scaled_from_the_command_line(
-    checkpoints, data_folder, tmp_path, capsys
+    checkpoints, data_folder, tokenizer, tmp_path, capsys
 ):
     out, kept = tmp_path / "s.json", tmp_path / "l.npz"
     train = str(data_folder / "train.bin")
@@ -312,6 +312,18 @@ def test_losses_are_kept_weighted_and_scaled_from_the_command_line(
     scaled = entry["temperature_scaled"]
     assert scaled["cross_entropy"] < entry["cross_entropy"] and scaled["temperature"] != 1
     assert mean_loss(losses, losses.scaled_nats, "plain") == pytest.approx(scaled["cross_entropy"])
+    # The temperature is that of the text of its own option, whatever text is scored.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    write_split(other, "dev", tokenizer, {"a": "zzz qqq " * 40})
+    found = []
+    for fitted_on in (data_folder, other):
+        again = [*arguments[:1], "--data", str(other), *arguments[3:7]]
+        assert evaluate.main([*again, "--temperature-scaled", str(fitted_on)]) == 0
+        (entry,) = json.loads(out.read_text())["checkpoints"]
+        found.append(entry["temperature_scaled"]["temperature"])
+    assert found[0] == scaled["temperature"] != found[1]
 
 
 def test_scores_in_bfloat16_are_near(checkpoints, data_folder, tokenizer, tmp_path):
