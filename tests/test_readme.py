@@ -31,7 +31,7 @@ def small_world(tmp_path, monkeypatch):
     for split, folder in (("train", "babylm_10M"), ("dev", "babylm_dev")):
         (tmp_path / folder).mkdir()
         for seed, name in enumerate(("qed", "cbt")):
-            text = write_text(6000 if split == "train" else 3000, seed)
+            text = write_text(6000 if split == "train" else 800, seed)
             (tmp_path / folder / f"{name}.{split}").write_text(text)
     for folder in ("blimp_filtered", "supplement_filtered"):
         (tmp_path / folder).mkdir()
@@ -52,7 +52,7 @@ def small_world(tmp_path, monkeypatch):
     for path in experiment.FOLDER.glob("*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
         table |= {"vocabulary_size": 300} if "corpus" not in table else {"words": 3000}
-        table["options"] = {"log_every": 1}
+        table["options"] = {"log_every": 1, "steps": 4, "eval_sequences": 16}
         kept = ("model", "like", "teachers", "title", "seed_offset")
         for role, entry in table["models"].items():
             table["models"][role] = {key: entry[key] for key in kept if key in entry}
