@@ -14,7 +14,7 @@ A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py 
     finetune           options of finetune.py, where models are fine-tuned (default: none)
     models             {name: entry}, in the order of training
     control, student   the names of the two that the report compares first
-    seeds              with fewer of them the report decides nothing (default: 2)
+    least_seeds        with fewer seeds the report decides nothing (default: 2)
 
 An entry has the options of its run, with underscores (`weight_decay`), and besides them `model`
 (a preset), `teachers` (names of entries above it: then it is distilled), `like` (another entry,
@@ -44,7 +44,7 @@ FOLDER = Path(__file__).parent / "recipes"
 FIELDS = {
     "about": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
     "dev_words": int, "scored": str, "precision": str, "options": dict, "models": dict,
-    "control": str, "student": str, "whole_epochs": bool, "finetune": dict, "seeds": int,
+    "control": str, "student": str, "whole_epochs": bool, "finetune": dict, "least_seeds": int,
 }  # fmt: skip
 FINETUNE = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
 UNDECIDED = ("compile", "cuda_graph")  # switches that are neither on nor off by default
@@ -137,7 +137,7 @@ class Experiment:
     precision: str = "fp32"
     whole_epochs: bool = False
     finetune: dict = dataclasses.field(default_factory=dict)
-    seeds: int = 2
+    least_seeds: int = 2
     about: str = ""
     teaching: frozenset = frozenset()  # the names of all teachers, those that `only` leaves out too
 
@@ -151,6 +151,11 @@ class Experiment:
             for entry in self.entries.values()
             if len(entry.teachers) > 1
         }
+
+    def all_scored(self):
+        """[(name, entries, their weights or None)] of all that is scored, ensembles at the end."""
+        alone = [(name, [entry], None) for name, entry in self.entries.items()]
+        return alone + [(name, *members) for name, members in self.ensembles().items()]
 
     def only(self, names):
         """The experiment with these models, and whom they learn from, alone."""

@@ -187,10 +187,8 @@ def run_seed(setup, seed):
     Each result is kept in a file of the folder of results, as report/study.py describes it. Raises
     `Stopped` if a stage ends early.
     """
-    for name, entry in setup.recipe.entries.items():
-        run_model(setup, name, [entry], None, seed)
-    for name, (members, weights) in setup.recipe.ensembles().items():
-        run_model(setup, name, members, weights, seed)
+    for name, entries, weights in setup.recipe.all_scored():
+        run_model(setup, name, entries, weights, seed)
 
 
 def run_model(setup, name, entries, weights, seed):
@@ -213,14 +211,12 @@ def wanted_of(setup, name, entries, weights, seed):
 
 def check_other_seeds(setup, seeds):
     """Raises `UserError` where what the report has of another seed is of another recipe or text."""
-    models = [(name, [entry], None) for name, entry in setup.recipe.entries.items()]
-    models += [(name, *members) for name, members in setup.recipe.ensembles().items()]
     for folder in setup.results.glob("seed-[0-9]*"):
         seed = int(folder.name.removeprefix("seed-"))
-        for model in models if seed not in seeds else ():
-            path = folder / f"{model[0]}.json"
+        for name, entries, weights in setup.recipe.all_scored() if seed not in seeds else ():
+            path = folder / f"{name}.json"
             if path.exists() and "report" in (result := read_result(path)):
-                check_result(path, result, wanted_of(setup, *model, seed))
+                check_result(path, result, wanted_of(setup, name, entries, weights, seed))
 
 
 def make_result(setup, entries, weights, seed, path, wanted):

@@ -28,12 +28,12 @@ from tasks import encode, read_tasks  # noqa: E402
 ROWS = 32  # texts of a batch
 
 
-def our_logits(path, examples, max_length, device):
-    """Logits (N, classes) of a checkpoint, as finetune.py computes them."""
+def our_logits(path, examples, device):
+    """Logits (N, classes) of a checkpoint, as finetune.py computes them, and `max_length`."""
     model, checkpoint = load_classifier(path)
-    tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
-    encoded = encode(examples, tokenizer, max_length)
-    return predict(model.to(device), encoded, autocast_for(device, "fp32"))
+    max_length = checkpoint["config"]["sequence_length"]
+    encoded = encode(examples, Tokenizer.of_checkpoint(checkpoint, path), max_length)
+    return predict(model.to(device), encoded, autocast_for(device, "fp32")), max_length
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def their_logits(path, examples, max_length, device):
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         export_hf.export(path, Path(folder) / "hf")
-        read = transformers.AutoTokenizer.from_pretrained(Path(folder) / "hf")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(Path(folder) / "hf")
         kind = transformers.AutoModelForSequenceClassification
         model = kind.from_pretrained(Path(folder) / "hf").eval().to(device)
     columns = [list(column) for column in zip(*examples.texts)]
@@ -52,7 +52,7 @@ def their_logits(path, examples, max_length, device):
     parts = []
     for start in range(0, len(columns[0]), ROWS):
         rows = [column[start : start + ROWS] for column in columns]
-        batch = read(*rows, **options, return_tensors="pt").to(device)
+        batch = tokenizer(*rows, **options, return_tensors="pt").to(device)
         parts.append(model(**batch).logits.cpu())
     return torch.cat(parts)
 
@@ -64,7 +64,6 @@ def parse_arguments(argv):
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="only these tasks (default: all of the folder)"
     )
-    parser.add_argument("--max-length", type=int, default=128, help="tokens (default: 128)")
     return parser.parse_args(argv)
 
 
@@ -76,8 +75,8 @@ def main(argv=None):
     for task in read_tasks(args.tasks, args.only):
         for path in sorted(args.runs.glob(f"{task.name}/*/best.pt")):
             for name, examples in task.valid.items():
-                given = path, examples, args.max_length, device
-                ours, theirs = our_logits(*given), their_logits(*given)
+                ours, max_length = our_logits(path, examples, device)
+                theirs = their_logits(path, examples, max_length, device)
                 largest = (ours - theirs).abs().max().item()
                 others = (ours.argmax(1) != theirs.argmax(1)).sum().item()
                 run = path.parent.name

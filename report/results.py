@@ -115,7 +115,7 @@ def study_fields(recipe):
         "ensembles": {name: recipe.entries[name].taught_by for name in students},
         "control": recipe.control,
         "student": recipe.student,
-        "least_seeds": recipe.seeds,
+        "least_seeds": recipe.least_seeds,
     }
 
 

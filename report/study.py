@@ -200,9 +200,9 @@ def verdict(difference, least_gain=LEAST_GAIN, least_seeds=2):
     HOLDS: below 0 with every seed, by `least_gain` or more on average, and both 95 % intervals
     below 0. REVERSED: both above 0. With fewer than `least_seeds` seeds nothing is decided.
     """
-    seeds = len(difference.per_seed)
-    if seeds < max(least_seeds, 2):
-        return f"UNDECIDED ({seeds} of {max(least_seeds, 2)} seeds)"
+    seeds, needed = len(difference.per_seed), max(least_seeds, 2)
+    if seeds < needed:
+        return f"UNDECIDED ({seeds} of {needed} seeds)"
     intervals = (difference.over_seeds, difference.over_text)
     below = all(value < 0 for value in difference.per_seed)
     if below and difference.mean <= -least_gain and all(high < 0 for _, high in intervals):
@@ -373,10 +373,12 @@ def ensemble_sentences(study):
                 )
         lines.append(line + ".")
     if study.rivals and len(study.teachers[study.student]) > 1:
-        shown = beats(study, study.student, study.rivals)
-        what = {True: "an ensemble", False: "soft targets"}.get(shown, CONCLUSIONS[None])
+        answer = CONCLUSIONS[beats(study, study.student, study.rivals)]
         names = ", ".join(study.models.get(name, name) for name in study.rivals)
-        lines.append(f"What taught the {study.models[study.student]}, beside {names}: **{what}**.")
+        lines.append(
+            f"That the ensemble taught more than soft targets alone ({study.models[study.student]} "
+            f"against {names}): **{answer}**."
+        )
     return lines
 
 

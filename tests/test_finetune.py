@@ -165,7 +165,7 @@ def test_the_exported_folder_predicts_what_finetune_reported(
     described = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert described["id2label"] == {"0": "0", "1": "1"}
     capsys.readouterr()
-    predictions.main([str(out / kind), "--tasks", str(folder), "--max-length", "12", "--json"])
+    predictions.main([str(out / kind), "--tasks", str(folder), "--json"])
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("single/seed-0", "double/seed-0"):
         assert measured[name]["others"] == 0 and measured[name]["largest"] < 1e-5

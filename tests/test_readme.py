@@ -52,7 +52,7 @@ def small_world(tmp_path, monkeypatch):
     for path in experiment.FOLDER.glob("*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
         table |= {"vocabulary_size": 300} if "corpus" not in table else {"words": 3000}
-        table["options"] = {"log_every": 1, "steps": 4, "eval_sequences": 16}
+        table["options"] = {"log_every": 1}
         kept = ("model", "like", "teachers", "title", "seed_offset")
         for role, entry in table["models"].items():
             table["models"][role] = {key: entry[key] for key in kept if key in entry}

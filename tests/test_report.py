@@ -230,20 +230,20 @@ def test_a_share_of_other_seeds_is_not_told(study):
 @pytest.mark.parametrize(
     "values, seeds, said",
     [
-        ((1.65, 1.65), (0, 1), "an ensemble"),
-        ((1.56, 1.54), (0, 1), "soft targets"),
+        ((1.65, 1.65), (0, 1), "shown"),
+        ((1.56, 1.54), (0, 1), "not shown"),
         ((1.62,), (0,), "not decided: seeds or models are missing"),
     ],
 )
 def test_an_ensemble_is_more_than_its_parts_or_soft_targets(study, values, seeds, said):
     add_student(study, "other", "born again", ["control"], values, seeds)
-    line = f"What taught the student (distilled), beside born again: **{said}**."
-    assert line in findings(study)
+    line = "than soft targets alone (student (distilled) against born again): "
+    assert any(li.endswith(f"{line}**{said}**.") for li in findings(study))
 
 
 def test_a_rival_without_results_leaves_it_open(study):
     study.teachers["other"] = ["control"]
-    assert any(li.endswith("beside other: **not decided: seeds or models are missing**.")
+    assert any(li.endswith("against other): **not decided: seeds or models are missing**.")
                for li in findings(study))  # fmt: skip
 
 
