@@ -221,6 +221,9 @@ def check_other_seeds(setup, seeds):
 
 def make_result(setup, entries, weights, seed, path, wanted):
     """Trains what is not trained, scores it, and writes the result."""
+    if len(entries) == 1:
+        precision = precision_of(setup, entries[0], path.parent)
+        wanted["conditions"]["precision"] = precision
     for entry in entries:
         train_model(setup, entry, seed)
     check_time(setup)
@@ -231,6 +234,26 @@ def make_result(setup, entries, weights, seed, path, wanted):
         scores |= {"weights": content_digest(best["weights"]), **read_log(out / "log.jsonl")}
         scores["taught_by"] = [teacher["digest"] for teacher in best["teachers"]]
     write_json(path, wanted | scores)
+
+
+def precision_of(setup, entry, folder):
+    """The precision in which a model is trained here: what its options say, or the machine.
+
+    Raises `UserError` where a machine chose another one for a result in the seed's folder: they are
+    compared.
+    """
+    asked = entry.config().precision
+    here = choose_compute(setup.device, asked).precision
+    for path in folder.glob("*.json") if asked == "auto" else ():
+        there = read_result(path)
+        chosen = there.get("conditions", {}).get("precision", "auto")
+        if chosen not in ("auto", here) and "precision" not in there["options"]:
+            raise UserError(
+                f"{path} was trained in {chosen}, and {entry.name} would be trained in {here} "
+                "here: a seed's models are compared, so that they need the same: say "
+                f'"precision": "{chosen}" in the options of the recipe, or move the seed away'
+            )
+    return here
 
 
 def finetune_model(setup, entry, seed, path):
@@ -313,10 +336,11 @@ def differences(there, wanted, at=""):
     """Texts that say what of `wanted` is otherwise in a result. Options are told by conditions.
 
     A condition that the result does not have is an option that came later: it had its default.
+    Precision that is left to the machine can be any.
     """
     later = defaults(distill.DistillConfig) if at.endswith("conditions.") else {}
     for key, value in wanted.items():
-        if key == "options":
+        if key == "options" or (key == "precision" and value == "auto"):
             continue
         found = there.get(key, later.get(key))
         if isinstance(value, dict) and isinstance(found, dict):

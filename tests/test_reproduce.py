@@ -274,3 +274,22 @@ def test_a_result_from_before_an_option_existed_counts_with_its_default():
     changed = teacher | {"conditions": {"schedule": "linear", "alpha": 0.5}}
     (found,) = reproduce.differences(older, changed)
     assert found == "conditions.schedule is cosine there and linear here"
+
+
+def test_the_models_of_a_seed_have_one_precision_and_another_seed_may_have_another(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    arguments = ["--recipe", recipe(corpus="toy", words=1500), "--out", tmp_path / "toy", "--tune"]
+
+    def trained_where(native, model, seed):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: native)
+        return run(*arguments, "--models", model, "--first-seed", seed)
+
+    assert trained_where(False, "control", 0) == 0
+    assert trained_where(True, "control", 0) == 0  # nothing is left to train
+    assert trained_where(True, "llama-teacher", 0) == 1
+    assert "control.json was trained in fp32" in capsys.readouterr().err
+    assert trained_where(True, "llama-teacher", 1) == 0
+    result = json.loads((tmp_path / "toy/seed-1/llama-teacher.json").read_text())
+    assert result["conditions"]["precision"] == "bf16"
