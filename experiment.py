@@ -3,6 +3,8 @@
 A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py --recipe` takes:
 
     about              what it is for
+    like               another recipe, from which it takes whatever it does not say itself, and
+                       the options and models besides its own; null takes one of them back
     corpus             "toy": the invented corpus; without it --train and --dev name folders
     clean              how the text is cleaned, as tokenize_corpus.py --clean (default: light)
     vocabulary_size    pieces of the tokenizer
@@ -42,7 +44,7 @@ from train import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
 FIELDS = {
-    "about": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
+    "about": str, "like": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
     "dev_words": int, "scored": str, "precision": str, "options": dict, "models": dict,
     "control": str, "student": str, "whole_epochs": bool, "finetune": dict, "least_seeds": int,
 }  # fmt: skip
@@ -182,23 +184,28 @@ def read_experiment(recipe, vary=()):
     `vary` are texts "MODEL.OPTION=a,b,c": for each value, one more model like that one. Raises
     `UserError` for what is not a recipe, or has an option that the programs do not have.
     """
-    path = FOLDER / f"{recipe}.json" if recipe in recipe_names() else Path(recipe)
+    path = _path(recipe)
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--recipe {recipe}: {error.strerror}: choose {', '.join(recipe_names())} or give a "
-            "JSON file such as those in recipes/"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    try:
-        return _experiment(path.stem, table, vary)
+        return _experiment(path.stem, _read_table(path), vary)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _experiment(name, table, vary):
+def _path(recipe):
+    return FOLDER / f"{recipe}.json" if recipe in recipe_names() else Path(recipe)
+
+
+def _read_table(path, seen=()):
+    """The object in a recipe's file, with what it takes from the recipe that it is like."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{error.strerror}: choose {', '.join(recipe_names())} or give a JSON file such as "
+            "those in recipes/"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON: {error}") from error
     if not isinstance(table, dict) or not isinstance(table.get("models"), dict):
         raise UserError('a recipe is a JSON object with "models"')
     for key, value in table.items():
@@ -206,6 +213,21 @@ def _experiment(name, table, vary):
             raise UserError(f"a recipe has no {key!r}: choose from {', '.join(FIELDS)}")
         if type(value) is not FIELDS[key] or (FIELDS[key] is int and value < 1):
             raise UserError(f"{key} cannot be {value!r}")
+    if (like := table.pop("like", None)) is None:
+        return table
+    if (other_path := _path(like)) in (path, *seen):
+        raise UserError(f"it cannot be like {like}")
+    try:
+        other = _read_table(other_path, (path, *seen))
+    except UserError as error:
+        raise UserError(f"like {like}: {error}") from error
+    for key in ("options", "models"):
+        table[key] = {**other.get(key, {}), **table.get(key, {})}
+    table["models"] = {name: entry for name, entry in table["models"].items() if entry is not None}
+    return {**other, **table}
+
+
+def _experiment(name, table, vary):
     known = dict(table["models"])
     for text in vary:
         known |= _variations(known, text)

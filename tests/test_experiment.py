@@ -151,7 +151,7 @@ def test_a_file_that_is_none_and_a_variation_of_nothing_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         read_experiment(tmp_path / "x.json")
-    with pytest.raises(UserError, match="choose best-58m, demo"):
+    with pytest.raises(UserError, match="choose ablations, best-58m, demo"):
         read_experiment("dmeo")
     with pytest.raises(UserError, match="--vary nobody"):
         read_experiment(written(tmp_path), ["nobody.alpha=1"])
@@ -162,3 +162,23 @@ def test_a_file_that_is_none_and_a_variation_of_nothing_are_named(tmp_path):
 def test_names_of_recipes_are_those_of_their_files():
     assert {"demo", "paper", "repository"} <= set(recipe_names())
     assert experiment.FOLDER.is_dir()
+
+
+def test_a_recipe_takes_from_another_what_it_does_not_say_itself(tmp_path):
+    first = written(tmp_path, words=5000, options={"log_every": 7, "save_every": 9})
+    second = tmp_path / "second.json"
+    student = {"like": "control", "teachers": ["other"]}
+    models = {"teacher": None, "other": MODELS["teacher"], "student": None, "taught": student}
+    table = {"like": str(first), "options": {"log_every": 8}, "models": models}
+    second.write_text(json.dumps(table | {"student": "taught"}))
+    recipe = read_experiment(second)
+    assert (recipe.name, recipe.words, recipe.student) == ("second", 5000, "taught")
+    assert list(recipe.entries) == ["control", "other", "taught"]
+    options = {"log_every": 8, "save_every": 9, "weight_decay": 0.5}
+    assert recipe.entries["taught"].options == options
+    first.write_text("{")
+    with pytest.raises(UserError, match=r"second.json: like .*mine.json: it is not JSON"):
+        read_experiment(second)
+    second.write_text(json.dumps(table | {"like": str(second)}))
+    with pytest.raises(UserError, match="cannot be like"):
+        read_experiment(second)
