@@ -55,7 +55,8 @@ def small_world(tmp_path, monkeypatch):
         table["options"] = {"log_every": 1}
         kept = ("model", "like", "teachers", "title", "seed_offset")
         for role, entry in table["models"].items():
-            table["models"][role] = {key: entry[key] for key in kept if key in entry}
+            if entry is not None:  # taken back from what the recipe is like
+                table["models"][role] = {key: entry[key] for key in kept if key in entry}
         (tmp_path / "recipes" / path.name).write_text(json.dumps(table))
     monkeypatch.setattr(experiment, "FOLDER", tmp_path / "recipes")
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
