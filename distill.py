@@ -101,9 +101,9 @@ class PlainObjective(nn.Module):
         return self.with_hidden_distance(terms, hidden, batch)
 
     def with_hidden_distance(self, terms, hidden, batch):
-        """The terms and, with --hidden-weight, how far the student's states are from the teachers'.
+        """The terms and, with --hidden-weight, hidden-state matching (Romero et al. 2015).
 
-        Mean over teachers and positions of |P_k h - h_k|² / C_k, where h (B, T, C) and h_k
+        Adds the mean over teachers and positions of |P_k h - h_k|² / C_k, where h (B, T, C) and h_k
         (B, T, C_k) are final hidden states, and P_k is learned with the student.
         """
         if not self.hidden_weight:

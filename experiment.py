@@ -3,8 +3,8 @@
 A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py --recipe` takes:
 
     about              what it is for
-    like               another recipe, from which it takes whatever it does not say itself, and
-                       the options and models besides its own; null takes one of them back
+    like               another recipe, a name or a file, from which it takes whatever it does not
+                       say itself, single options and models too; null takes one of them back
     corpus             "toy": the invented corpus; without it --train and --dev name folders
     clean              how the text is cleaned, as tokenize_corpus.py --clean (default: light)
     vocabulary_size    pieces of the tokenizer
