@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from harness.files import UserError
+from benchmarks import ablations
+from harness.files import UserError, write_json
 from harness.tables import aligned, markdown
 from report import pages, pictures
 from report.compare import Difference, write_losses
@@ -446,3 +447,34 @@ def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
     assert {key: found[key] for key in expected} == expected
     (tmp_path / "log.jsonl").write_bytes(whole[1])
     assert read_log(tmp_path / "log.jsonl")["curve"] == []  # nothing tells the length of an epoch
+
+
+def test_an_ablation_is_drawn_from_the_folders_of_results(study, figure, capsys):
+    """The student of other teachers is shown beside the student; one of other options is not."""
+    fields = {f.name: getattr(study, f.name) for f in dataclasses.fields(study)}
+    models = study.models | {"alone": "L", "longer": "T, longer"}
+    teachers = study.teachers | {"alone": ["llama-teacher"], "longer": TEACHERS}
+    ensembles = study.ensembles | {"alone": "llama-teacher", "longer": ENSEMBLE}
+    fields |= {"models": models, "teachers": teachers, "ensembles": ensembles}
+    write_json(
+        study.folder / "experiment.json",
+        {key: value for key, value in fields.items() if key not in ("seeds", "folder")},
+    )
+    for name in models:
+        like = "student" if name in ("alone", "longer") else name
+        for seed in study.seeds:
+            folder = study.folder / f"seed-{seed}"
+            found = result(like, seed) | {"conditions": {"epochs": 8 if name == "longer" else 4}}
+            write_json(folder / f"{name}.json", found)
+            losses = (folder / f"{like}.losses.npz").read_bytes()
+            (folder / f"{name}.losses.npz").write_bytes(losses)
+    where = str(study.folder)
+    assert ablations.main(["--words", f"65000={where}", "--teachers", where, "--out", where]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines] == [
+        ["gain-words", "65,000", "+0.1600"],
+        ["gain-teachers", "2", "+0.1600"],
+        ["gain-teachers", "1", "+0.1600"],
+    ]
+    for name in ("gain-words", "gain-teachers"):
+        assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,102 @@
+"""Two pictures of an ablation: what distillation gains against words of text, and by its teachers.
+
+    python benchmarks/ablations.py --words 65000=DIR 130000=DIR --teachers DIR --out FOLDER
+
+A DIR is the folder of results of `reproduce.py`. A gain is the control's cross-entropy on the
+reported dev text minus the student's, in nats per token: above 0 the student is better. Bars are
+intervals of 95 % over blocks of text, for the seeds that were trained: they do not say what another
+seed would have given. Writes gain-words.png and gain-teachers.png into FOLDER, and prints the
+numbers. Needs matplotlib.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from harness.files import UserError, atomic_write, run_program  # noqa: E402
+from report.pictures import CONTROL, STUDENT, picture  # noqa: E402
+from report.results import read_study  # noqa: E402
+
+
+def gains(folder):
+    """{title: (number of teachers, gain, low, high)} of the students that differ from the study's
+    own in nothing but their teachers, itself first.
+
+    Raises `UserError` where the folder lacks the control or the student.
+    """
+    study = read_study(Path(folder))
+    if study.control is None or study.student is None:
+        raise UserError(f"{folder} lacks the control or the student")
+    own = study.results(study.student)[0]["conditions"]
+    found = {}
+    for name in sorted(study.students, key=lambda name: name != study.student):
+        if study.results(name)[0]["conditions"] == own:
+            difference = next(iter(study.comparisons[name, study.control].values()))
+            low, high = difference.over_text
+            count = len(study.teachers[name])
+            found[study.models[name]] = (count, -difference.mean, -high, -low)
+    return found
+
+
+def gains_picture(points, axis, logarithmic=False):
+    """The PNG of [(place, title or None, gain, low, high)]; None without matplotlib."""
+
+    def paint(figure):
+        axes = figure.subplots()
+        places, titles, means, lows, highs = zip(*points)
+        errors = [[m - low for m, low in zip(means, lows)], [h - m for m, h in zip(means, highs)]]
+        axes.errorbar(places, means, yerr=errors, fmt="o", color=STUDENT, capsize=4)
+        for place, title, mean in zip(places, titles, means):
+            axes.annotate(title or "", (place, mean), (7, 0), textcoords="offset points", size=8)
+        axes.axhline(0, color=CONTROL, linestyle=":")
+        if logarithmic:
+            axes.set_xscale("log")
+        axes.set_xticks(sorted(set(places)), [f"{place:,}" for place in sorted(set(places))])
+        axes.minorticks_off()
+        axes.margins(x=0.25)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("gain over the control (nats per token)")
+
+    return picture(6, 3.6, paint)
+
+
+def main(argv=None):
+    """Draws as the command line asks; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--words", nargs="+", default=[], metavar="N=DIR",
+        help="words of training text, and the results of control and student on them",
+    )  # fmt: skip
+    parser.add_argument("--teachers", metavar="DIR", help="results of students of other teachers")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the pictures")
+    args = parser.parse_args(argv)
+    pictures = {}
+    if args.words:
+        points = []
+        for text in args.words:
+            words, _, folder = text.partition("=")
+            if not words.isdecimal() or not folder:
+                parser.error(f"--words {text}: give N=DIR")
+            _, *gain = next(iter(gains(folder).values()))
+            points.append((int(words), None, *gain))
+        pictures["gain-words"] = (points, "words of training text", True)
+    if args.teachers:
+        points = [(count, title, *gain) for title, (count, *gain) in gains(args.teachers).items()]
+        pictures["gain-teachers"] = (points, "teachers")
+    for name, (points, *axis) in pictures.items():
+        for place, title, gain, low, high in points:
+            print(f"{name}  {place:>9,}  {gain:+.4f} [{low:+.4f}, {high:+.4f}]  {title or ''}")
+        if (image := gains_picture(points, *axis)) is None:
+            raise UserError("the pictures need matplotlib: pip install matplotlib")
+        with atomic_write(Path(args.out) / f"{name}.png") as file:
+            file.write(image)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
