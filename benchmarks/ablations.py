@@ -22,18 +22,19 @@ from report.results import read_study  # noqa: E402
 
 
 def gains(folder):
-    """{title: (number of teachers, gain, low, high)} of the students that differ from the study's
-    own in nothing but their teachers, itself first.
+    """{title: (number of teachers, gain, low, high)} of an experiment's students, its own first.
 
-    Raises `UserError` where the folder lacks the control or the student.
+    They are those that differ from it in nothing but their teachers. Raises `UserError` where no
+    seed has both the control and the student.
     """
     study = read_study(Path(folder))
-    if study.control is None or study.student is None:
-        raise UserError(f"{folder} lacks the control or the student")
-    own = study.results(study.student)[0]["conditions"]
+    if (study.student, study.control) not in study.comparisons:
+        raise UserError(f"{folder} has no seed with control and student: train both")
+    own = study.results(study.student)[0].get("conditions")
     found = {}
     for name in sorted(study.students, key=lambda name: name != study.student):
-        if study.results(name)[0]["conditions"] == own:
+        alike = study.results(name)[0].get("conditions") == own
+        if alike and (name, study.control) in study.comparisons:
             difference = next(iter(study.comparisons[name, study.control].values()))
             low, high = difference.over_text
             count = len(study.teachers[name])
@@ -75,6 +76,8 @@ def main(argv=None):
     parser.add_argument("--teachers", metavar="DIR", help="results of students of other teachers")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the pictures")
     args = parser.parse_args(argv)
+    if not args.words and not args.teachers:
+        parser.error("nothing to draw: give --words or --teachers")
     pictures = {}
     if args.words:
         points = []

@@ -461,7 +461,7 @@ def test_an_ablation_is_drawn_from_the_folders_of_results(study, figure, capsys)
         {key: value for key, value in fields.items() if key not in ("seeds", "folder")},
     )
     for name in models:
-        like = "student" if name in ("alone", "longer") else name
+        like = {"alone": ENSEMBLE, "longer": "student"}.get(name, name)
         for seed in study.seeds:
             folder = study.folder / f"seed-{seed}"
             found = result(like, seed) | {"conditions": {"epochs": 8 if name == "longer" else 4}}
@@ -474,7 +474,14 @@ def test_an_ablation_is_drawn_from_the_folders_of_results(study, figure, capsys)
     assert [line[:3] for line in lines] == [
         ["gain-words", "65,000", "+0.1600"],
         ["gain-teachers", "2", "+0.1600"],
-        ["gain-teachers", "1", "+0.1600"],
+        ["gain-teachers", "1", "+0.2850"],
     ]
     for name in ("gain-words", "gain-teachers"):
         assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for seed in study.seeds:
+        (study.folder / f"seed-{seed}" / "control.json").unlink()
+    with pytest.raises(UserError, match="no seed with control and student"):
+        ablations.main(["--teachers", where, "--out", where])
+    with pytest.raises(SystemExit):
+        ablations.main(["--out", where])
+    assert "give --words or --teachers" in capsys.readouterr().err
