@@ -112,19 +112,21 @@ class TeacherCache:
         return [array[chunk_ids.to(array.device, non_blocking=True)] for array in self.arrays]
 
     def write(self, chunk_ids, states):
-        """Keeps `states`, [(B, T, C_k)], of the chunks `chunk_ids` (B,) on the CPU.
+        """Keeps `states`, [(B, T, C_k)], of the chunks `chunk_ids` (B,) that it does not hold yet.
 
-        Returns them in the dtype in which they will be read.
+        `chunk_ids` are on the CPU. Returns all states in the dtype in which they will be read.
         """
         self._check_size()
         states = [state.to(array.dtype) for array, state in zip(self.arrays, states)]
+        new = (~self.filled[chunk_ids]).nonzero().squeeze(1)
+        new_ids = chunk_ids[new]
         for array, state in zip(self.arrays, states):
-            ids = chunk_ids.to(array.device, non_blocking=True)
-            array[ids] = state.to(array.device)
+            ids = new_ids.to(array.device, non_blocking=True)
+            array[ids] = state[new.to(state.device, non_blocking=True)].to(array.device)
         if self.digests is not None:
-            for i in chunk_ids.tolist():  # after the states: a chunk without a digest is empty
+            for i in new_ids.tolist():  # after the states: a chunk without a digest is empty
                 self.digests[i] = self.digest(i)
-        self.filled[chunk_ids] = True
+        self.filled[new_ids] = True
         return states
 
     def _check_size(self):
