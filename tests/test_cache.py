@@ -50,6 +50,16 @@ def test_what_was_written_is_read_chunk_by_chunk(empty):
         assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
 
 
+def test_what_is_kept_is_not_written_again(empty):
+    first, again = torch.tensor([4, 1]), torch.tensor([2, 4])
+    empty.write(first, states(first))
+    changed = [state + 1 for state in states(again)]
+    returned = empty.write(again, changed)
+    assert all(torch.equal(a, b) for a, b in zip(returned, changed))
+    expected = [torch.stack([new[0], old[0]]) for new, old in zip(changed, states(first))]
+    assert all(torch.equal(a, b) for a, b in zip(empty.read(again), expected))
+
+
 def test_a_file_outlives_its_process(tmp_path):
     ids = torch.tensor([1, 5])
     open_file(tmp_path / "c").write(ids, states(ids))
