@@ -121,7 +121,7 @@ def random_batch(seed, lengths=(3, 17, 9, 40)):
 
 @kinds
 def test_logits_loss_and_ten_steps_are_those_of_transformers(kind):
-    # With seed 0 one gradient is 1e-9, near AdamW's epsilon, so that rounding decides over its step.
+    # With seed 0 one gradient is 1e-9, near AdamW's epsilon, so that rounding decides its step.
     model = classifier.as_classifier(language_model(kind, seed=1), 3)
     twin, objective = (
         twin_of(model, ["no", "maybe", "yes"]),
