@@ -45,10 +45,6 @@ class PlainObjective(nn.Module):
         self.alpha, self.temperature = config.alpha, config.temperature
         self.kl_reduction, self.label_smoothing = config.kl_reduction, config.label_smoothing
         self.cache = cache
-        self.hidden_weight = config.hidden_weight
-        sizes = [t.config.hidden_size for t in teachers] if self.hidden_weight else []
-        C = model.config.hidden_size
-        self.projections = nn.ModuleList(nn.Linear(C, size, bias=False) for size in sizes)
 
     def train(self, mode=True):
         """Puts the student in that mode; the teachers stay in eval mode, without dropout."""
@@ -88,33 +84,15 @@ class PlainObjective(nn.Module):
 
     def forward(self, batch):
         batch = self.prepare(batch)
-        hidden = self.model.hidden_states(batch.tokens)  # (B, T, C)
-        student_logits = nn.functional.linear(hidden, self.model.head).float()  # (B, T, V)
+        student_logits = self.model(batch.tokens).float()  # (B, T, V)
         with torch.no_grad():
             teacher_logits = [
-                nn.functional.linear(states, teacher.head).float()  # (B, T, V)
-                for states, teacher in zip(batch.teacher_states, self.teachers)
+                nn.functional.linear(hidden, teacher.head).float()  # (B, T, V)
+                for hidden, teacher in zip(batch.teacher_states, self.teachers)
             ]
-        terms = plain_ensemble_kl(
+        return plain_ensemble_kl(
             student_logits, teacher_logits, self.weights, batch.targets, **self.constants(batch)
         )
-        return self.with_hidden_distance(terms, hidden, batch)
-
-    def with_hidden_distance(self, terms, hidden, batch):
-        """The terms and, with --hidden-weight, hidden-state matching (Romero et al. 2015).
-
-        Adds the mean over teachers and positions of |P_k h - h_k|² / C_k, where h (B, T, C) and h_k
-        (B, T, C_k) are final hidden states, and P_k is learned with the student.
-        """
-        if not self.hidden_weight:
-            return terms
-        positions = batch.num_sequences * batch.tokens.shape[1]
-        distance = sum(
-            (projection(hidden).float() - states.float()).square().mean(-1).sum()
-            for projection, states in zip(self.projections, batch.teacher_states)
-        ) / (positions * len(self.teachers))
-        loss = terms["loss"] + self.hidden_weight * distance
-        return {**terms, "loss": loss, "hidden_distance": distance}
 
 
 class EnsembleObjective(PlainObjective):
@@ -130,7 +108,7 @@ class EnsembleObjective(PlainObjective):
         if self.joined_head is None or self.joined_head.dtype != dtype:
             with torch.no_grad():
                 self.joined_head = join_heads(heads, self.weights, dtype)
-        terms = ensemble_kl(
+        return ensemble_kl(
             hidden,
             self.model.head,
             list(zip(batch.teacher_states, heads, self.weights)),
@@ -139,7 +117,6 @@ class EnsembleObjective(PlainObjective):
             compiled=self.compiled,
             **self.constants(batch),
         )
-        return self.with_hidden_distance(terms, hidden, batch)
 
 
 OBJECTIVES = {"fused": EnsembleObjective, "plain": PlainObjective}
@@ -161,12 +138,6 @@ class DistillConfig(TrainConfig):
         "sequence",
         "the KL is averaged over sequences or over tokens; see above",
         choices=REDUCTIONS,
-    )
-    hidden_weight: float = option(
-        0.0,
-        "weight of the squared distance between the teachers' final states and learned projections "
-        "of the student's",
-        minimum=0,
     )
     objective: str = option(
         "fused", "plain: the formula in autograd, slower and larger", choices=OBJECTIVES

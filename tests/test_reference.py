@@ -221,7 +221,6 @@ def ensemble():
         temperature=2.0,
         kl_reduction="sequence",
         label_smoothing=0.0,
-        hidden_weight=0.0,
     )
     objective = EnsembleObjective(student, teachers, options)
     return objective, hf_twin(student).train(), [hf_twin(t) for t in teachers]
