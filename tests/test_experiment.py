@@ -151,7 +151,7 @@ def test_a_file_that_is_none_and_a_variation_of_nothing_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         read_experiment(tmp_path / "x.json")
-    with pytest.raises(UserError, match="choose ablations, best-58m, beyond, demo"):
+    with pytest.raises(UserError, match="choose ablations, best, best-58m, beyond, demo"):
         read_experiment("dmeo")
     with pytest.raises(UserError, match="--vary nobody"):
         read_experiment(written(tmp_path), ["nobody.alpha=1"])
