@@ -31,7 +31,7 @@ def small_world(tmp_path, monkeypatch):
     for split, folder in (("train", "babylm_10M"), ("dev", "babylm_dev")):
         (tmp_path / folder).mkdir()
         for seed, name in enumerate(("qed", "cbt")):
-            text = write_text(6000 if split == "train" else 800, seed)
+            text = write_text(2000 if split == "train" else 400, seed)
             (tmp_path / folder / f"{name}.{split}").write_text(text)
     for folder in ("blimp_filtered", "supplement_filtered"):
         (tmp_path / folder).mkdir()
@@ -51,7 +51,7 @@ def small_world(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     for path in experiment.FOLDER.glob("*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
-        table |= {"vocabulary_size": 300} if "corpus" not in table else {"words": 3000}
+        table |= {"vocabulary_size": 300} if "corpus" not in table else {"words": 1000}
         table["options"] = {"log_every": 1}
         kept = ("model", "like", "teachers", "title", "seed_offset")
         for role, entry in table["models"].items():
@@ -60,6 +60,7 @@ def small_world(tmp_path, monkeypatch):
         (tmp_path / "recipes" / path.name).write_text(json.dumps(table))
     monkeypatch.setattr(experiment, "FOLDER", tmp_path / "recipes")
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
+    monkeypatch.setattr("reproduce.SAMPLE_TOKENS", 4)
     monkeypatch.setattr(make_toy_corpus, "TASK_PAIRS", {"train": 4, "valid": 2})
     # The page and the pictures are for test_report.py.
     monkeypatch.setattr("report.pages.picture", lambda *_: None)

@@ -29,6 +29,7 @@ MODELS = {
 def recipe(monkeypatch, tmp_path):
     """`recipe(**changes)` writes a recipe with models, steps and pairs for a test; its path."""
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
+    monkeypatch.setattr(reproduce, "SAMPLE_TOKENS", 4)
     monkeypatch.setattr(make_toy_corpus, "TASK_PAIRS", {"train": 4, "valid": 2})
     # The page and the pictures are for test_report.py.
     monkeypatch.setattr("report.pages.picture", lambda *_: None)
