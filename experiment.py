@@ -17,6 +17,8 @@ A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py 
     models             {name: entry}, in the order of training
     control, student   the names of the two that the report compares first
     least_seeds        with fewer seeds the report decides nothing (default: 2)
+    control_gain       nats by which another tuning of the control was found to be better: taken
+                       off every student's lead on it (default: 0.0)
 
 An entry has the options of its run, with underscores (`weight_decay`), and besides them `model`
 (a preset), `teachers` (names of entries above it: then it is distilled), `like` (another entry,
@@ -47,6 +49,7 @@ FIELDS = {
     "about": str, "like": str, "corpus": str, "clean": str, "vocabulary_size": int, "words": int,
     "dev_words": int, "scored": str, "precision": str, "options": dict, "models": dict,
     "control": str, "student": str, "whole_epochs": bool, "finetune": dict, "least_seeds": int,
+    "control_gain": float,
 }  # fmt: skip
 FINETUNE = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
 UNDECIDED = ("compile", "cuda_graph")  # switches that are neither on nor off by default
@@ -76,20 +79,18 @@ class Entry:
 
     @property
     def taught_by(self):
-        """Who taught it, as one: a teacher's name, that of an ensemble with its weights, or None.
-
-        Teachers of equal weights alone are named.
-        """
-        weights = self.options.get("teacher_weights") or ()
-        if len(set(weights)) < 2:
-            weights = ()
-        return "&".join(map(str, (*self.teachers, *weights))) or None
+        """Who taught it, as one: a teacher's name, that of an ensemble, or None."""
+        return ensemble_name(self.teachers, self.options.get("teacher_weights")) or None
 
     def conditions(self):
-        """All that its weights depend on but for text, seed and teachers: the config as used."""
+        """All that its weights depend on but for text, seed and teachers: the config as used.
+
+        Some may change when a run is continued, which gives another model all the same.
+        """
         config = self.config()
         kept = {f.name for f in dataclasses.fields(config)} - may_change(type(config))
-        return {name: getattr(config, name) for name in sorted((kept | {"dropout"}) - OURS)}
+        kept |= {"dropout", "patience", "least_gain", "eval_every", "eval_only_every"}
+        return {name: getattr(config, name) for name in sorted(kept - OURS)}
 
     def whole_steps(self, num_tokens):
         """Its steps on so many tokens if each epoch, a last part too, has its whole batches."""
@@ -106,6 +107,12 @@ class Entry:
         """
         changes = {} if steps is None else {"epochs": None, "steps": steps}
         return ["--model", self.preset, *arguments_of(self.options | changes)]
+
+
+def ensemble_name(teachers, weights):
+    """The name of teachers as one, with their weights where these differ."""
+    weights = weights if weights and len(set(weights)) > 1 else ()
+    return "&".join(map(str, (*teachers, *weights)))
 
 
 def arguments_of(options):
@@ -140,6 +147,7 @@ class Experiment:
     whole_epochs: bool = False
     finetune: dict = dataclasses.field(default_factory=dict)
     least_seeds: int = 2
+    control_gain: float = 0.0  # nats by which another tuning of the control was found to be better
     about: str = ""
     teaching: frozenset = frozenset()  # the names of all teachers, those that `only` leaves out too
 

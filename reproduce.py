@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -44,7 +45,15 @@ from harness.states import is_finished
 from harness.tables import aligned
 from model import load_checkpoint
 from report.pages import write_report
-from report.results import read_log, read_result, read_study, study_fields, trial_lines
+from report.results import (
+    read_log,
+    read_result,
+    read_study,
+    seed_folders,
+    seed_of,
+    study_fields,
+    trial_lines,
+)  # fmt: skip
 from sampling import folder_state, sample_corpus, write_dev_halves
 from tasks import read_tasks
 
@@ -209,21 +218,32 @@ def wanted_of(setup, name, entries, weights, seed):
     return wanted | {"members": [described(setup, e, seed) for e in entries], "weights": weights}
 
 
-def check_other_seeds(setup, seeds):
-    """Raises `UserError` where what the report has of another seed is of another recipe or text."""
-    for folder in setup.results.glob("seed-[0-9]*"):
-        seed = int(folder.name.removeprefix("seed-"))
-        for name, entries, weights in setup.recipe.all_scored() if seed not in seeds else ():
+def check_study(folder, name):
+    """Raises `UserError` where a folder has the report of another recipe than the one named."""
+    study = folder / "experiment.json"
+    there = json.loads(study.read_text(encoding="utf-8"))["name"] if study.exists() else name
+    if there != name:
+        raise UserError(
+            f"{study} is of recipe {there}, not {name}: choose another --results or --out"
+        )
+
+
+def check_results(setup):
+    """Raises `UserError` where the report would be of two recipes, or of two texts."""
+    check_study(setup.results, setup.recipe.name)
+    for folder in seed_folders(setup.results):
+        for name, entries, weights in setup.recipe.all_scored():
             path = folder / f"{name}.json"
             if path.exists() and "report" in (result := read_result(path)):
-                check_result(path, result, wanted_of(setup, name, entries, weights, seed))
+                wanted = wanted_of(setup, name, entries, weights, seed_of(folder))
+                check_result(path, result, wanted)
 
 
 def make_result(setup, entries, weights, seed, path, wanted):
     """Trains what is not trained, scores it, and writes the result."""
     if len(entries) == 1:
-        precision = precision_of(setup, entries[0], path.parent)
-        wanted["conditions"]["precision"] = precision
+        check_precision(setup, entries[0], seed, path.parent)
+        wanted["conditions"]["precision"] = precision_of(setup, entries[0], seed)
     for entry in entries:
         train_model(setup, entry, seed)
     check_time(setup)
@@ -233,18 +253,31 @@ def make_result(setup, entries, weights, seed, path, wanted):
         best = read_checkpoint(out / "best.pt")
         scores |= {"weights": content_digest(best["weights"]), **read_log(out / "log.jsonl")}
         scores["taught_by"] = [teacher["digest"] for teacher in best["teachers"]]
+    before = read_result(path) if path.exists() else {}
+    if "finetuned" in before and before.get("weights") == scores["weights"]:
+        scores["finetuned"] = before["finetuned"]
     write_json(path, wanted | scores)
 
 
-def precision_of(setup, entry, folder):
-    """The precision in which a model is trained here: what its options say, or the machine.
+def precision_of(setup, entry, seed):
+    """The precision in which a model is trained: what its options say, or its run, or the machine.
 
-    Raises `UserError` where a machine chose another one for a result in the seed's folder: they are
-    compared.
+    A run that was begun keeps its own on another machine. (Of those before 2026-11-28 some say
+    "auto".)
     """
-    asked = entry.config().precision
-    here = choose_compute(setup.device, asked).precision
-    for path in folder.glob("*.json") if asked == "auto" else ():
+    asked, state = entry.config().precision, folder_of(setup, entry, seed) / "checkpoint.pt"
+    if asked == "auto" and state.exists():
+        asked = read_checkpoint(state)["config"].get("precision", asked)
+    return choose_compute(setup.device, asked).precision
+
+
+def check_precision(setup, entry, seed, folder):
+    """Raises `UserError` where another machine chose another precision for a result of the seed.
+
+    A seed's models are compared. What the options of a recipe say is not a machine's choice.
+    """
+    here = precision_of(setup, entry, seed)
+    for path in folder.glob("*.json") if entry.config().precision == "auto" else ():
         there = read_result(path)
         chosen = there.get("conditions", {}).get("precision", "auto")
         if chosen not in ("auto", here) and "precision" not in there["options"]:
@@ -253,7 +286,6 @@ def precision_of(setup, entry, folder):
                 "here: a seed's models are compared, so that they need the same: say "
                 f'"precision": "{chosen}" in the options of the recipe, or move the seed away'
             )
-    return here
 
 
 def finetune_model(setup, entry, seed, path):
@@ -317,10 +349,13 @@ def is_done(path, wanted, setup):
     if "report" not in result:
         say(f"{path} lacks scores on the reported dev text: made again")
         return False
-    missing = {Path(folder).name for folder in setup.pairs} - result["report"]["pairs"].keys()
-    if missing:
-        say(f"{path} lacks {', '.join(sorted(missing))}: made again")
-    return not missing
+    asked, there = {Path(folder).name for folder in setup.pairs}, result["report"]["pairs"].keys()
+    if asked <= there:
+        return True
+    if lost := sorted(there - asked):
+        raise UserError(f"{path} would lose its scores in {', '.join(lost)}: add these to --pairs")
+    say(f"{path} lacks {', '.join(sorted(asked - there))}: made again")
+    return False
 
 
 def check_result(path, result, wanted):
@@ -332,19 +367,25 @@ def check_result(path, result, wanted):
         )
 
 
-def differences(there, wanted, at=""):
+def differences(there, wanted, at="", options=None):
     """Texts that say what of `wanted` is otherwise in a result. Options are told by conditions.
 
-    A condition that the result does not have is an option that came later: it had its default.
-    Precision that is left to the machine can be any.
+    A condition that the result does not have is an option that counts since then: it is in the
+    result's `options`, or had its default. One that no longer exists must have been off. Precision
+    that is left to the machine can be any.
     """
-    later = defaults(distill.DistillConfig) if at.endswith("conditions.") else {}
+    later = {}
+    if at.endswith("conditions."):
+        later = defaults(distill.DistillConfig) | options
+        for key in sorted(there.keys() - wanted.keys()):
+            if there[key]:
+                yield f"{at}{key} is {there[key]} there, and no option here"
     for key, value in wanted.items():
         if key == "options" or (key == "precision" and value == "auto"):
             continue
         found = there.get(key, later.get(key))
         if isinstance(value, dict) and isinstance(found, dict):
-            yield from differences(found, value, f"{at}{key}.")
+            yield from differences(found, value, f"{at}{key}.", there.get("options", {}))
         elif (
             key in ("teachers", "members") and isinstance(found, list) and len(found) == len(value)
         ):
@@ -364,6 +405,8 @@ def train_model(setup, entry, seed):
         steps = entry.whole_steps(TokenShard(setup.data / "train.bin").num_tokens)
     options = [*entry.arguments(steps), "--data", setup.data, "--seed", seed + entry.seed_offset]
     options += ["--device", setup.device]
+    if entry.config().precision == "auto":
+        options += ["--precision", precision_of(setup, entry, seed)]
     program = train
     if entry.teachers:
         teachers = [setup.recipe.entries[name] for name in entry.teachers]
@@ -408,7 +451,7 @@ def score(setup, entries, weights, seed, path):
 def evaluated(path, *arguments):
     """The entry that evaluate.py writes for one model."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".scores")
+    scratch = path.with_suffix(f".{os.getpid()}.scores")  # another process may score the same
     stage(evaluate, *arguments, "--json", scratch)
     (entry,) = json.loads(scratch.read_text(encoding="utf-8"))["checkpoints"]
     scratch.unlink()
@@ -596,6 +639,8 @@ def check_text(recipe, args, parser):
         )
     if args.data and (args.train or args.dev or args.words):
         parser.error("--data is text that is ready: leave out --train, --dev, --words")
+    if args.train and args.dev and Path(args.train).resolve() == Path(args.dev).resolve():
+        parser.error("--train and --dev are one folder: what is trained on cannot be reported")
     if recipe.corpus is None and not args.data and not (args.train and args.dev):
         parser.error(f"--recipe {args.recipe} needs --train DIR and --dev DIR, or --data DIR")
 
@@ -628,7 +673,7 @@ def main(argv=None):
         results = Path(args.results or out)
         setup = Setup(chosen, data, pairs, tasks, out, results, args.device, deadline, args.tune)
         if not args.tune:
-            check_other_seeds(setup, seeds)
+            check_results(dataclasses.replace(setup, recipe=recipe))
         print_plan(setup, seeds)
         if args.dry_run:
             return 0
@@ -658,11 +703,17 @@ def report_folders(args, command):
     runs = [folder for folder in folders if (folder / "best.pt").exists()]
     for folder in folders:
         if folder not in experiments and folder not in runs:
-            say(f"{folder} is neither the folder of an experiment nor of a run: left out")
+            say(
+                f"{folder} is neither the folder of an experiment nor of a run, for it has no "
+                "experiment.json and no best.pt: left out"
+            )
     if not runs and not experiments:
         raise UserError("--report: no folder of an experiment or of a run")
-    for folder in experiments:
-        print("\n" + "\n".join(write_report(read_study(folder), folder, command)))
+    if args.pairs and not runs:
+        raise UserError("--pairs: only runs are scored, and an experiment has its scores")
+    for folder in experiments:  # several have a report each, and --out is for that of the runs
+        out = Path(args.out) if args.out and len(folders) == 1 else folder
+        print("\n" + "\n".join(write_report(read_study(folder), out, command)))
     if runs:
         out = Path(args.out or "runs/report")
         score_runs(runs, args, out)
@@ -675,7 +726,7 @@ def score_runs(folders, args, out):
 
     A model that has teachers is a student, and the control is one of its shape that has none and
     taught nobody. Runs of one folder name and different seeds are one model. Raises `UserError`
-    where their dev text differs, or two are the same model and seed.
+    where their dev text differs, two are the same model and seed, or `out` has other results.
     """
     found = {}
     for folder in folders:
@@ -687,7 +738,14 @@ def score_runs(folders, args, out):
     dev_texts = {checkpoint["config"].get("dev_shard") for _, checkpoint in found.values()}
     if len(dev_texts) > 1:
         raise UserError("--report: these runs have different dev text: report them apart")
-    fields = run_fields({name: checkpoint for (_, name), (_, checkpoint) in found.items()})
+    fields = run_fields(found)
+    check_study(out, fields["name"])
+    for path in (f / f"{name}.json" for f in seed_folders(out) for name in fields["models"]):
+        seed, name = seed_of(path.parent), path.stem
+        if path.exists() and (seed, name) not in found and name not in fields["ensembles"].values():
+            raise UserError(
+                f"{path} is of a run that is not given: remove {out}, or choose another --out"
+            )
     write_json(out / "experiment.json", fields)
     for (seed, name), (folder, checkpoint) in found.items():
         result = {"name": name, "preset": checkpoint["model"]["name"], "seed": seed}
@@ -704,11 +762,12 @@ def score_runs(folders, args, out):
         for seed in {seed for seed, name in found if name == student}:
             if len(members) > 1 and all((seed, member) in found for member in members):
                 parts = [found[seed, member][0] for member in members]
-                result = {"name": teacher} | score_run(args, out, parts, seed, teacher)
+                weights = found[seed, student][1]["config"].get("teacher_weights")
+                result = {"name": teacher} | score_run(args, out, parts, seed, teacher, weights)
                 write_json(out / f"seed-{seed}" / f"{teacher}.json", result)
 
 
-def score_run(args, out, folders, seed, name):
+def score_run(args, out, folders, seed, name, weights=None):
     """Scores the best.pt of a run, or of several as an ensemble, on the data of the first."""
     data = Path(read_checkpoint(folders[0] / "best.pt")["config"]["data"])
     checkpoints = [folder / "best.pt" for folder in folders]
@@ -717,13 +776,15 @@ def score_run(args, out, folders, seed, name):
     options += ["--losses", path.with_suffix(".losses.npz")]
     options += ["--pairs", *args.pairs] if args.pairs else []
     which = ["--ensemble", *checkpoints] if len(folders) > 1 else checkpoints
+    options += ["--teacher-weights", *weights] if weights else []
     where = {"commit": commit(), "machine": machine(args.device), "torch": torch.__version__}
     return where | {"report": evaluated(path, *which, *options)}
 
 
-def run_fields(checkpoints):
-    """The fields of the `Study` of runs, from {name: checkpoint}."""
-    digests = {content_digest(c["weights"]): name for name, c in checkpoints.items()}
+def run_fields(found):
+    """The fields of the `Study` of runs, from {(seed, name): (folder, checkpoint)}."""
+    digests = {content_digest(c["weights"]): name for (_, name), (_, c) in found.items()}
+    checkpoints = {name: checkpoint for (_, name), (_, checkpoint) in found.items()}
     teachers = {
         name: [digests.get(teacher["digest"], teacher["name"]) for teacher in c["teachers"]]
         for name, c in checkpoints.items()
@@ -737,7 +798,12 @@ def run_fields(checkpoints):
 
     alone = [name for name in checkpoints if name not in teachers]
     controls = [n for n in alone if student and n not in teaching and shape(n) == shape(student)]
-    ensembles = {name: "&".join(taught_by) for name, taught_by in teachers.items()}
+    ensembles = {
+        name: experiment.ensemble_name(
+            taught_by, checkpoints[name]["config"].get("teacher_weights")
+        )
+        for name, taught_by in teachers.items()
+    }
     titles = {name: name for name in alone}
     titles |= {
         name: f"ensemble of {', '.join(teachers[student])}"

@@ -42,8 +42,8 @@ def halves(text):
     """The two halves of a text, by words, cut between lines."""
     lines = text.split("\n")
     words = [len(line.split()) for line in lines]
-    seen, middle = 0, 0
-    while 2 * seen < sum(words):
+    total, seen, middle = sum(words), 0, 0
+    while 2 * seen < total:
         seen += words[middle]
         middle += 1
     return "\n".join(lines[:middle]), "\n".join(lines[middle:])

@@ -158,7 +158,7 @@ def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE, share=1.0):
     if size < vocab_size:
         raise UserError(
             f"the training text is too small for {vocab_size} pieces: "
-            f"add text, or lower it to at most --vocab-size {size}"
+            f"add text, or lower it (in a recipe vocabulary_size) to at most --vocab-size {size}"
         )
     return model.getvalue()
 
@@ -168,7 +168,7 @@ def _training_failure(error, vocab_size):
     if needed:
         return UserError(
             f"{vocab_size} pieces cannot hold 256 bytes and the alphabet of the training text: "
-            f"raise it to at least --vocab-size {needed[1]}"
+            f"raise it (in a recipe vocabulary_size) to at least --vocab-size {needed[1]}"
         )
     return UserError(f"SentencePiece finds nothing to learn in the training text: {error}")
 

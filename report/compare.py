@@ -233,6 +233,14 @@ class Difference:
     over_seeds: tuple[float, float] | None
     over_text: tuple[float, float]
 
+    def plus(self, nats):
+        """The same with so many nats more."""
+        seeds, text = (
+            bounds and tuple(bound + nats for bound in bounds)
+            for bounds in (self.over_seeds, self.over_text)
+        )
+        return Difference([value + nats for value in self.per_seed], self.mean + nats, seeds, text)
+
 
 def compare(ones, others, weights="train", scaled=False):
     """The `Difference` of two models, from a list of `Losses` each, one entry for each seed.

@@ -116,7 +116,18 @@ def study_fields(recipe):
         "control": recipe.control,
         "student": recipe.student,
         "least_seeds": recipe.least_seeds,
+        "control_gain": recipe.control_gain,
     }
+
+
+def seed_folders(folder):
+    """The folders seed-N in a folder of results; what has been moved away has another name."""
+    return [path for path in folder.glob("seed-*") if path.name[5:].isdecimal()]
+
+
+def seed_of(folder):
+    """The N of a folder seed-N."""
+    return int(folder.name.removeprefix("seed-"))
 
 
 def read_study(folder):
@@ -128,12 +139,12 @@ def read_study(folder):
     seeds = {}
     try:
         fields = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
-        for path in folder.glob("seed-*"):
+        for path in seed_folders(folder):
             files = {name: path / f"{name}.json" for name in fields["models"]}
             results = {name: read_result(file) for name, file in files.items() if file.exists()}
             results = {name: result for name, result in results.items() if "report" in result}
             if results:
-                seeds[int(path.name.removeprefix("seed-"))] = results
+                seeds[seed_of(path)] = results
         there = {name for results in seeds.values() for name in results}
         fields["models"] = {n: title for n, title in fields["models"].items() if n in there}
         for role in ("control", "student"):

@@ -33,6 +33,8 @@ class Study:
     {student: who taught it as one}, a teacher or an ensemble. `text` says what is reported on.
     `seeds` is {seed: {name: result}}; a model may be missing in some of them. `folder` has the
     losses of each, seed-N/NAME.losses.npz. Nothing is decided with fewer seeds than `least_seeds`.
+    `control_gain` is by how many nats another tuning of the control was found to be better: it is
+    taken off every student's lead on it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Study:
     seeds: dict
     folder: Path
     least_seeds: int = 2
+    control_gain: float = 0.0
 
     def results(self, name):
         """The results of a model, one for each seed that has it."""
@@ -67,9 +70,14 @@ class Study:
 
     @property
     def rivals(self):
-        """The names of students that others taught than the study's student."""
-        own = self.teachers[self.student]
-        return [name for name, teachers in self.teachers.items() if teachers != own]
+        """The names of students that one model taught, otherwise trained as the study's own."""
+        own, alike = self.teachers[self.student], self.results(self.student)[0].get("conditions")
+        return [
+            name
+            for name, teachers in self.teachers.items()
+            if len(teachers) == 1 and teachers != own
+            if all(result.get("conditions") == alike for result in self.results(name))
+        ]
 
     def losses(self, one, other):
         """Their `Losses` in the seeds that have both models: two lists.
@@ -87,8 +95,9 @@ class Study:
     def comparisons(self):
         """{(one, other): {way: Difference}}, as `compare.ways` has it.
 
-        Each student and the control, its teachers and their ensemble; the student of the study and
-        the other students; whoever taught and the control.
+        Each student and the control, with `control_gain` added; a student and its teachers and
+        their ensemble; the student of the study and the other students; whoever taught and the
+        control.
         """
         pairs = []
         for name in self.students:
@@ -96,12 +105,15 @@ class Study:
         pairs += [(self.student, other) for other in self.students if self.student]
         taught = [o for n in self.students for o in (*self.teachers[n], self.ensembles[n])]
         pairs += [(name, self.control) for name in taught]
-        return {
-            (one, other): ways(*losses)
-            for one, other in dict.fromkeys(pairs)
-            if one != other and {one, other} <= self.models.keys()
-            if (losses := self.losses(one, other))[0]
-        }
+        found = {}
+        for one, other in dict.fromkeys(pairs):
+            if one != other and {one, other} <= self.models.keys():
+                losses = self.losses(one, other)
+                taken = self.control_gain if one in self.teachers and other == self.control else 0.0
+                if losses[0]:
+                    every = ways(*losses).items()
+                    found[one, other] = {way: difference.plus(taken) for way, difference in every}
+        return found
 
     def strangers(self):
         """[(student, seed)] that learned from other instances of its teachers than those here.
@@ -113,8 +125,11 @@ class Study:
             for seed, found in self.seeds.items()
             for name in self.students
             if name in found and "taught_by" in found[name]
-            if set(found[name]["taught_by"])
-            != {found[t].get("weights") for t in self.teachers[name] if t in found}
+            if any(
+                found[teacher]["weights"] not in found[name]["taught_by"]
+                for teacher in self.teachers[name]
+                if "weights" in found.get(teacher, {})
+            )
         ]
 
 
@@ -326,11 +341,17 @@ def effect_sentences(study):
     pairs = [(n, study.control) for n in study.students if (n, study.control) in study.comparisons]
     pairs.sort(key=lambda pair: pair[0] != study.student)
     shown = beats(study, study.student, [study.control])
+    own = study.models.get(study.student, "study's own student")
     lines = []
+    if pairs and study.control_gain:
+        lines.append(
+            f"Another tuning of the {study.models[study.control]} was found to be "
+            f"{study.control_gain:.4f} nats better: they are taken off every student's lead on it."
+        )
     for pair in pairs:
         line = difference_text(study, *pair)
         if pair[0] != study.student and not shown:
-            line += f"; exploratory, as the {study.models[study.student]} was not shown to be ahead"
+            line += f"; exploratory, as the {own} was not shown to be ahead"
         lines.append(line + ".")
     return lines
 

@@ -242,6 +242,36 @@ def test_an_ensemble_is_more_than_its_parts_or_soft_targets(study, values, seeds
     assert any(li.endswith(f"{line}**{said}**.") for li in findings(study))
 
 
+def test_what_an_ensemble_taught_or_other_options_did_is_no_rival(study):
+    add_student(study, "four", "more teachers", [*TEACHERS, "control"], (1.65, 1.65))
+    add_student(study, "L", "other options", ["llama-teacher"], (1.65, 1.65))
+    for results in study.seeds.values():
+        results["L"]["conditions"] = {"alpha": 0.25}
+    assert not study.rivals
+    assert not any("soft targets alone" in line for line in findings(study))
+
+
+def test_what_another_control_gained_is_taken_off_the_lead_on_it(study):
+    def line(study):
+        return next(li for li in findings(study) if "minus control" in li)
+
+    assert "\N{MINUS SIGN}0.160 nats" in line(study) and "**HOLDS**" in line(study)
+    again = dataclasses.replace(study, control_gain=0.15)
+    assert "\N{MINUS SIGN}0.010 nats" in line(again) and "**UNDECIDED**" in line(again)
+    assert any("0.1500 nats better: they are taken off" in li for li in findings(again))
+    teacher = ("student", "gpt2-teacher")
+    assert again.comparisons[teacher] == study.comparisons[teacher]
+
+
+def test_a_report_does_not_need_its_own_student(study):
+    add_student(study, "P", "the paper's loss", TEACHERS, (1.55, 1.55))
+    for results in study.seeds.values():
+        del results["student"]
+    del study.models["student"]
+    lines = findings(dataclasses.replace(study, student=None))
+    assert any(li.endswith("as the study's own student was not shown to be ahead.") for li in lines)
+
+
 def test_a_rival_without_results_leaves_it_open(study):
     study.teachers["other"] = ["control"]
     assert any(li.endswith("against other): **not decided: seeds or models are missing**.")
@@ -280,6 +310,9 @@ def test_fewer_seeds_than_the_rules_ask_for_decide_nothing(study):
 
 def test_teachers_that_were_trained_again_are_named(study):
     assert not study.strangers()
+    llama = study.seeds[1].pop("llama-teacher")  # is not in the table
+    assert not study.strangers()
+    study.seeds[1]["llama-teacher"] = llama
     study.seeds[1]["llama-teacher"]["weights"] = "another"
     assert study.strangers() == [("student", 1)]
     assert "seed 1 learned from other instances" in findings(study)[-1]

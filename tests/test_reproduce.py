@@ -100,12 +100,31 @@ def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, c
         "gpt2-teacher", "llama-teacher", "student.alpha=0.25",
     }  # fmt: skip
     assert "student.alpha=0.25" in (kept / "report.md").read_text()
-    # A result of other options is refused, and not mixed in.
+    # The report of another recipe stays what it is, whatever models the two share.
+    report = (kept / "report.md").read_bytes()
+    other = shutil.copy(path, tmp_path / "other.json")
+    capsys.readouterr()
+    assert run("--recipe", other, "--out", tmp_path / "b", "--results", kept) == 1
+    assert "is of recipe short, not other: choose another --results" in capsys.readouterr().err
+    assert (kept / "report.md").read_bytes() == report
+    # Scores are added, and none is lost; a folder that was moved away is no seed.
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 0
+    scores = json.loads((kept / "seed-0/control.json").read_text())
+    scores["report"]["pairs"]["others"] = scores["report"]["pairs"]["pairs"]
+    (kept / "seed-0/control.json").write_text(json.dumps(scores))
+    (kept / "seed-0-old").mkdir()
+    capsys.readouterr()
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 0
+    del scores["report"]["pairs"]["pairs"]
+    (kept / "seed-0/control.json").write_text(json.dumps(scores))
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 1
+    assert "would lose its scores in others: add these to --pairs" in capsys.readouterr().err
+    (kept / "seed-0/control.json").unlink()
+    # A result of other options is refused, and not mixed in, by whichever models are asked for.
     changed = recipe(corpus="toy", words=1500, options=OPTIONS | {"steps": 5})
     capsys.readouterr()
-    for first_seed in (0, 1):  # nor beside another seed
-        assert run("--recipe", changed, "--out", tmp_path / "b", "--results", kept,
-                   "--first-seed", first_seed) == 1  # fmt: skip
+    for more in (["--first-seed", 0], ["--first-seed", 1], ["--models", "control"]):
+        assert run("--recipe", changed, "--out", tmp_path / "b", "--results", kept, *more) == 1
         assert "conditions.steps is 4 there and 5 here" in capsys.readouterr().err
 
 
@@ -172,6 +191,21 @@ def test_runs_of_other_commands_can_be_reported(recipe, tmp_path, capsys):
     text = (tmp_path / "table/report.md").read_text()
     assert "student minus control:" in text and "| gpt2-teacher |" in text
     assert "The ensemble of gpt2-teacher, llama-teacher is" in text and "also chose" in text
+    # A report is of the runs that are given, and leaves that of an experiment alone.
+    assert run("--report", *folders[:3], "--out", tmp_path / "table") == 0  # without the student
+    assert "student minus" not in (tmp_path / "table/report.md").read_text()
+    (tmp_path / "table/seed-0").rename(tmp_path / "table/seed-1")
+    assert run("--report", *folders, "--out", tmp_path / "table") == 1
+    assert "is of a run that is not given" in capsys.readouterr().err
+    assert run("--report", *folders, "--out", out) == 1
+    assert "is of recipe short, not of runs" in capsys.readouterr().err
+    # An experiment has its scores; its report is written beside them, or where --out says.
+    before = (out / "report.md").stat().st_mtime_ns
+    assert run("--report", out, "--out", tmp_path / "elsewhere") == 0
+    assert (tmp_path / "elsewhere/report.html").exists()
+    assert (out / "report.md").stat().st_mtime_ns == before
+    assert run("--report", out, "--pairs", tmp_path) == 1
+    assert "--pairs: only runs are scored" in capsys.readouterr().err
     assert run("--report", tmp_path, "--out", tmp_path / "table") == 1
     assert "no folder of an experiment or of a run" in capsys.readouterr().err
     assert run("--report", folders[2], folders[2], "--out", tmp_path / "table") == 1
@@ -275,6 +309,16 @@ def test_a_result_from_before_an_option_existed_counts_with_its_default():
     changed = teacher | {"conditions": {"schedule": "linear", "alpha": 0.5}}
     (found,) = reproduce.differences(older, changed)
     assert found == "conditions.schedule is cosine there and linear here"
+    # What counts since then is in the result's options; what is gone must have been off.
+    patient = {"conditions": {"alpha": 0.5}, "options": {"patience": 2}}
+    assert not list(reproduce.differences(patient, {"conditions": {"alpha": 0.5, "patience": 2}}))
+    (found,) = reproduce.differences(patient, {"conditions": {"alpha": 0.5, "patience": 0}})
+    assert found == "conditions.patience is 2 there and 0 here"
+    gone = {"conditions": {"alpha": 0.5, "hidden_weight": 0.0}}
+    assert not list(reproduce.differences(gone, {"conditions": {"alpha": 0.5}}))
+    gone["conditions"]["hidden_weight"] = 0.5
+    (found,) = reproduce.differences(gone, {"conditions": {"alpha": 0.5}})
+    assert found == "conditions.hidden_weight is 0.5 there, and no option here"
 
 
 def test_the_models_of_a_seed_have_one_precision_and_another_seed_may_have_another(
@@ -293,4 +337,12 @@ def test_the_models_of_a_seed_have_one_precision_and_another_seed_may_have_anoth
     assert "control.json was trained in fp32" in capsys.readouterr().err
     assert trained_where(True, "llama-teacher", 1) == 0
     result = json.loads((tmp_path / "toy/seed-1/llama-teacher.json").read_text())
+    assert result["conditions"]["precision"] == "bf16"
+    # A run that was begun keeps its precision on another machine.
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert trained_where(True, "control", 2) == 143
+    assert trained_where(False, "control", 2) == 0
+    assert "cpu, bf16" in capsys.readouterr().out
+    result = json.loads((tmp_path / "toy/seed-2/control.json").read_text())
     assert result["conditions"]["precision"] == "bf16"
