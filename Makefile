@@ -16,7 +16,7 @@ demo: setup
 
 test: setup
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-faults: setup
 	$(PY) -m pytest -m faults
