@@ -725,13 +725,17 @@ def score_runs(folders, args, out):
     """Scores runs that train.py and distill.py made, and writes their results into `out`.
 
     A model that has teachers is a student, and the control is one of its shape that has none and
-    taught nobody. Runs of one folder name and different seeds are one model. Raises `UserError`
-    where their dev text differs, two are the same model and seed, or `out` has other results.
+    taught nobody. Runs of one folder name and different seeds, or in the folders seed-N of an
+    experiment, are one model. Raises `UserError` where their dev text differs, two are the same
+    model and seed, or `out` has other results.
     """
     found = {}
     for folder in folders:
         checkpoint = read_checkpoint(folder / "best.pt")
-        key = (checkpoint["config"].get("seed", 0), folder.name)
+        seed = checkpoint["config"].get("seed", 0)
+        if folder.parent in seed_folders(folder.parent.parent):
+            seed = seed_of(folder.parent)  # that of an experiment, to which a model's own may add
+        key = (seed, folder.name)
         if key in found:
             raise UserError(f"{folder} and {found[key][0]} are of one name and seed: rename one")
         found[key] = (folder, checkpoint)

@@ -180,6 +180,9 @@ def test_a_seed_can_be_anothers(recipe, tmp_path):
     student = json.loads((out / "seed-0/student.json").read_text())
     twin = json.loads((out / "seed-0/twin.json").read_text())
     assert student["taught_by"] == [twin["weights"]]
+    assert run("--report", *(out / "seed-0" / name for name in models), "--out", out / "runs") == 0
+    report = (out / "runs/report.md").read_text()
+    assert "student minus twin: " in report and "1 seed" in report
 
 
 def test_runs_of_other_commands_can_be_reported(recipe, tmp_path, capsys):
