@@ -51,7 +51,10 @@ def gains_picture(points, axis, logarithmic=False):
         errors = [[m - low for m, low in zip(means, lows)], [h - m for m, h in zip(means, highs)]]
         axes.errorbar(places, means, yerr=errors, fmt="o", color=STUDENT, capsize=4)
         for place, title, mean in zip(places, titles, means):
-            axes.annotate(title or "", (place, mean), (7, 0), textcoords="offset points", size=8)
+            shift, side = (7, "left") if place < max(places) else (-7, "right")
+            axes.annotate(
+                title or "", (place, mean), (shift, 0), textcoords="offset points", ha=side, size=8
+            )
         axes.axhline(0, color=CONTROL, linestyle=":")
         if logarithmic:
             axes.set_xscale("log")
