@@ -2,14 +2,16 @@
 
     python benchmarks/ablations.py --words 65000=DIR 130000=DIR --teachers DIR --out FOLDER
 
-A DIR is the folder of results of `reproduce.py`. A gain is the control's cross-entropy on the
-reported dev text minus the student's, in nats per token: above 0 the student is better. Bars are
-intervals of 95 % over blocks of text, for the seeds that were trained: they do not say what another
-seed would have given. Writes gain-words.png and gain-teachers.png into FOLDER, and prints the
-numbers. Needs matplotlib.
+A DIR is the folder of results of `reproduce.py`. `65000=DIR,STUDENT,CONTROL` takes two of its
+models by name, where the best options for that text are not the recipe's. A gain is the control's
+cross-entropy on the reported dev text minus the student's, in nats per token: above 0 the student
+is better. Bars are intervals of 95 % over blocks of text, for the seeds that were trained: they do
+not say what another seed would have given. Writes gain-words.png and gain-teachers.png into FOLDER,
+and prints the numbers. Needs matplotlib.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,15 +23,19 @@ from report.pictures import CONTROL, STUDENT, picture  # noqa: E402
 from report.results import read_study  # noqa: E402
 
 
-def gains(folder):
+def gains(folder, student=None, control=None):
     """{title: (number of teachers, gain, low, high)} of an experiment's students, its own first.
 
-    They are those that differ from it in nothing but their teachers. Raises `UserError` where no
-    seed has both the control and the student.
+    They are those that differ from it in nothing but their teachers. `student` and `control` are
+    names that take the place of the experiment's. Raises `UserError` where no seed has both.
     """
     study = read_study(Path(folder))
+    study = dataclasses.replace(
+        study, student=student or study.student, control=control or study.control
+    )
     if (study.student, study.control) not in study.comparisons:
-        raise UserError(f"{folder} has no seed with control and student: train both")
+        pair = f"{study.control or 'control'} and {study.student or 'student'}"
+        raise UserError(f"{folder} has no seed with {pair}: train both")
     own = study.results(study.student)[0].get("conditions")
     found = {}
     for name in sorted(study.students, key=lambda name: name != study.student):
@@ -43,7 +49,7 @@ def gains(folder):
 
 
 def gains_picture(points, axis, logarithmic=False):
-    """The PNG of [(place, title or None, gain, low, high)]; None without matplotlib."""
+    """The PNG of [(place, title, gain, low, high)]; None without matplotlib."""
 
     def paint(figure):
         axes = figure.subplots()
@@ -53,7 +59,7 @@ def gains_picture(points, axis, logarithmic=False):
         for place, title, mean in zip(places, titles, means):
             shift, side = (7, "left") if place < max(places) else (-7, "right")
             axes.annotate(
-                title or "", (place, mean), (shift, 0), textcoords="offset points", ha=side, size=8
+                title, (place, mean), (shift, 0), textcoords="offset points", ha=side, size=8
             )
         axes.axhline(0, color=CONTROL, linestyle=":")
         if logarithmic:
@@ -73,7 +79,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--words", nargs="+", default=[], metavar="N=DIR",
+        "--words", nargs="+", default=[], metavar="N=DIR[,STUDENT,CONTROL]",
         help="words of training text, and the results of control and student on them",
     )  # fmt: skip
     parser.add_argument("--teachers", metavar="DIR", help="results of students of other teachers")
@@ -86,17 +92,18 @@ def main(argv=None):
         points = []
         for text in args.words:
             words, _, folder = text.partition("=")
-            if not words.isdecimal() or not folder:
-                parser.error(f"--words {text}: give N=DIR")
-            _, *gain = next(iter(gains(folder).values()))
-            points.append((int(words), None, *gain))
+            folder, *names = folder.split(",")
+            if not words.isdecimal() or not folder or len(names) not in (0, 2):
+                parser.error(f"--words {text}: give N=DIR or N=DIR,STUDENT,CONTROL")
+            _, *gain = next(iter(gains(folder, *names).values()))
+            points.append((int(words), " - ".join(names), *gain))
         pictures["gain-words"] = (points, "words of training text", True)
     if args.teachers:
         points = [(count, title, *gain) for title, (count, *gain) in gains(args.teachers).items()]
         pictures["gain-teachers"] = (points, "teachers")
     for name, (points, *axis) in pictures.items():
         for place, title, gain, low, high in points:
-            print(f"{name}  {place:>9,}  {gain:+.4f} [{low:+.4f}, {high:+.4f}]  {title or ''}")
+            print(f"{name}  {place:>9,}  {gain:+.4f} [{low:+.4f}, {high:+.4f}]  {title}")
         if (image := gains_picture(points, *axis)) is None:
             raise UserError("the pictures need matplotlib: pip install matplotlib")
         with atomic_write(Path(args.out) / f"{name}.png") as file:

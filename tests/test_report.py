@@ -502,10 +502,12 @@ def test_an_ablation_is_drawn_from_the_folders_of_results(study, figure, capsys)
             losses = (folder / f"{like}.losses.npz").read_bytes()
             (folder / f"{name}.losses.npz").write_bytes(losses)
     where = str(study.folder)
-    assert ablations.main(["--words", f"65000={where}", "--teachers", where, "--out", where]) == 0
+    words = [f"65000={where}", f"65000={where},alone,control"]
+    assert ablations.main(["--words", *words, "--teachers", where, "--out", where]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:3] for line in lines] == [
         ["gain-words", "65,000", "+0.1600"],
+        ["gain-words", "65,000", "+0.2850"],
         ["gain-teachers", "2", "+0.1600"],
         ["gain-teachers", "1", "+0.2850"],
     ]
@@ -515,6 +517,12 @@ def test_an_ablation_is_drawn_from_the_folders_of_results(study, figure, capsys)
         (study.folder / f"seed-{seed}" / "control.json").unlink()
     with pytest.raises(UserError, match="no seed with control and student"):
         ablations.main(["--teachers", where, "--out", where])
-    with pytest.raises(SystemExit):
-        ablations.main(["--out", where])
-    assert "give --words or --teachers" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no seed with control and nobody"):
+        ablations.main(["--words", f"65000={where},nobody,control", "--out", where])
+    for given, said in [
+        ([], "give --words or --teachers"),
+        (["--words", f"65000={where},alone"], "give N=DIR or N=DIR,STUDENT,CONTROL"),
+    ]:
+        with pytest.raises(SystemExit):
+            ablations.main([*given, "--out", where])
+        assert said in capsys.readouterr().err
