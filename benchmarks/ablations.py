@@ -96,7 +96,7 @@ def main(argv=None):
             if not words.isdecimal() or not folder or len(names) not in (0, 2):
                 parser.error(f"--words {text}: give N=DIR or N=DIR,STUDENT,CONTROL")
             _, *gain = next(iter(gains(folder, *names).values()))
-            points.append((int(words), " - ".join(names), *gain))
+            points.append((int(words), names[0] if names else "", *gain))
         pictures["gain-words"] = (points, "words of training text", True)
     if args.teachers:
         points = [(count, title, *gain) for title, (count, *gain) in gains(args.teachers).items()]
