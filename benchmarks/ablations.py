@@ -23,16 +23,13 @@ from report.pictures import CONTROL, STUDENT, picture  # noqa: E402
 from report.results import read_study  # noqa: E402
 
 
-def gains(folder, student=None, control=None):
+def gains(folder, **roles):
     """{title: (number of teachers, gain, low, high)} of an experiment's students, its own first.
 
-    They are those that differ from it in nothing but their teachers. `student` and `control` are
-    names that take the place of the experiment's. Raises `UserError` where no seed has both.
+    They are those that differ from it in nothing but their teachers. `roles` are a `student` and a
+    `control` other than the experiment's. Raises `UserError` where no seed has both.
     """
-    study = read_study(Path(folder))
-    study = dataclasses.replace(
-        study, student=student or study.student, control=control or study.control
-    )
+    study = dataclasses.replace(read_study(Path(folder)), **roles)
     if (study.student, study.control) not in study.comparisons:
         pair = f"{study.control or 'control'} and {study.student or 'student'}"
         raise UserError(f"{folder} has no seed with {pair}: train both")
@@ -95,7 +92,8 @@ def main(argv=None):
             folder, *names = folder.split(",")
             if not words.isdecimal() or not folder or len(names) not in (0, 2):
                 parser.error(f"--words {text}: give N=DIR or N=DIR,STUDENT,CONTROL")
-            _, *gain = next(iter(gains(folder, *names).values()))
+            roles = dict(zip(("student", "control"), names))
+            _, *gain = next(iter(gains(folder, **roles).values()))
             points.append((int(words), names[0] if names else "", *gain))
         pictures["gain-words"] = (points, "words of training text", True)
     if args.teachers:
