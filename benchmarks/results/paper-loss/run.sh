@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The trials and seeds of paper-loss.md; the same command continues where it was stopped.
+#
+#   bash run.sh STATE TRAIN_DIR DEV_DIR
+#
+# STATE keeps text, shards and checkpoints. Results go beside this script, or into $RESULTS.
+# Two processes of one thread each, at the lowest priority.
+set -euo pipefail
+state=$1 train=$2 dev=$3
+here=$(cd "$(dirname "$0")" && pwd)
+results=${RESULTS:-$here} python=${PYTHON:-.venv/bin/python}
+cd "$here/../../.."
+echo 19 > /proc/self/autogroup 2> /dev/null || true # nice alone does not count between sessions
+export OMP_NUM_THREADS=1
+
+tune() { # tune MODEL...: seed 100, scored on the validation half alone
+  nice -n 19 "$python" reproduce.py --recipe "$results/trials.json" --tune --first-seed 100 \
+    --data "$state/data" --out "$state/tune" --results "$results/tuning" --device cpu --models "$@"
+}
+
+[ -e "$state/data/made.json" ] ||
+  "$python" reproduce.py --recipe ratios --train "$train" --dev "$dev" --out "$state" --dry-run
+
+{ tune control control-36-epochs control-decay-0.5 control-dropout-0; } &
+{ tune llama-teacher llama-dropout-0.2-16-epochs; tune gpt2-teacher gpt2-offset-16-epochs; } &
+wait
