@@ -22,18 +22,29 @@ from harness.files import UserError, locked, pack_header, run_program, unpack_fi
 from test_train import comparable, config_for, fitted, trained, weights
 from train import CrossEntropyObjective
 
-OLD = Path(__file__).parent / "fixtures" / "1d4d709"
+FIXTURES = Path(__file__).parent / "fixtures"
 OLD_OPTIONS = (
     "--data data --batch-size 4 --sequence-length 16 --learning-rate 0.003 --warmup-steps 3 "
     "--weight-decay 0.1 --log-every 2 --save-every 100 --eval-sequences 8 --device cpu "
     "--precision fp32 --steps 30"
 ).split()
 OLD_COMMANDS = {
-    "trained": (train, "--model gpt2-tiny --init gpt2.pt --out trained"),
-    "distilled": (
+    ("1d4d709", "trained"): (train, "--model gpt2-tiny --init gpt2.pt --out trained"),
+    ("1d4d709", "distilled"): (
         distill,
         "--teachers gpt2.pt llama.pt --model llama-tiny --init llama.pt --out distilled "
         "--cache-teachers distilled.cache",
+    ),
+    ("e2b7f27", "trained"): (
+        train,
+        "--model llama-tiny --init llama.pt --out trained --optimizer muon --no-decay norms "
+        "--schedule linear --min-lr-ratio 0.1 --beta2 0.95 --dropout 0.1 --micro-batch-size 2",
+    ),
+    ("e2b7f27", "distilled"): (
+        distill,
+        "--teachers gpt2.pt llama.pt --model llama-tiny --init llama.pt --out distilled "
+        "--kl-reduction token --temperature 1 --alpha 0.25 --teacher-weights 1 2 --random-offset "
+        "--dropout 0.1",
     ),
 }
 
@@ -55,28 +66,32 @@ def this_machine():
     }
 
 
-@pytest.mark.parametrize("name", OLD_COMMANDS)
+@pytest.mark.parametrize(("commit", "name"), OLD_COMMANDS)
 def test_a_run_of_an_earlier_version_is_continued_with_the_same_bits(
-    tmp_path, monkeypatch, capsys, name
+    tmp_path, monkeypatch, capsys, commit, name
 ):
-    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(FIXTURES / "1d4d709", tmp_path, dirs_exist_ok=True)  # data and models too
+    shutil.copytree(FIXTURES / commit, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    program, command = OLD_COMMANDS[name]
+    program, command = OLD_COMMANDS[commit, name]
     cached = (tmp_path / "distilled.cache").read_bytes()
     assert run_program(lambda: program.main([*command.split(), *OLD_OPTIONS])) == 0
     printed = capsys.readouterr()
     assert "continuing after step" in printed.out and "damaged" not in printed.out + printed.err
-    ours = read_checkpoint(tmp_path / name / "checkpoint.pt")
-    theirs = torch.load(tmp_path / f"{name}-end.pt", weights_only=True)
-    made = json.loads((OLD / "made.json").read_text())
-    tolerance = 0 if this_machine() == {k: v for k, v in made.items() if k != "commit"} else 1e-4
-    for key, expected in theirs["weights"].items():
-        torch.testing.assert_close(ours["weights"][key], expected, rtol=0, atol=tolerance)
-    for key, moments in theirs["optimizer"].items():
-        for moment, expected in moments.items():
-            found = ours["training"]["optimizer"][key][moment]
-            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-    assert abs(ours["progress"]["dev_cross_entropy"] - theirs["dev_cross_entropy"]) <= tolerance
+    result = read_checkpoint(tmp_path / name / "checkpoint.pt")
+    expected = torch.load(tmp_path / f"{name}-end.pt", weights_only=True)
+    made = json.loads((FIXTURES / commit / "made.json").read_text())
+    same_machine = this_machine() == {k: v for k, v in made.items() if k != "commit"}
+    tolerance = {"rtol": 0, "atol": 0 if same_machine else 1e-4}
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][key], weight, **tolerance)
+    for key, state in expected["optimizer"].items():
+        for moment, value in state.items():
+            torch.testing.assert_close(
+                result["training"]["optimizer"][key][moment], value, **tolerance
+            )
+    difference = abs(result["progress"]["dev_cross_entropy"] - expected["dev_cross_entropy"])
+    assert difference <= tolerance["atol"]
     # Chunks that the earlier version had kept were read, and not computed again.
     now = (tmp_path / "distilled.cache").read_bytes()
     digests = range(files.PAGE_BYTES, files.PAGE_BYTES + 87 * 32, 32)
@@ -85,9 +100,9 @@ def test_a_run_of_an_earlier_version_is_continued_with_the_same_bits(
 
 
 def test_an_option_that_an_old_run_does_not_have_means_its_default(tmp_path, monkeypatch, capsys):
-    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(FIXTURES / "1d4d709", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    command = [*OLD_COMMANDS["trained"][1].split(), *OLD_OPTIONS]
+    command = [*OLD_COMMANDS["1d4d709", "trained"][1].split(), *OLD_OPTIONS]
     saved = torch.load("trained/checkpoint.pt", weights_only=True)["config"]
     added = {"clip": "0.5", "beta2": "0.95", "min-lr-ratio": "0.1", "optimizer": "muon"}
     assert not {name.replace("-", "_") for name in added} & saved.keys()
