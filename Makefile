@@ -22,4 +22,4 @@ test-faults: setup
 	$(PY) -m pytest -m faults
 
 bench: setup
-	$(PY) benchmarks/suite.py cpu
+	$(PY) -m benchmarks.suite cpu

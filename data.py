@@ -1,90 +1,25 @@
-"""The tokenizer, what tokenize_corpus.py wrote into a folder, and the order of batches.
+"""What tokenize_corpus.py wrote into a folder, and the order of batches.
 
 A batch is a function of (seed, step) and of nothing else: resuming, or asking what step 1234 saw,
-needs only the number. How tokens are kept in files: harness/shards.py.
+needs only the number. How tokens are kept in files: corpus/token_shards.py.
 """
 
 import concurrent.futures
 import functools
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 
-from harness.files import UserError
-from harness.shards import TokenShard
+from corpus.token_shards import TokenShard
+from tokenizer import Tokenizer
+from training.io import UserError
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in training text
 GPU_SHARE = 1 / 8  # of a GPU's free memory that tokens may take
 COPIED_TOKENS = 1 << 24  # at a time, on their way to a GPU
 DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
-
-
-# ---- tokenizer
-
-
-class Tokenizer:
-    """A SentencePiece model with an identity.
-
-    `identity` is the SHA-256 of the list of (piece, type, score): two files of the same pieces are
-    the same tokenizer, two tokenizers of the same size are not.
-    """
-
-    def __init__(self, model_bytes, name="tokenizer.model"):
-        self.model_bytes = bytes(model_bytes)
-        # A piece begins with this byte, and takes up to 80 bytes of memory.
-        if 80 * self.model_bytes.count(b"\n") > (64 << 20) + 6 * len(self.model_bytes):
-            raise UserError(f"{name} is not a SentencePiece model: it is nothing but empty pieces")
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
-            self.vocabulary_size = self.processor.vocab_size()
-            self.identity = self._identity()
-        except (RuntimeError, OSError, ValueError) as error:  # ValueError: pieces in no UTF-8
-            raise UserError(f"{name} is not a SentencePiece model, or is damaged") from error
-        if not self.vocabulary_size:
-            raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
-
-    def _identity(self):
-        flags = ("is_control", "is_unknown", "is_byte", "is_unused")
-        digest = hashlib.sha256()
-        for i in range(self.vocabulary_size):
-            properties = [int(getattr(self.processor, flag)(i)) for flag in flags]
-            piece = [self.processor.id_to_piece(i), properties, repr(self.processor.get_score(i))]
-            digest.update(json.dumps(piece).encode())
-        return digest.hexdigest()
-
-    @classmethod
-    def load(cls, path):
-        """The tokenizer in `path`. Raises `UserError` where there is none."""
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: make it with python tokenize_corpus.py")
-        return cls(path.read_bytes(), str(path))
-
-    @classmethod
-    def of_checkpoint(cls, checkpoint, path):
-        """The tokenizer in a checkpoint that was read from `path`.
-
-        Raises `UserError` if it is damaged, another than the checkpoint says, or too large for it.
-        """
-        described = checkpoint["tokenizer"]
-        tokenizer = cls(described["model"].numpy(), f"the tokenizer in {path}")
-        fits = tokenizer.vocabulary_size <= checkpoint["model"]["shape"]["vocab_size"]
-        if not fits or tokenizer.identity != described["identity"]:
-            raise UserError(f"the tokenizer in {path} is not that of its model: use another")
-        return tokenizer
-
-    def encode(self, text):
-        """The ids of `text`; no special token is added, and none is ever produced by text."""
-        return self.processor.encode(text)
-
-    def decode(self, ids):
-        """The text of `ids`: what was encoded, but for U+2581, which comes back as a space."""
-        return self.processor.decode([int(i) for i in ids])
 
 
 # ---- a corpus
@@ -113,8 +48,7 @@ def open_corpus(folder):
     for shard in (corpus.train, corpus.dev):
         if (shard.tokenizer, shard.vocabulary_size) != tokenizer:
             raise UserError(
-                f"{shard.path} was not made with {folder / 'tokenizer.model'}: "
-                "run tokenize_corpus.py again"
+                f"{shard.path} was not made with {folder / 'tokenizer.model'}: run tokenize_corpus.py again"
             )
     return corpus
 
@@ -143,7 +77,7 @@ class Batch:
         """The batch of a whole step; targets below 0, which have no loss, are not counted."""
         return cls(chunk_ids, tokens, targets, len(tokens), int((targets >= 0).sum()))
 
-    def share(self, rank, size):
+    def rank_slice(self, rank, size):
         """The sequences of one of `size` processes; the counts stay those of the whole step."""
         tensors = (t[rank::size].contiguous() for t in (self.chunk_ids, self.tokens, self.targets))
         return Batch(*tensors, self.num_sequences, self.num_targets)
@@ -270,7 +204,7 @@ class BatchStream:
                 self.resident[start:stop] = torch.from_numpy(part.copy())
 
 
-class AheadStream:
+class PrefetchStream:
     """The batches of a stream, each gathered from the files while the one before it is computed on.
 
     `stream(step)` is on the device. To a GPU a batch is copied from pinned memory, on a CUDA stream
@@ -303,10 +237,10 @@ class AheadStream:
         return batch
 
 
-def ahead(stream, device):
-    """The stream, or, where a GPU has no room for its tokens, an `AheadStream` of it."""
+def prefetch(stream, device):
+    """The stream, or, where a GPU has no room for its tokens, an `PrefetchStream` of it."""
     away = torch.device(device).type == "cuda" and stream.resident is None
-    return AheadStream(stream, device) if away else stream
+    return PrefetchStream(stream, device) if away else stream
 
 
 def dev_subset(shard, sequence_length, num_sequences):

@@ -17,22 +17,22 @@ from torch import nn
 
 import model as models
 from data import count_chunks, open_corpus
-from harness import parallel
-from harness.cache import Layout, open_cache
-from harness.checkpoint import content_digest
-from harness.devices import choose_compute, choose_device
-from harness.files import UserError, run_program, say
-from harness.options import REQUIRED, option, parse
-from harness.record import exit_code
-from loss import REDUCTIONS, ensemble_kl, join_heads, matmul_dtype, plain_ensemble_kl
+from loss import REDUCTIONS, distillation_loss, join_heads, matmul_dtype, plain_distillation_loss
 from train import TrainConfig, fit_corpus
+from training import distributed
+from training.checkpoint import content_digest
+from training.device import choose_compute, choose_device
+from training.io import UserError, log, run_program
+from training.logger import exit_code
+from training.options import REQUIRED, option, parse
+from training.teacher_cache import Layout, open_cache
 
 
-class PlainObjective(nn.Module):
+class DistillationObjective(nn.Module):
     """Cross-entropy and KL to an ensemble of frozen teachers, as the paper writes it.
 
     `forward(batch)` works on whole logits and leaves the gradient to autograd: slower and larger
-    than `EnsembleObjective`, and the place to change the formula.
+    than `FusedDistillationObjective`, and the place to change the formula.
     """
 
     compiled = False
@@ -90,12 +90,12 @@ class PlainObjective(nn.Module):
                 nn.functional.linear(hidden, teacher.head).float()  # (B, T, V)
                 for hidden, teacher in zip(batch.teacher_states, self.teachers)
             ]
-        return plain_ensemble_kl(
+        return plain_distillation_loss(
             student_logits, teacher_logits, self.weights, batch.targets, **self.constants(batch)
         )
 
 
-class EnsembleObjective(PlainObjective):
+class FusedDistillationObjective(DistillationObjective):
     """The same loss, fused: no logits are kept, and all teachers are one matrix product."""
 
     joined_head = None
@@ -108,7 +108,7 @@ class EnsembleObjective(PlainObjective):
         if self.joined_head is None or self.joined_head.dtype != dtype:
             with torch.no_grad():
                 self.joined_head = join_heads(heads, self.weights, dtype)
-        return ensemble_kl(
+        return distillation_loss(
             hidden,
             self.model.head,
             list(zip(batch.teacher_states, heads, self.weights)),
@@ -119,7 +119,7 @@ class EnsembleObjective(PlainObjective):
         )
 
 
-OBJECTIVES = {"fused": EnsembleObjective, "plain": PlainObjective}
+OBJECTIVES = {"fused": FusedDistillationObjective, "plain": DistillationObjective}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,17 +131,13 @@ class DistillConfig(TrainConfig):
         None, "one weight for each teacher's logits; default: all equal"
     )
     alpha: float = option(0.5, "weight of the cross-entropy, from 0 to 1", minimum=0, maximum=1)
-    temperature: float = option(
-        2.0, "softens teachers and student alike", minimum=0.01, maximum=100
-    )
+    temperature: float = option(2.0, "softens teachers and student alike", minimum=0.01, maximum=100)
     kl_reduction: str = option(
         "sequence",
         "the KL is averaged over sequences or over tokens; see above",
         choices=REDUCTIONS,
     )
-    objective: str = option(
-        "fused", "plain: the formula in autograd, slower and larger", choices=OBJECTIVES
-    )
+    objective: str = option("fused", "plain: the formula in autograd, slower and larger", choices=OBJECTIVES)
     cache_teachers: str = option(
         "off",
         "run the teachers once per chunk and keep their states: off, gpu, host, a FILE, or auto "
@@ -169,15 +165,15 @@ def load_teachers(config, corpus):
         name = checkpoint["model"]["name"]
         records.append({"name": name, "digest": content_digest(checkpoint["weights"])})
         if precision == "bf16":
-            narrow_layers(teacher)
+            cast_linears_to_bf16(teacher)
     return teachers, records
 
 
-def narrow_layers(model):
+def cast_linears_to_bf16(model):
     """Keeps the matrices and biases of a frozen model's layers in bfloat16.
 
     Autocast makes the same bits of them in every step. What is read in float32 remains so:
-    embeddings, norms, and the head, which is rounded once it is centred (`loss.join_heads`).
+    embeddings, norms, and the head, which is rounded once it is center_head (`loss.join_heads`).
     """
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
@@ -206,17 +202,17 @@ def check_cache(config):
 
 
 def main(argv=None):
-    config = parse(DistillConfig, __doc__, argv, models.listing(), check_cache)
-    config = models.with_recipe(config, out_prefix="distilled-")
-    parallel.join(choose_device(config.device))
+    config = parse(DistillConfig, __doc__, argv, models.preset_names(), check_cache)
+    config = models.with_hyperparameters(config, out_prefix="distilled-")
+    distributed.init_distributed(choose_device(config.device))
     models.check_weights(config.teacher_weights, len(config.teachers))
     corpus = open_corpus(config.data)
     teachers, records = load_teachers(config, corpus)
     student, name, init_digest = models.initial_model(config, corpus)
     positions = config.sequence_length if config.kl_reduction == "sequence" else 1
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
-    say(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
-    parallel.check_same({"set of teachers": [record["digest"] for record in records]})
+    log(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
+    distributed.check_same_on_all_ranks({"set of teachers": [record["digest"] for record in records]})
     cache = open_teacher_cache(config, corpus, teachers, records)
     objective = OBJECTIVES[config.objective](student, teachers, config, cache)
     return exit_code(fit_corpus(objective, config, corpus, name, init_digest, records))

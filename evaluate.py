@@ -32,15 +32,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import Tokenizer, TokenShard
-from harness.devices import choose_compute
-from harness.files import UserError, atomic_write, run_program, warn, write_json
-from harness.tables import aligned
+from data import TokenShard
+from evaluation.scoring import CONVENTIONS, Ensemble, context_length, encoded, token_losses
+from evaluation.statistics import comparison_rows, read_losses, write_losses
+from evaluation.surprisal import write_surprisals
 from loss import BLOCK_ROWS
 from model import check_weights, count_parameters, load_checkpoint
-from report.compare import comparison_rows, read_losses, write_losses
-from scoring import CONVENTIONS, Ensemble, context_length, encoded, token_losses
-from surprisal import write_surprisals
+from tokenizer import Tokenizer
+from training.device import choose_compute
+from training.io import UserError, aligned, atomic_write, run_program, warn, write_json
 
 BATCH_TOKENS = 8192
 MAX_LINE_BYTES = 1 << 20  # of a file of pairs: no sentence that a model can read is as long
@@ -217,8 +217,7 @@ def _pair(line, path, number, convention):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(
-        f"{where}: expected a JSON object with sentence_good and sentence_bad, two strings that "
-        "are not empty"
+        f"{where}: expected a JSON object with sentence_good and sentence_bad, two strings that are not empty"
     )
 
 
@@ -303,9 +302,14 @@ def write_pair_scores(path, described, pairs, scores):
     joined = torch.stack([torch.cat(of_folders) for of_folders in scores]).numpy()  # (M, P, 2)
     with atomic_write(path) as file:
         np.savez_compressed(
-            file, **described, folder=folders, paradigm=files, field=fields,
-            good=joined[..., 0], bad=joined[..., 1],
-        )  # fmt: skip
+            file,
+            **described,
+            folder=folders,
+            paradigm=files,
+            field=fields,
+            good=joined[..., 0],
+            bad=joined[..., 1],
+        )
 
 
 # ---- several models, one table
@@ -369,36 +373,44 @@ def parse_arguments(argv):
         help="score these together, logits averaged, as one more row",
     )
     parser.add_argument(
-        "--teacher-weights", nargs="+", type=float, metavar="WEIGHT",
+        "--teacher-weights",
+        nargs="+",
+        type=float,
+        metavar="WEIGHT",
         help="one weight for each checkpoint of --ensemble (default: all equal)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data", metavar="DIR",
-        help="folder of dev.bin (default: that of the first checkpoint's run, else data/babylm)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weight-by", metavar="SHARD",
-        help="a train.bin: also the mean over sub-corpora weighted by their tokens in it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--temperature-scaled", metavar="DIR",
-        help="also score with the logits divided by the temperature that is best on DIR/dev.bin",
-    )  # fmt: skip
-    parser.add_argument(
-        "--losses", metavar="FILE",
-        help="write the loss of every chunk of the one model that is scored (npz), to compare",
-    )  # fmt: skip
-    parser.add_argument(
-        "--surprisals", metavar="FILE",
-        help="score nothing else: bits of each word and token of --text, tab-separated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--text", metavar="FILE", help="text for --surprisals; each line stands for itself"
     )
     parser.add_argument(
-        "--compare", nargs="+", metavar="FILE",
+        "--data",
+        metavar="DIR",
+        help="folder of dev.bin (default: that of the first checkpoint's run, else data/babylm)",
+    )
+    parser.add_argument(
+        "--weight-by",
+        metavar="SHARD",
+        help="a train.bin: also the mean over sub-corpora weighted by their tokens in it",
+    )
+    parser.add_argument(
+        "--temperature-scaled",
+        metavar="DIR",
+        help="also score with the logits divided by the temperature that is best on DIR/dev.bin",
+    )
+    parser.add_argument(
+        "--losses",
+        metavar="FILE",
+        help="write the loss of every chunk of the one model that is scored (npz), to compare",
+    )
+    parser.add_argument(
+        "--surprisals",
+        metavar="FILE",
+        help="score nothing else: bits of each word and token of --text, tab-separated",
+    )
+    parser.add_argument("--text", metavar="FILE", help="text for --surprisals; each line stands for itself")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
         help="score nothing: differences of what --losses wrote, a file for each seed ...",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--against", nargs="+", metavar="FILE", help="... to these, in the order of the same seeds"
     )
@@ -406,16 +418,20 @@ def parse_arguments(argv):
         "--pairs", nargs="+", default=[], metavar="DIR", help="folders of BLiMP-style *.jsonl"
     )
     parser.add_argument(
-        "--convention", choices=CONVENTIONS, default="newline",
+        "--convention",
+        choices=CONVENTIONS,
+        default="newline",
         help="what precedes a sentence of a minimal pair; see above (default: newline)",
-    )  # fmt: skip
+    )
     parser.add_argument("--pair-scores", metavar="FILE", help="write every pair's two scores (npz)")
     parser.add_argument("--json", metavar="FILE", help="write the scores here")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="fp32",
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="fp32",
         help="of matrix products; bf16 is several times as fast on a GPU, and near (default: fp32)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     if (args.compare is None) != (args.against is None):
         parser.error("--compare and --against go together")
@@ -430,9 +446,7 @@ def parse_arguments(argv):
     if args.surprisals and len(args.checkpoints) + bool(args.ensemble) > 1:
         parser.error("--surprisals are those of one model: give one checkpoint, or one --ensemble")
     if args.surprisals and any(scoring_options(args)):
-        parser.error(
-            "--surprisals scores nothing else: of the other options only --convention goes"
-        )
+        parser.error("--surprisals scores nothing else: of the other options only --convention goes")
     if args.losses and len(args.checkpoints) + bool(args.ensemble) > 1:
         parser.error("--losses writes those of one model: give one checkpoint, or one --ensemble")
     if args.pair_scores and not args.pairs:
@@ -543,8 +557,9 @@ def text_scores(entry, text, losses_path):
         model = Scaled(entry.model, temperature)
         scaled = shard_losses(model, text.shard, entry.sequence_length)
         scores["temperature_scaled"] = {
-            "temperature": temperature, **corpus_scores(text.shard, scaled, text.shares)
-        }  # fmt: skip
+            "temperature": temperature,
+            **corpus_scores(text.shard, scaled, text.shares),
+        }
     if losses_path:
         files = [
             (file.name, stop, file.words / (file.stop - file.start))
@@ -560,9 +575,7 @@ def compare_files(args):
     ones, others = ([read_losses(path) for path in paths] for paths in (args.compare, args.against))
     print("\n".join(aligned(comparison_rows(ones, others))))
     print("nats per token, below 0 where the first is better; intervals of 95 %")
-    print(
-        "train: sub-corpora weighted by their shares of the training text; plain: by their tokens"
-    )
+    print("train: sub-corpora weighted by their shares of the training text; plain: by their tokens")
     return 0
 
 

@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from classifier import is_classifier, load_any
-from data import BOS, EOS, PAD, UNK, Tokenizer
-from harness.checkpoint import write_checkpoint
-from harness.files import (
+from finetuning.classifier import is_classifier, load_any
+from model import ARCHITECTURES, build, check_shape, count_parameters
+from tokenizer import BOS, EOS, PAD, UNK, Tokenizer
+from training.checkpoint import write_checkpoint
+from training.io import (
     UserError,
     atomic_write,
     json_memory,
@@ -36,7 +37,6 @@ from harness.files import (
     write_json,
     write_text,
 )
-from model import ARCHITECTURES, build, check_shape, count_parameters
 
 # Fields of our configs under Hugging Face's names.
 FIELDS = {
@@ -129,9 +129,7 @@ def read_safetensors(path):
                 (entry["data_offsets"], entry["dtype"], entry["shape"], name)
                 for name, entry in header.items()
             ]
-            valid = all(
-                type(shape) is list and type(dtype) is str for _, dtype, shape, _ in entries
-            )
+            valid = all(type(shape) is list and type(dtype) is str for _, dtype, shape, _ in entries)
             numbers = [n for offsets, _, shape, _ in entries for n in (*offsets, *shape)]
             valid = valid and all(type(n) is int and 0 <= n <= size for n in numbers)
             entries.sort(key=lambda entry: entry[0])
@@ -179,7 +177,7 @@ def hf_weights(architecture, weights):
 
 
 def check_tokenizer(tokenizer, path):
-    """Raises `UserError` for a tokenizer that tokenizer.json could not say, or that loses text.
+    """Raises `UserError` for a tokenizer that tokenizer.json could not log, or that loses text.
 
     Of a BPE model the scores are 0, -1, -2, ... in the order of merging; a unigram's, or those of
     user-defined pieces, are others.
@@ -251,10 +249,17 @@ def hf_tokenizer(tokenizer):
         if piece[:i] in normal and piece[i:] in normal
     ]
     added = [
-        {"id": i, "content": pieces[i], "special": True, "normalized": False,
-         "single_word": False, "lstrip": False, "rstrip": False}
+        {
+            "id": i,
+            "content": pieces[i],
+            "special": True,
+            "normalized": False,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+        }
         for i in sorted(SPECIAL.values())
-    ]  # fmt: skip
+    ]
     return {
         "version": "1.0",
         "truncation": None,
@@ -271,9 +276,7 @@ def hf_tokenizer(tokenizer):
                 {"SpecialToken": {"id": "newline", "type_id": 0}},
                 {"Sequence": {"id": "B", "type_id": 0}},
             ],
-            "special_tokens": {
-                "newline": {"id": "newline", "ids": [newline], "tokens": [pieces[newline]]}
-            },
+            "special_tokens": {"newline": {"id": "newline", "ids": [newline], "tokens": [pieces[newline]]}},
         },
         "decoder": {
             "type": "Sequence",
@@ -362,10 +365,20 @@ def model_card(checkpoint, model, start_token, positions):
     }
     facts |= classifier_facts(config, progress) if texts else {}
     recipe = (
-        "learning_rate", "batch_size", "sequence_length", "epochs", "warmup_steps",
-        "weight_decay", "random_offset", "alpha", "temperature", "kl_reduction",
-        "teacher_weights", "init", "seed",
-    )  # fmt: skip
+        "learning_rate",
+        "batch_size",
+        "sequence_length",
+        "epochs",
+        "warmup_steps",
+        "weight_decay",
+        "random_offset",
+        "alpha",
+        "temperature",
+        "kl_reduction",
+        "teacher_weights",
+        "init",
+        "seed",
+    )
     facts |= {key.replace("_", " "): config.get(key) for key in recipe if key not in facts}
     start = (
         "`<s>` and `</s>` never occurred in training. "
@@ -443,8 +456,7 @@ def export(path, out, start_token="as-trained", positions=None):
         raise UserError(f"--positions {positions}: {path} has {own}: give at least that many")
     if positions and positions > own and architecture != "llama":
         raise UserError(
-            f"--positions {positions}: {path} is a {architecture} of {own}: only a LLaMA can have "
-            "more"
+            f"--positions {positions}: {path} is a {architecture} of {own}: only a LLaMA can have more"
         )
     tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, read)
     contents = {
@@ -563,9 +575,7 @@ def import_folder(folder, out):
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     check_tokenizer(tokenizer, folder / "tokenizer.model")
     if tokenizer.vocabulary_size > config.vocab_size:
-        raise UserError(
-            f"{folder}: {tokenizer.vocabulary_size} pieces for {config.vocab_size} embeddings"
-        )
+        raise UserError(f"{folder}: {tokenizer.vocabulary_size} pieces for {config.vocab_size} embeddings")
     check_pieces(folder, tokenizer)
     with torch.device("meta"):
         expected = build(config).state_dict()
@@ -607,21 +617,27 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "checkpoints", nargs="*", metavar="CHECKPOINT",
+        "checkpoints",
+        nargs="*",
+        metavar="CHECKPOINT",
         help="what to export; several become folders of --out, by their names",
-    )  # fmt: skip
+    )
     parser.add_argument("--import", dest="folder", metavar="DIR", help="what to import instead")
     parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
     parser.add_argument(
-        "--start-token", choices=("as-trained", "newline"), default="as-trained",
+        "--start-token",
+        choices=("as-trained", "newline"),
+        default="as-trained",
         help="newline: give <s> and </s>, which training never saw, the newline's input embedding "
         "(default: as-trained)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--positions", type=int, metavar="N",
+        "--positions",
+        type=int,
+        metavar="N",
         help="for a LLaMA: how long a text the folder's readers may give it, for programs that ask "
         "for more than it was trained on; what lies beyond is untrained",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     if (not args.checkpoints) == (args.folder is None):
         parser.error("give either a CHECKPOINT to export or --import DIR")

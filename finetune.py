@@ -29,21 +29,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import tasks
-from classifier import HEADS, as_classifier, class_logits, load_classifier
-from data import Tokenizer
-from harness import parallel
-from harness.devices import Compute, choose_compute
-from harness.files import UserError, locked, printable, run_program, say, write_json
-from harness.options import option
-from harness.record import commit, exit_code, machine
-from harness.states import Provenance, is_finished
-from harness.tables import aligned
+from evaluation.statistics import t_interval
+from experiments.results import read_result
+from experiments.tables import task_rows
+from finetuning import tasks
+from finetuning.classifier import HEADS, as_classifier, class_logits, load_classifier
 from model import load_checkpoint
-from report.compare import t_interval
-from report.results import read_result
-from report.tables import task_rows
+from tokenizer import Tokenizer
 from train import TrainConfig, fit
+from training import distributed
+from training.device import Compute, choose_compute
+from training.io import UserError, aligned, locked, log, printable, run_program, write_json
+from training.logger import commit, exit_code, machine
+from training.options import option
+from training.resume import Provenance, is_finished
 
 OPTIONS = ("learning_rate", "batch_size", "epochs", "patience", "eval_every", "max_length")
 SETTINGS_FIELDS = {field.name: field for field in dataclasses.fields(tasks.Settings)}
@@ -201,8 +200,19 @@ def config_of(setup, base, task, settings, seed):
     """The complete config of a run."""
     left = None if setup.deadline is None else (setup.deadline - time.monotonic()) / 60
     num_batches = -(-len(task.train.texts) // settings.batch_size)
-    shared = ("learning_rate", "batch_size", "epochs", "schedule", "min_lr_ratio", "patience",
-              "eval_every", "weight_decay", "clip", "least_gain", "chosen_by")  # fmt: skip
+    shared = (
+        "learning_rate",
+        "batch_size",
+        "epochs",
+        "schedule",
+        "min_lr_ratio",
+        "patience",
+        "eval_every",
+        "weight_decay",
+        "clip",
+        "least_gain",
+        "chosen_by",
+    )
     return FinetuneConfig(
         **{name: getattr(settings, name) for name in shared},
         eval_only_every=settings.eval_every > 0,
@@ -232,10 +242,17 @@ def run(setup, base, task, encoded, config):
     stream = ExampleStream(encoded["train"], config.batch_size, config.seed)
     origin = base.checkpoint
     provenance = Provenance(
-        config.model, origin["model"]["architecture"], model.config, base.tokenizer,
-        {"classes": list(task.classes), "form": list(task.form), "task_digests": task.digests,
-         "init_digest": origin["digest"]},
-    )  # fmt: skip
+        config.model,
+        origin["model"]["architecture"],
+        model.config,
+        base.tokenizer,
+        {
+            "classes": list(task.classes),
+            "form": list(task.form),
+            "task_digests": task.digests,
+            "init_digest": origin["digest"],
+        },
+    )
     evaluate = evaluation(task, encoded[task.name], config.chosen_by)
     with contextlib.ExitStack() as stack:
         if not setup.args.verbose:
@@ -290,7 +307,7 @@ def run_task(setup, base, task, seeds):
             result["seconds"] = round(time.monotonic() - start, 1)
         write_json(path, result)
         clean(Path(config.out), setup.args.keep)
-        say(f"{base.name}, seed {seed}: {shown_scores(task, result)}")
+        log(f"{base.name}, seed {seed}: {shown_scores(task, result)}")
         if stopped_by:
             return stopped_by
     return None
@@ -299,12 +316,16 @@ def run_task(setup, base, task, seeds):
 def wanted(setup, base, task, seed):
     """What a result is the result of: unless all of this is the same, it is another's."""
     return {
-        "name": base.name, "task": task.name, "seed": seed, "head": setup.args.head,
+        "name": base.name,
+        "task": task.name,
+        "seed": seed,
+        "head": setup.args.head,
         "dropout": setup.args.dropout,
         "settings": dataclasses.asdict(settings_for(setup, base, task)),
-        "precision": setup.compute.precision, "files": task.digests,
+        "precision": setup.compute.precision,
+        "files": task.digests,
         "checkpoint": base.checkpoint["digest"],
-    }  # fmt: skip
+    }
 
 
 def results_there(setup, bases, chosen, seeds):
@@ -363,7 +384,7 @@ def encode_task(base, task, max_length):
     if cut := sum(part.cut for part in encoded.values()):
         texts = sum(len(part.ids) for part in encoded.values())
         positions = base.model.config.max_position_embeddings
-        say(
+        log(
             f"{task.name}: {cut:,} of {texts:,} texts are longer than {max_length} tokens and lose "
             f"their ends (--max-length; the model reads {positions})"
         )
@@ -436,9 +457,12 @@ def described(found, chosen, settings, head):
             metric = tasks.metric_of(name)
             majority = tasks.majority_scores(task, name)[metric]
             about[name] = {
-                "metric": metric, "texts": len(valid.texts), "majority": majority,
-                "classes": task.classes, "msgs": task.name.lower() in tasks.MSGS,
-            }  # fmt: skip
+                "metric": metric,
+                "texts": len(valid.texts),
+                "majority": majority,
+                "classes": task.classes,
+                "msgs": task.name.lower() in tasks.MSGS,
+            }
             for model, by_task in found.items():
                 results = by_task[task.name]
                 if not results:
@@ -463,25 +487,31 @@ def argument_parser(parser_class=argparse.ArgumentParser):
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--tasks", required=True, metavar="DIR", help="folder of tasks")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME",
+        "--only",
+        nargs="+",
+        metavar="NAME",
         help="only these tasks of the folder; give the checkpoints before it",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--settings", choices=tasks.SETTINGS, default="authors",
+        "--settings",
+        choices=tasks.SETTINGS,
+        default="authors",
         help="table of learning rates and so on; see above (default: authors)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--head", choices=HEADS, default="linear",
+        "--head",
+        choices=HEADS,
+        default="linear",
         help="linear, as the pipeline of 2023 and transformers have it, or the mlp of the pipeline "
         "of 2025, which cannot be exported (default: linear)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dropout", type=float, metavar="P",
-        help="in the model (default: a GPT-2's own, none in a LLaMA, as in its exported folder)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="runs of each task (default: 1)"
     )
+    parser.add_argument(
+        "--dropout",
+        type=float,
+        metavar="P",
+        help="in the model (default: a GPT-2's own, none in a LLaMA, as in its exported folder)",
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each task (default: 1)")
     parser.add_argument(
         "--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)"
     )
@@ -491,26 +521,33 @@ def argument_parser(parser_class=argparse.ArgumentParser):
         flag, help = "--" + name.replace("_", "-"), field.metadata["help"]
         changes.add_argument(flag, type=field.type, metavar="N", help=help)
     parser.add_argument(
-        "--out", default="runs/finetune", metavar="DIR",
+        "--out",
+        default="runs/finetune",
+        metavar="DIR",
         help="folder for results (default: runs/finetune)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", metavar="FILE", help="write the table here")
     parser.add_argument(
-        "--keep", action="store_true",
+        "--keep",
+        action="store_true",
         help="keep each run's best.pt, for export_hf.py, and log.jsonl; give it from the beginning",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="save and stop after so many minutes"
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
         help="of matrix products (default: auto, bf16 where the chip multiplies it natively)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--micro-batch-size", type=int, metavar="N",
+        "--micro-batch-size",
+        type=int,
+        metavar="N",
         help="examples at a time, where memory is small (default: the whole batch)",
-    )  # fmt: skip
+    )
     parser.add_argument("--verbose", action="store_true", help="show how each run trains")
     return parser
 
@@ -535,7 +572,7 @@ def parse_arguments(argv, parser_class=argparse.ArgumentParser):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if parallel.is_launched():
+    if distributed.is_torchrun():
         raise UserError("finetune.py trains in one process: start it without torchrun")
     chosen = tasks.read_tasks(Path(args.tasks), args.only)
     bases = load_bases(args.checkpoints)
@@ -556,7 +593,7 @@ def main(argv=None):
     if done:
         print("\n" + "\n".join([*aligned(task_rows(data)), LEGEND]))
     if done < whole:
-        say(f"stopped after {done} of {whole} runs: the same command continues")
+        log(f"stopped after {done} of {whole} runs: the same command continues")
     elif args.json:
         write_json(args.json, data)
     return exit_code({"stopped_by": signal})

@@ -8,10 +8,10 @@ import sys
 
 import torch
 
-from data import BOS, EOS, PAD, UNK, Tokenizer
-from harness.devices import choose_device
-from harness.files import UserError, run_program
 from model import load_checkpoint
+from tokenizer import BOS, EOS, PAD, UNK, Tokenizer
+from training.device import choose_device
+from training.io import UserError, run_program
 
 
 @torch.no_grad()
@@ -58,18 +58,14 @@ def main(argv=None):
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="beginning of the text")
-    parser.add_argument(
-        "--tokens", type=int, default=100, help="number of tokens to write (default: 100)"
-    )
+    parser.add_argument("--tokens", type=int, default=100, help="number of tokens to write (default: 100)")
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
         help="0: always the likeliest token (default: 0.8)",
     )
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="draw from the k likeliest; 0: all (default: 0)"
-    )
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
@@ -87,9 +83,7 @@ def main(argv=None):
     model, checkpoint = load_checkpoint(args.checkpoint)
     model.to(choose_device(args.device))
     tokenizer = Tokenizer.of_checkpoint(checkpoint, args.checkpoint)
-    print(
-        written(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
-    )
+    print(written(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))
 
 
 if __name__ == "__main__":

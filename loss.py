@@ -70,7 +70,7 @@ def mixed_loss(ce, kl, alpha, temperature):
     return alpha * ce + (1 - alpha) * temperature**2 * kl
 
 
-def plain_ensemble_kl(
+def plain_distillation_loss(
     student_logits,
     teacher_logits,
     weights,
@@ -83,7 +83,7 @@ def plain_ensemble_kl(
     kl_mask=None,
     label_smoothing=0.0,
 ):
-    """The objective as the paper writes it, from logits: what `ensemble_kl` must equal.
+    """The objective as the paper writes it, from logits: what `distillation_loss` must equal.
 
     student_logits (..., V), teacher_logits K × (..., V), weights K, targets (...). A dict of
     `loss`, `cross_entropy` and `kl`, each ().
@@ -107,7 +107,7 @@ def plain_ensemble_kl(
 # so it is computed in the forward pass, a chunk of tokens at a time, and no logits are kept.
 
 
-def centred(head):
+def center_head(head):
     """`head` less its mean row: (V, C) → (V, C).
 
     This adds one constant to all logits of a token, which changes no softmax and, the rows of dz
@@ -123,7 +123,7 @@ def join_heads(heads, weights, dtype):
     the division by K happens in the row arithmetic, where it is not rounded to `dtype`.
     """
     mean = sum(weights) / len(weights)
-    scaled = [centred(h) if w == mean else centred(h) * (w / mean) for h, w in zip(heads, weights)]
+    scaled = [center_head(h) if w == mean else center_head(h) * (w / mean) for h, w in zip(heads, weights)]
     return torch.cat([h.to(dtype) for h in scaled], dim=1)
 
 
@@ -133,7 +133,7 @@ def matmul_dtype(tensor):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def ensemble_kl(
+def distillation_loss(
     student_hidden,
     student_head,
     teachers,
@@ -159,16 +159,12 @@ def ensemble_kl(
     """
     dtype = matmul_dtype(student_hidden)
     joined = Teachers.join(teachers, dtype, joined_head, kl_mask)
-    constants = Constants(
-        alpha, temperature, len(teachers), num_targets, kl_denominator, label_smoothing
-    )
-    loss, ce, kl = _fused(
-        student_hidden, student_head, targets, joined, constants, chunk_tokens, compiled
-    )
+    constants = Constants(alpha, temperature, len(teachers), num_targets, kl_denominator, label_smoothing)
+    loss, ce, kl = _fused(student_hidden, student_head, targets, joined, constants, chunk_tokens, compiled)
     return {"loss": loss, "cross_entropy": ce, "kl": kl}
 
 
-def fused_cross_entropy(
+def linear_cross_entropy(
     hidden, head, targets, num_targets, label_smoothing=0.0, chunk_tokens=None, compiled=False
 ):
     """`smoothed_cross_entropy` and `cross_entropy`, fused, of hidden states through a head.
@@ -238,9 +234,7 @@ def _fused(hidden, head, targets, teachers, constants, chunk_tokens, compiled):
     gradients = torch.is_grad_enabled()
     chunking = Chunking(chunk_tokens, matmul_dtype(hidden), gradients, row_function)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _FusedLoss.apply(
-            hidden.flatten(0, -2), head, targets.flatten(), teachers, constants, chunking
-        )
+        return _FusedLoss.apply(hidden.flatten(0, -2), head, targets.flatten(), teachers, constants, chunking)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -249,16 +243,14 @@ class _FusedLoss(torch.autograd.Function):
         wanted = [chunking.gradients_wanted and needed for needed in ctx.needs_input_grad[:2]]
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_head = torch.zeros_like(head) if wanted[1] else None
-        head_cast = centred(head).to(chunking.dtype)  # (V, C)
+        head_cast = center_head(head).to(chunking.dtype)  # (V, C)
         zero = torch.zeros((), dtype=_row_dtype(chunking.dtype), device=hidden.device)
         smoothed = ce = kl = zero
         for rows in chunking.chunks(len(hidden)):
             hidden_cast = hidden[rows].to(chunking.dtype)  # (N, C)
             logits = hidden_cast @ head_cast.T  # (N, V)
             taught = (None, None) if teachers is None else teachers.rows(rows)
-            *sums, dz = chunking.row_function(
-                logits, targets[rows], *taught, constants, any(wanted)
-            )
+            *sums, dz = chunking.row_function(logits, targets[rows], *taught, constants, any(wanted))
             smoothed, ce, kl = smoothed + sums[0], ce + sums[1], kl + sums[2]
             if wanted[0]:
                 d_hidden[rows] = dz @ head_cast

@@ -16,10 +16,10 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from harness.files import UserError, run_program, write_text
 from toy.grammar import Grammar, sentence
 from toy.paradigms import PARADIGMS
 from toy.registers import REGISTERS
+from training.io import UserError, run_program, write_text
 
 LEAST_WORDS = 1000
 LEAST_DEV_WORDS = 2000
@@ -57,12 +57,16 @@ def write_pairs(folder, seed):
         lines = [
             json.dumps(
                 {
-                    "sentence_good": good, "sentence_bad": bad, "field": "toy",
-                    "linguistics_term": term, "UID": name, "pair_id": i,
+                    "sentence_good": good,
+                    "sentence_bad": bad,
+                    "field": "toy",
+                    "linguistics_term": term,
+                    "UID": name,
+                    "pair_id": i,
                 }
             )
             for i, (good, bad) in enumerate(pairs.items())
-        ]  # fmt: skip
+        ]
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
@@ -97,10 +101,13 @@ def main(argv=None):
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument(
-        "--words", type=int, default=200_000, metavar="N",
+        "--words",
+        type=int,
+        default=200_000,
+        metavar="N",
         help="number of words of training text; the dev split gets a tenth of it, and at least "
         f"{LEAST_DEV_WORDS} (default: 200000)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     if args.words < LEAST_WORDS:
         raise UserError(f"--words {args.words}: at least {LEAST_WORDS}")

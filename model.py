@@ -12,12 +12,12 @@ import math
 import torch
 
 from gpt2 import GPT2, GPT2Config
-from harness.checkpoint import read_checkpoint
-from harness.files import UserError, printable
 from llama import Llama, LlamaConfig
+from tokenizer import VOCABULARY_SIZE
+from training.checkpoint import read_checkpoint
+from training.io import UserError, printable
 
 SPARE_BYTES = 64 << 20  # what reading a file may cost besides eight times its size
-VOCABULARY_SIZE = 16_000  # the paper's; a model in training takes its tokenizer's
 
 ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
 
@@ -78,12 +78,12 @@ def preset(name):
     return PRESETS[name]
 
 
-def listing():
+def preset_names():
     """One line with the names of all presets."""
     return f"presets: {', '.join(PRESETS)}"
 
 
-def with_recipe(config, out_prefix=""):
+def with_hyperparameters(config, out_prefix=""):
     """`config` with what was left open taken from its preset's recipe."""
     recipe = dataclasses.asdict(preset(config.model).recipe)
     if config.steps is not None:
@@ -136,13 +136,12 @@ def parse_shape(text):
                 changes[name] = int(value) if value.lstrip("-").isdigit() else float(value)
             except ValueError as error:
                 raise UserError(
-                    f"--shape {item!r}: give name=value, such as hidden_size=384, with commas "
-                    "between several"
+                    f"--shape {item!r}: give name=value, such as hidden_size=384, with commas between several"
                 ) from error
     return changes
 
 
-def shaped(config, changes):
+def with_overrides(config, changes):
     """`config` with other fields. Raises `UserError` for an unknown field, or an impossible shape.
 
     A whole number stands for a fractional one where the field is fractional.
@@ -151,8 +150,7 @@ def shaped(config, changes):
     for name in changes:
         if name not in fields:
             raise UserError(f"--shape {name}: choose from {', '.join(fields)}")
-    changes = {n: float(v) if fields[n] is float and type(v) is int else v
-               for n, v in changes.items()}  # fmt: skip
+    changes = {n: float(v) if fields[n] is float and type(v) is int else v for n, v in changes.items()}
     changed = dataclasses.replace(config, **changes)
     try:
         check_shape(changed)
@@ -181,15 +179,14 @@ def check_shape(config):
         raise ValueError(f"{heads} attention heads do not divide hidden_size {hidden_size}")
     if isinstance(config, LlamaConfig) and (hidden_size // heads % 2 or config.rope_theta <= 0):
         raise ValueError(
-            f"rotary positions need heads of an even size, here {hidden_size // heads}, and a "
-            "theta above 0"
+            f"rotary positions need heads of an even size, here {hidden_size // heads}, and a theta above 0"
         )
 
 
 # ---- from checkpoints
 
 
-def rebuilt(config, weights, complete=lambda model: None):
+def model_from_state_dict(config, weights, complete=lambda model: None):
     """The model of that config with these weights, a state dict, which are not copied.
 
     `complete(model)` adds what else has weights.
@@ -229,7 +226,7 @@ def load_checkpoint(path, add_head=None):
         check_size(config, checkpoint["weights"])
         described = checkpoint["config"]
         complete = (lambda model: add_head(model, described)) if add_head else (lambda model: None)
-        model = rebuilt(config, checkpoint["weights"], complete)
+        model = model_from_state_dict(config, checkpoint["weights"], complete)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that do not fit the model it names") from error
     if checkpoint["config"]["sequence_length"] > config.max_position_embeddings:
@@ -291,7 +288,7 @@ def initial_model(config, corpus):
     dropout = {} if config.dropout is None else {"dropout": config.dropout}
     if config.init is None:
         name, digest = config.model, None
-        shape = shaped(preset(name).config, parse_shape(config.shape) | dropout)
+        shape = with_overrides(preset(name).config, parse_shape(config.shape) | dropout)
         model = build(dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocabulary_size))
     else:
         if config.shape:
@@ -299,11 +296,10 @@ def initial_model(config, corpus):
         model, checkpoint = load_compatible(config.init, corpus)
         name, digest = checkpoint["model"]["name"], checkpoint["digest"]
         if dropout:
-            model = rebuilt(shaped(model.config, dropout), model.state_dict())
+            model = model_from_state_dict(with_overrides(model.config, dropout), model.state_dict())
     positions = model.config.max_position_embeddings
     if config.sequence_length > positions:
         raise UserError(
-            f"--sequence-length {config.sequence_length}: {name} reads at most {positions}: "
-            "lower it"
+            f"--sequence-length {config.sequence_length}: {name} reads at most {positions}: lower it"
         )
     return model, name, digest

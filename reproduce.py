@@ -29,23 +29,14 @@ import torch
 
 import distill
 import evaluate
-import experiment
 import finetune
 import make_toy_corpus
 import tokenize_corpus
 import train
-from data import Tokenizer, TokenShard, open_corpus
-from generate import written
-from harness.checkpoint import content_digest, read_checkpoint
-from harness.devices import choose_compute, choose_device
-from harness.files import UserError, locked, run_program, say, warn, write_json
-from harness.options import defaults
-from harness.record import commit, machine
-from harness.states import is_finished
-from harness.tables import aligned
-from model import load_checkpoint
-from report.pages import write_report
-from report.results import (
+from data import TokenShard, open_corpus
+from experiments import recipes
+from experiments.pages import write_report
+from experiments.results import (
     read_log,
     read_result,
     read_study,
@@ -53,9 +44,18 @@ from report.results import (
     seed_of,
     study_fields,
     trial_lines,
-)  # fmt: skip
-from sampling import folder_state, sample_corpus, write_dev_halves
-from tasks import read_tasks
+)
+from experiments.sampling import folder_state, sample_corpus, write_dev_halves
+from finetuning.tasks import read_tasks
+from generate import written
+from model import load_checkpoint
+from tokenizer import Tokenizer
+from training.checkpoint import content_digest, read_checkpoint
+from training.device import choose_compute, choose_device
+from training.io import UserError, aligned, locked, log, run_program, warn, write_json
+from training.logger import commit, machine
+from training.options import defaults
+from training.resume import is_finished
 
 PROMPTS = ("Once upon a time", "The children", "I think that")
 SAMPLE_TOKENS = 40
@@ -149,13 +149,29 @@ def make_shards(recipe, args, data, corpus):
     parts = [corpus / "dev-A", corpus / "dev-B"]
     write_dev_halves(dev_folder, parts, recipe.dev_words, train_folder)
     stage(
-        tokenize_corpus, "--train", train_folder, "--dev", parts[0], "--out", data,
-        "--vocab-size", recipe.vocabulary_size, "--clean", recipe.clean,
-    )  # fmt: skip
+        tokenize_corpus,
+        "--train",
+        train_folder,
+        "--dev",
+        parts[0],
+        "--out",
+        data,
+        "--vocab-size",
+        recipe.vocabulary_size,
+        "--clean",
+        recipe.clean,
+    )
     stage(
-        tokenize_corpus, "--tokenizer", data / "tokenizer.model", "--dev", parts[1],
-        "--out", data / "report", "--clean", recipe.clean,
-    )  # fmt: skip
+        tokenize_corpus,
+        "--tokenizer",
+        data / "tokenizer.model",
+        "--dev",
+        parts[1],
+        "--out",
+        data / "report",
+        "--clean",
+        recipe.clean,
+    )
 
 
 # ---- the models of one seed
@@ -165,7 +181,7 @@ def make_shards(recipe, args, data, corpus):
 class Setup:
     """What all seeds share."""
 
-    recipe: experiment.Experiment
+    recipe: recipes.Experiment
     data: Path  # folder of shards
     pairs: list[str]  # folders of minimal pairs
     tasks: str | None  # folder of tasks to fine-tune on
@@ -223,9 +239,7 @@ def check_study(folder, name):
     study = folder / "experiment.json"
     there = json.loads(study.read_text(encoding="utf-8"))["name"] if study.exists() else name
     if there != name:
-        raise UserError(
-            f"{study} is of recipe {there}, not {name}: choose another --results or --out"
-        )
+        raise UserError(f"{study} is of recipe {there}, not {name}: choose another --results or --out")
 
 
 def check_results(setup):
@@ -260,9 +274,9 @@ def make_result(setup, entries, weights, seed, path, wanted):
 
 
 def precision_of(setup, entry, seed):
-    """The precision in which a model is trained: what its options say, or its run, or the machine.
+    """The precision in which a model is trained: what its options log, or its run, or the machine.
 
-    A run that was begun keeps its own on another machine. (Of those before 2026-11-28 some say
+    A run that was begun keeps its own on another machine. (Of those before 2026-11-28 some log
     "auto".)
     """
     asked, state = entry.config().precision, folder_of(setup, entry, seed) / "checkpoint.pt"
@@ -301,7 +315,7 @@ def finetune_model(setup, entry, seed, path):
     scratch = path.with_suffix(".tasks")
     scratch.unlink(missing_ok=True)
     first_seed = seed * int(how["options"].get("seeds") or 1)
-    options = experiment.arguments_of(how["options"])
+    options = recipes.arguments_of(how["options"])
     options += ["--tasks", setup.tasks, "--first-seed", first_seed, "--device", setup.device]
     options += ["--out", setup.out / f"seed-{seed}" / f"finetuned-{made_from[:8]}"]
     if setup.deadline is not None:
@@ -330,9 +344,13 @@ def described(setup, entry, seed):
     """What a result is the result of: unless all of this is the same, it is another's."""
     teachers = [described(setup, setup.recipe.entries[t], seed) for t in entry.teachers]
     return {
-        "preset": entry.preset, "conditions": entry.conditions(), "teachers": teachers,
-        "seed": seed + entry.seed_offset, "scored": setup.recipe.scored, "options": entry.options,
-    }  # fmt: skip
+        "preset": entry.preset,
+        "conditions": entry.conditions(),
+        "teachers": teachers,
+        "seed": seed + entry.seed_offset,
+        "scored": setup.recipe.scored,
+        "options": entry.options,
+    }
 
 
 def is_done(path, wanted, setup):
@@ -347,14 +365,14 @@ def is_done(path, wanted, setup):
     if setup.tuning:
         return True
     if "report" not in result:
-        say(f"{path} lacks scores on the reported dev text: made again")
+        log(f"{path} lacks scores on the reported dev text: made again")
         return False
     asked, there = {Path(folder).name for folder in setup.pairs}, result["report"]["pairs"].keys()
     if asked <= there:
         return True
     if lost := sorted(there - asked):
         raise UserError(f"{path} would lose its scores in {', '.join(lost)}: add these to --pairs")
-    say(f"{path} lacks {', '.join(sorted(asked - there))}: made again")
+    log(f"{path} lacks {', '.join(sorted(asked - there))}: made again")
     return False
 
 
@@ -386,9 +404,7 @@ def differences(there, wanted, at="", options=None):
         found = there.get(key, later.get(key))
         if isinstance(value, dict) and isinstance(found, dict):
             yield from differences(found, value, f"{at}{key}.", there.get("options", {}))
-        elif (
-            key in ("teachers", "members") and isinstance(found, list) and len(found) == len(value)
-        ):
+        elif key in ("teachers", "members") and isinstance(found, list) and len(found) == len(value):
             for i, (one, other) in enumerate(zip(found, value)):
                 yield from differences(one, other, f"{at}{key} {i + 1}: ")
         elif found != json.loads(json.dumps(value)):
@@ -466,8 +482,7 @@ def samples(path, device):
     model.to(choose_device(device))
     tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
     return {
-        prompt: written(model, tokenizer, prompt, SAMPLE_TOKENS).removeprefix(prompt)
-        for prompt in PROMPTS
+        prompt: written(model, tokenizer, prompt, SAMPLE_TOKENS).removeprefix(prompt) for prompt in PROMPTS
     }
 
 
@@ -477,20 +492,26 @@ def samples(path, device):
 def print_plan(setup, seeds):
     """Prints what each model will take, before anything is trained."""
     shard = TokenShard(setup.data / "train.bin")
-    costs = experiment.costs(setup.recipe, shard.num_tokens, shard.words)
+    costs = recipes.costs(setup.recipe, shard.num_tokens, shard.words)
     speeds, how = known_speeds(setup, costs, seeds)
     left = {
-        name: sum(cost.flops * (1 - progress_of(setup, name, seed)[0]) for seed in seeds)
-        / speeds[name]
+        name: sum(cost.flops * (1 - progress_of(setup, name, seed)[0]) for seed in seeds) / speeds[name]
         for name, cost in costs.items()
     }  # seconds
     rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "minutes left", "disk", "memory"]]
     for name, cost in costs.items():
         rows.append(
-            [name, f"{cost.parameters:,}", f"{cost.epochs:.3g}", f"{cost.tokens:,}",
-             f"{cost.flops:.1e}", f"{left[name] / 60:.1f}", f"{cost.disk / 1e9:.2f} GB",
-             f"{cost.memory / 1e9:.2f} GB"]
-        )  # fmt: skip
+            [
+                name,
+                f"{cost.parameters:,}",
+                f"{cost.epochs:.3g}",
+                f"{cost.tokens:,}",
+                f"{cost.flops:.1e}",
+                f"{left[name] / 60:.1f}",
+                f"{cost.disk / 1e9:.2f} GB",
+                f"{cost.memory / 1e9:.2f} GB",
+            ]
+        )
     print("\n".join(aligned(rows)))
     disk = sum(cost.disk for cost in costs.values()) * len(seeds) / 1e9
     free = shutil.disk_usage(setup.data).free / 1e9
@@ -555,67 +576,78 @@ def parse_arguments(argv):
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--recipe", metavar="NAME|FILE",
-        help=f"the models to train, and their options: {', '.join(experiment.recipe_names())}, or "
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"the models to train, and their options: {', '.join(recipes.recipe_names())}, or "
         "a JSON file like those in recipes/",
-    )  # fmt: skip
-    what.add_argument(
-        "--report", nargs="+", metavar="DIR",
-        help="train nothing: write the report of these folders, of an experiment or of runs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--train", metavar="DIR", help="folder of training text, as for tokenize_corpus.py"
     )
+    what.add_argument(
+        "--report",
+        nargs="+",
+        metavar="DIR",
+        help="train nothing: write the report of these folders, of an experiment or of runs",
+    )
+    parser.add_argument("--train", metavar="DIR", help="folder of training text, as for tokenize_corpus.py")
     parser.add_argument("--dev", metavar="DIR", help="folder of dev text")
     parser.add_argument(
-        "--data", metavar="DIR",
+        "--data",
+        metavar="DIR",
         help="instead of --train and --dev: OUT/data of a command like this one, which --dry-run "
         "stops as soon as it is made; it is small enough to be taken to another machine",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="DIR", help="folders of minimal pairs to score"
     )
     parser.add_argument(
-        "--finetune", metavar="DIR",
+        "--finetune",
+        metavar="DIR",
         help="folder of tasks, as for finetune.py, on which each model is fine-tuned",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder for all that is made (default: runs/RECIPE)"
     )
+    parser.add_argument("--out", metavar="DIR", help="folder for all that is made (default: runs/RECIPE)")
     parser.add_argument(
-        "--results", metavar="DIR",
+        "--results",
+        metavar="DIR",
         help="folder for the results and the report alone, which are small (default: that of "
         "--out); a model whose result is there is not trained again",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N",
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
         help="how often to train all models, each time with another seed (default: 1)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)"
     )
     parser.add_argument(
-        "--words", type=int, metavar="N",
+        "--words",
+        type=int,
+        metavar="N",
         help="words of training text to sample (default: the recipe's)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--models", nargs="+", metavar="NAME",
+        "--models",
+        nargs="+",
+        metavar="NAME",
         help="only these models of the recipe, and those that teach them",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--vary", nargs="+", default=[], metavar="MODEL.OPTION=A,B",
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="MODEL.OPTION=A,B",
         help="for each value, one more model like that one",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tune", action="store_true",
+        "--tune",
+        action="store_true",
         help="score on the first halves of the dev text alone, and write no report",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="save and stop after so many minutes"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="prepare the text, print the plan and stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="prepare the text, print the plan and stop")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     training = (args.train, args.dev, args.data, args.results, args.words, args.models, args.vary)
@@ -651,7 +683,7 @@ def main(argv=None):
     command = "python reproduce.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     if args.report:
         return report_folders(args, command)
-    recipe = experiment.read_experiment(args.recipe, args.vary)
+    recipe = recipes.read_experiment(args.recipe, args.vary)
     check_text(recipe, args, parser)
     if args.words:
         recipe = dataclasses.replace(recipe, words=args.words)
@@ -703,7 +735,7 @@ def report_folders(args, command):
     runs = [folder for folder in folders if (folder / "best.pt").exists()]
     for folder in folders:
         if folder not in experiments and folder not in runs:
-            say(
+            log(
                 f"{folder} is neither the folder of an experiment nor of a run, for it has no "
                 "experiment.json and no best.pt: left out"
             )
@@ -747,16 +779,12 @@ def score_runs(folders, args, out):
     for path in (f / f"{name}.json" for f in seed_folders(out) for name in fields["models"]):
         seed, name = seed_of(path.parent), path.stem
         if path.exists() and (seed, name) not in found and name not in fields["ensembles"].values():
-            raise UserError(
-                f"{path} is of a run that is not given: remove {out}, or choose another --out"
-            )
+            raise UserError(f"{path} is of a run that is not given: remove {out}, or choose another --out")
     write_json(out / "experiment.json", fields)
     for (seed, name), (folder, checkpoint) in found.items():
         result = {"name": name, "preset": checkpoint["model"]["name"], "seed": seed}
         log = folder / "log.jsonl"
-        result |= score_run(args, out, [folder], seed, name) | (
-            read_log(log) if log.exists() else {}
-        )
+        result |= score_run(args, out, [folder], seed, name) | (read_log(log) if log.exists() else {})
         result["weights"] = content_digest(checkpoint["weights"])
         result["taught_by"] = [teacher["digest"] for teacher in checkpoint["teachers"]]
         result["samples"] = samples(folder / "best.pt", args.device)
@@ -803,9 +831,7 @@ def run_fields(found):
     alone = [name for name in checkpoints if name not in teachers]
     controls = [n for n in alone if student and n not in teaching and shape(n) == shape(student)]
     ensembles = {
-        name: experiment.ensemble_name(
-            taught_by, checkpoints[name]["config"].get("teacher_weights")
-        )
+        name: recipes.ensemble_name(taught_by, checkpoints[name]["config"].get("teacher_weights"))
         for name, taught_by in teachers.items()
     }
     titles = {name: name for name in alone}

@@ -32,10 +32,12 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from cleaning import CLEANERS, VERSIONS, clean_blocks
-from data import BOS, EOS, PAD, UNK, Tokenizer
-from harness import shards
-from harness.files import (
+from corpus import token_shards
+from corpus.cleaning import CLEANERS, VERSIONS, clean_blocks
+from corpus.text_files import SPACE_PIECE, sub_corpora, text_blocks
+from corpus.token_shards import finished_shards, split_header, write_split
+from tokenizer import BOS, EOS, PAD, UNK, VOCABULARY_SIZE, Tokenizer
+from training.io import (
     UserError,
     atomic_write,
     fsync_folder,
@@ -44,9 +46,6 @@ from harness.files import (
     warn,
     write_json,
 )
-from harness.shards import finished_shards, split_header, write_split
-from harness.texts import SPACE_PIECE, sub_corpora, text_blocks
-from model import VOCABULARY_SIZE
 
 SMALLEST_VOCABULARY = 260  # 256 bytes; pad, bos, eos, unk
 TRAINING_BYTES = 64_000_000  # of text that the tokenizer is trained on: SentencePiece holds it all
@@ -85,9 +84,7 @@ class Source:
         if rest:
             yield rest
         elif empty:
-            raise UserError(
-                f"nothing is left of {self.path} after cleaning: remove it or use --clean none"
-            )
+            raise UserError(f"nothing is left of {self.path} after cleaning: remove it or use --clean none")
 
 
 def read_folder(folder, how="light", keep_cr=False):
@@ -333,10 +330,12 @@ def parse_arguments(argv):
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="encode with this one, train none")
     parser.add_argument(
-        "--clean", choices=CLEANERS, default="light",
+        "--clean",
+        choices=CLEANERS,
+        default="light",
         help="light: drop what is no text; paper: exactly what the original does, which also glues "
         "lines; none: take every character as it is (default: light)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--keep-cr", action="store_true", help="keep the carriage returns of Windows' line ends"
     )
@@ -442,7 +441,7 @@ def main(argv=None):
         "texts": {s: {n: size.digest for n, size in found.items()} for s, found in sizes.items()},
         "cleaning": VERSIONS[args.clean],
         "tokenizer": tokenizer.identity if tokenizer else vocabulary_size,
-        "blocks": [TRAINING_BYTES, BLOCK_CHARACTERS, shards.SHARD_TOKENS],
+        "blocks": [TRAINING_BYTES, BLOCK_CHARACTERS, token_shards.SHARD_TOKENS],
     }
     if tokenizer is None and continues(out / "new.tmp", made_from):
         tokenizer = Tokenizer.load(out / "new.tmp" / "tokenizer.model")
@@ -455,11 +454,15 @@ def main(argv=None):
     ):
         headers = {
             split: encode_split(
-                folder / f"{split}.bin", sources, sizes[split], tokenizer,
-                VERSIONS[args.clean], encode_all,
+                folder / f"{split}.bin",
+                sources,
+                sizes[split],
+                tokenizer,
+                VERSIONS[args.clean],
+                encode_all,
             )
             for split, sources in splits.items()
-        }  # fmt: skip
+        }
         publish(folder, out, splits)
     print_table(headers)
     written = ", ".join([*(f"{split}.bin" for split in headers), "tokenizer.model"])

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 import model as models
-from data import BatchStream, ahead, dev_subset, open_corpus
-from harness import devices, memory, parallel, states
-from harness.files import locked, run_program, say
-from harness.options import RunConfig, option, parse
-from harness.plan import plan_run, print_plan
-from harness.record import Recorder, StopSignal, exit_code
-from loss import fused_cross_entropy
+from data import BatchStream, dev_subset, open_corpus, prefetch
+from loss import linear_cross_entropy
+from training import distributed, memory, resume
+from training.cuda_graph import GraphedStep, should_capture
+from training.device import choose_compute, choose_device, skips_on_device, wrap_layers
+from training.io import locked, log, run_program
+from training.logger import StopSignal, TrainingLogger, exit_code
+from training.options import RunConfig, option, parse
+from training.plan import plan_run, print_plan
 
 EVAL_BATCH_SIZE = 32  # sequences
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
@@ -39,9 +41,7 @@ class TrainConfig(RunConfig):
     dropout: float | None = option(
         None, "probability; default: the shape's", minimum=0, maximum=0.999, may_change=True
     )
-    data: str = option(
-        "data/babylm", "folder of train.bin, dev.bin and tokenizer.model", may_change=True
-    )
+    data: str = option("data/babylm", "folder of train.bin, dev.bin and tokenizer.model", may_change=True)
     epochs: float | None = option(
         None, "passes over the data; default: the preset's", exclusive=True, above=0
     )
@@ -50,9 +50,12 @@ class TrainConfig(RunConfig):
     )
     batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
     micro_batch_size: int | None = option(
-        None, "sequences at a time; auto: as many as fit in memory; default: all", word="auto",
-        minimum=1, may_change=True,
-    )  # fmt: skip
+        None,
+        "sequences at a time; auto: as many as fit in memory; default: all",
+        word="auto",
+        minimum=1,
+        may_change=True,
+    )
     sequence_length: int = option(128, "tokens of a chunk, T", minimum=1)
     random_offset: bool = option(False, "shift each chunk by 0 to T-1 tokens, redrawn each epoch")
     optimizer: str = option("adamw", "muon takes the layers' matrices", choices=("adamw", "muon"))
@@ -92,10 +95,14 @@ class CrossEntropyObjective(nn.Module):
 
     def forward(self, batch):
         hidden = self.model.hidden_states(batch.tokens)
-        loss, cross_entropy = fused_cross_entropy(
-            hidden, self.model.head, batch.targets, batch.num_targets, self.label_smoothing,
+        loss, cross_entropy = linear_cross_entropy(
+            hidden,
+            self.model.head,
+            batch.targets,
+            batch.num_targets,
+            self.label_smoothing,
             compiled=self.compiled,
-        )  # fmt: skip
+        )
         return {"loss": loss, "cross_entropy": cross_entropy}
 
 
@@ -122,7 +129,7 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
     strong decay needs `norms`, as it takes RMSNorm's gains to zero. Muon's updates have AdamW's
     size ("match_rms_adamw"), so that both take the same rate.
     """
-    trained = states.trained_parameters(objective).values()
+    trained = resume.trained_parameters(objective).values()
     exempt = {
         parameter
         for module in objective.modules()
@@ -150,17 +157,17 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
 class TrainStep:
     """`train_step(batch, learning_rate)`: forward, backward, clip, update, all on the device.
 
-    `module` is the objective, or what `parallel.spread` made of it.
+    `module` is the objective, or what `distributed.wrap_ddp` made of it.
     Returns the objective's terms and the gradient's norm before clipping, as tensors on the device.
     A gradient that is not finite changes nothing, and is counted, in a row and in all. Fused
     optimizers skip such a step on the device, others at the cost of waiting for it.
     """
 
     def __init__(self, module, optimizers, autocast, micro_batch_size=None, clip=1.0):
-        self.module, self.objective = module, parallel.objective_of(module)
+        self.module, self.objective = module, distributed.unwrap(module)
         self.optimizers, self.autocast = optimizers, autocast
         self.micro_batch_size, self.clip = micro_batch_size, clip or math.inf
-        self.parameters = states.trained_parameters(self.objective)
+        self.parameters = resume.trained_parameters(self.objective)
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.rate_ratios = [group["lr"] for group in self.groups]
         optimized = [id(p) for group in self.groups for p in group["params"]]
@@ -178,7 +185,7 @@ class TrainStep:
     def prepare(self, batch):
         """The micro-batches of a step, each with the teachers' states where there are teachers."""
         share = len(batch.tokens), batch.num_sequences
-        parts = batch.split(parallel.micro_batch_sizes(*share, self.micro_batch_size))
+        parts = batch.split(distributed.micro_batch_sizes(*share, self.micro_batch_size))
         with self.autocast:
             return [self.objective.prepare(part) for part in parts]
 
@@ -186,19 +193,19 @@ class TrainStep:
         """The step itself, once its input is there: the same work on the same memory each time."""
         sums = {}
         for part in parts:
-            parallel.sum_gradients(self.module, part is parts[-1])
+            distributed.set_gradient_sync(self.module, part is parts[-1])
             with self.autocast:
                 terms = self.module(part)
             terms["loss"].backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach()
-        sums = parallel.add(sums)
-        norm = parallel.whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip))
+        sums = distributed.all_reduce_sum(sums)
+        norm = distributed.full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip))
         nonfinite = (~torch.isfinite(norm)).float()
         self.nonfinite_in_a_row.add_(1).mul_(nonfinite)
         self.nonfinite_steps.add_(nonfinite)
         for optimizer in self.optimizers:
-            if devices.skips_on_device(optimizer):
+            if skips_on_device(optimizer):
                 optimizer.found_inf = nonfinite
                 optimizer.step()
             elif not nonfinite:
@@ -213,17 +220,17 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total, rank, processes = 0.0, parallel.rank(), parallel.size()
+    total, rank, processes = 0.0, distributed.rank(), distributed.world_size()
     for i in range(0, len(starts), EVAL_BATCH_SIZE * processes):
         mine = starts[i : i + EVAL_BATCH_SIZE * processes][rank::processes]
         some = mine if len(mine) else starts[:1]  # all take part in putting layers together
         tokens, targets = shard.chunks(some, sequence_length)
         with autocast:
             hidden = model.hidden_states(tokens.to(device))
-            loss = fused_cross_entropy(hidden, model.head, targets.to(device), 1)[1].item()
+            loss = linear_cross_entropy(hidden, model.head, targets.to(device), 1)[1].item()
         total += loss if len(mine) else 0.0
     model.train(training)
-    return parallel.total(total) / (len(starts) * sequence_length)
+    return distributed.sum_across_ranks(total) / (len(starts) * sequence_length)
 
 
 # ---- the loop
@@ -237,35 +244,35 @@ def fit(objective, config, stream, evaluate, provenance):
     and all parameters that require gradients are trained. `stream(step)` is a batch, and says
     `num_chunks`, `num_tokens` and `words` of an epoch; `evaluate(model, autocast)` returns
     {"dev_cross_entropy": ..., whatever else}, and where it returns a "score", the highest chooses
-    best.pt; the config is complete (`with_recipe`). "stopped_by" in the result is a signal that
+    best.pt; the config is complete (`with_hyperparameters`). "stopped_by" in the result is a signal that
     came, or None. Raises `UserError` for what can be known before.
     """
-    compute = devices.choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
-    states.check_start(config, provenance)
+    resume.check_start(config, provenance)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
     config = memory.choose_micro_batch(config, objective, compute)
     if config.dry_run:
-        return states.new_progress(plan.steps)
-    module = parallel.spread(objective, compute.device, config.shard)
+        return resume.new_progress(plan.steps)
+    module = distributed.wrap_ddp(objective, compute.device, config.shard)
     objective.train()
     recipe = config.weight_decay, config.optimizer, config.beta2, config.no_decay
     optimizers = build_optimizer(objective, *recipe)
     limits = config.micro_batch_size, config.clip
     train_step = TrainStep(module, optimizers, compute.autocast, *limits)
-    graphed = devices.wants_graph(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
+    graphed = should_capture(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
     schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio, config.schedule
-    with parallel.first_alone(lambda: locked(config.out)):
-        progress, found = states.begin_or_continue(train_step, config, provenance, plan.steps)
-        if states.is_finished(progress, config.patience):
+    with distributed.rank_zero_only(lambda: locked(config.out)):
+        progress, found = resume.start_or_resume(train_step, config, provenance, plan.steps)
+        if resume.is_finished(progress, config.patience):
             return progress
-        devices.prepare_layers(objective, config, compute, plan.operations(objective))
-        take_step = devices.GraphedStep(train_step) if graphed else train_step
-        recorder = Recorder(train_step, config, plan, provenance, progress, found)
+        wrap_layers(objective, config, compute, plan.operations(objective))
+        take_step = GraphedStep(train_step) if graphed else train_step
+        recorder = TrainingLogger(train_step, config, plan, provenance, progress, found)
         with recorder, StopSignal() as stop:
             for step in range(progress["step"] + 1, plan.steps + 1):
                 rate = learning_rate(step - 1, plan.steps, *schedule)
-                batch = stream(step - 1).share(parallel.rank(), parallel.size())
+                batch = stream(step - 1).rank_slice(distributed.rank(), distributed.world_size())
                 terms = take_step(batch.to(compute.device), rate)
                 recorder.count(step)
                 last = step == plan.steps
@@ -273,7 +280,7 @@ def fit(objective, config, stream, evaluate, provenance):
                     recorder.log_step(terms, rate)
                 if last or plan.evaluates_at(step):
                     recorder.evaluate(evaluate)
-                    last = states.is_finished(progress, config.patience)
+                    last = resume.is_finished(progress, config.patience)
                 stopping = recorder.asked_to_stop(stop)
                 if last or stopping or step % config.save_every == 0:
                     recorder.save()
@@ -282,7 +289,7 @@ def fit(objective, config, stream, evaluate, provenance):
         if last:
             recorder.say_finished()
         else:
-            say(f"stopped after step {step} of {plan.steps}: the same command continues")
+            log(f"stopped after step {step} of {plan.steps}: the same command continues")
     return progress | {"stopped_by": stop.number}
 
 
@@ -291,9 +298,9 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
 
     `name` is what checkpoints call the model; `teachers` are [{"name", "digest"}].
     """
-    length, device = config.sequence_length, devices.choose_compute(config.device).device
+    length, device = config.sequence_length, choose_compute(config.device).device
     chunks = (corpus.train, config.batch_size, length, config.seed, config.random_offset)
-    stream = ahead(BatchStream(*chunks, device), device)
+    stream = prefetch(BatchStream(*chunks, device), device)
     starts = dev_subset(corpus.dev, length, config.eval_sequences)
 
     def evaluate(model, autocast):
@@ -301,15 +308,15 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
 
     shape, train, dev = objective.model.config, corpus.train.digest, corpus.dev.digest
     digests = {"train_shard": train, "dev_shard": dev, "init_digest": init_digest}
-    provenance = states.Provenance(
+    provenance = resume.Provenance(
         name, models.architecture(shape), shape, corpus.tokenizer, digests, tuple(teachers)
     )
     return fit(objective, config, stream, evaluate, provenance)
 
 
 def main(argv=None):
-    config = models.with_recipe(parse(TrainConfig, __doc__, argv, models.listing()))
-    parallel.join(devices.choose_device(config.device))
+    config = models.with_hyperparameters(parse(TrainConfig, __doc__, argv, models.preset_names()))
+    distributed.init_distributed(choose_device(config.device))
     corpus = open_corpus(config.data)
     model, name, init_digest = models.initial_model(config, corpus)
     objective = CrossEntropyObjective(model, config.label_smoothing)

@@ -1,6 +1,6 @@
 """Two pictures of an ablation: what distillation gains against words of text, and by its teachers.
 
-    python benchmarks/ablations.py --words 65000=DIR 130000=DIR --teachers DIR --out FOLDER
+    python -m benchmarks.ablations --words 65000=DIR 130000=DIR --teachers DIR --out FOLDER
 
 A DIR is the folder of results of `reproduce.py`. `65000=DIR,STUDENT,CONTROL` takes two of its
 models by name, where the best options for that text are not the recipe's. A gain is the control's
@@ -15,12 +15,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from harness.files import UserError, atomic_write, run_program  # noqa: E402
-from report.pictures import CONTROL, STUDENT, picture  # noqa: E402
-from report.results import read_study  # noqa: E402
+from experiments.plots import CONTROL, STUDENT, picture
+from experiments.results import read_study
+from training.io import UserError, atomic_write, run_program
 
 
 def gains(folder, **roles):
@@ -55,9 +52,7 @@ def gains_picture(points, axis, logarithmic=False):
         axes.errorbar(places, means, yerr=errors, fmt="o", color=STUDENT, capsize=4)
         for place, title, mean in zip(places, titles, means):
             shift, side = (7, "left") if place < max(places) else (-7, "right")
-            axes.annotate(
-                title, (place, mean), (shift, 0), textcoords="offset points", ha=side, size=8
-            )
+            axes.annotate(title, (place, mean), (shift, 0), textcoords="offset points", ha=side, size=8)
         axes.axhline(0, color=CONTROL, linestyle=":")
         if logarithmic:
             axes.set_xscale("log")
@@ -76,9 +71,12 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--words", nargs="+", default=[], metavar="N=DIR[,STUDENT,CONTROL]",
+        "--words",
+        nargs="+",
+        default=[],
+        metavar="N=DIR[,STUDENT,CONTROL]",
         help="words of training text, and the results of control and student on them",
-    )  # fmt: skip
+    )
     parser.add_argument("--teachers", metavar="DIR", help="results of students of other teachers")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the pictures")
     args = parser.parse_args(argv)

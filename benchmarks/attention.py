@@ -1,28 +1,24 @@
 """The ways in which CUDA computes attention, timed, and the share of weights that dropout drops.
 
-    python benchmarks/attention.py --device cuda
+    python -m benchmarks.attention --device cuda
 
 Shapes are (sequences, heads, positions, head size) of the paper's models in a training step. Each
 back end of `scaled_dot_product_attention` computes forward and backward. cuDNN's is switched off in
-training (`harness/devices.py`): in torch 2.11 some of its kernels round the dropout probability to
+training (`training/device.py`): in torch 2.11 some of its kernels round the dropout probability to
 sixteenths, which "dropped" shows. On a CPU the one back end that is there is timed on less.
 """
 
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
-from harness.devices import choose_device  # noqa: E402
-from harness.files import run_program  # noqa: E402
+from benchmarks.findings import Findings, benchmark_parser, print_table
+from training.device import choose_device
+from training.io import run_program
 
 SHAPES = {
     "gpt2-705m": (128, 16, 128, 96),
@@ -65,10 +61,7 @@ def dropped_share(shape, device, probability):
 
 def measured(shape, device, repeats):
     """The finding of a shape under the back ends that are allowed now."""
-    q, k, v = (
-        torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
-    )
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 
     d_y = torch.randn(shape, device=device, dtype=torch.bfloat16)
 

@@ -1,7 +1,7 @@
 """Whole distillation steps (teachers, loss, backward, clip, AdamW), ours beside Hugging Face's.
 
-    python benchmarks/distill_step.py                      on the CPU or GPU that is there
-    python benchmarks/distill_step.py --teachers paper     the paper's teachers: wants a GPU
+    python -m benchmarks.distill_step                      on the CPU or GPU that is there
+    python -m benchmarks.distill_step --teachers paper     the paper's teachers: wants a GPU
 
 ours                  distill.py --compile (the default on CUDA), teachers live
 ours_eager            distill.py --no-compile (the default on a CPU)
@@ -15,18 +15,14 @@ huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.contest import compete  # noqa: E402
-from benchmarks.findings import Findings, benchmark_parser  # noqa: E402
-from benchmarks.steps import (  # noqa: E402
+from benchmarks.contest import compete
+from benchmarks.findings import Findings, benchmark_parser
+from benchmarks.steps import (
     VOCABULARY,
     data_sheet_flops,
     flops_per_token,
@@ -40,12 +36,17 @@ from benchmarks.steps import (  # noqa: E402
     serve_steps,
     show_rates,
 )
-from distill import DistillConfig, EnsembleObjective, PlainObjective, narrow_layers  # noqa: E402
-from gpt2 import GPT2Config  # noqa: E402
-from harness.cache import Layout, TeacherCache  # noqa: E402
-from harness.devices import choose_device, choose_precision  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from model import PRESETS, build  # noqa: E402
+from distill import (
+    DistillationObjective,
+    DistillConfig,
+    FusedDistillationObjective,
+    cast_linears_to_bf16,
+)
+from gpt2 import GPT2Config
+from model import PRESETS, build
+from training.device import choose_device, choose_precision
+from training.io import run_program
+from training.teacher_cache import Layout, TeacherCache
 
 GRAPHED = ("ours_graph", "ours_cached_graph")
 HUGGING_FACE = ("huggingface", "huggingface_compiled")
@@ -83,18 +84,16 @@ def our_step(args, device):
     student, teachers = models_of(args, device)
     precision = choose_precision(args.precision, device)
     for teacher in teachers if precision == "bf16" else ():
-        narrow_layers(teacher)
+        cast_linears_to_bf16(teacher)
     cache = None
     if "cached" in args.worker:
         sizes = tuple(teacher.config.hidden_size for teacher in teachers)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         layout = Layout(BATCHES * args.batch_size, args.sequence_length, sizes, dtype)
         cache = TeacherCache.in_memory(layout, device)
-    make_objective = PlainObjective if args.worker == "ours_plain" else EnsembleObjective
+    make_objective = DistillationObjective if args.worker == "ours_plain" else FusedDistillationObjective
     objective = make_objective(student, teachers, DistillConfig(teachers=[]), cache=cache)
-    return our_train_step(
-        objective, device, precision, args.worker not in UNCOMPILED, args.worker in GRAPHED
-    )
+    return our_train_step(objective, device, precision, args.worker not in UNCOMPILED, args.worker in GRAPHED)
 
 
 def their_step(args, device, compiled):
@@ -144,7 +143,10 @@ def referee(args, device):
     options = ["--device", str(device), "--teachers", args.teachers, "--steps", str(args.steps)]
     options += ["--batch-size", str(args.batch_size), "--precision", args.precision]
     options += ["--sequence-length", str(args.sequence_length)]
-    commands = {name: [sys.executable, __file__, "--worker", name, *options] for name in variants}
+    commands = {
+        name: [sys.executable, "-m", "benchmarks.distill_step", "--worker", name, *options]
+        for name in variants
+    }
     precision = choose_precision(args.precision, device)
     ceiling = matmul_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     findings = Findings(args, device)
@@ -173,22 +175,18 @@ def parse_arguments(argv):
         default="small",
         help="size of the teachers (default: small)",
     )
-    parser.add_argument(
-        "--variants", nargs="+", choices=ON_A_GPU, help="contestants (default: all)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="sequences in a step (default: 32)"
-    )
+    parser.add_argument("--variants", nargs="+", choices=ON_A_GPU, help="contestants (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences in a step (default: 32)")
     parser.add_argument(
         "--sequence-length", type=int, default=128, help="tokens in a sequence (default: 128)"
     )
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
         help="precision of our variants (default: auto, bf16 where the chip multiplies it)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)")
     parser.add_argument("--steps", type=int, help="steps in a turn (default: 1, on CUDA 20)")
     parser.add_argument("--worker", choices=ON_A_GPU, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Scoring minimal pairs: batches of one length, beside one sentence at a time, beside padding.
 
-    python benchmarks/evaluation.py --pairs blimp_filtered --tokenizer data/babylm/tokenizer.model
+    python -m benchmarks.evaluation --pairs blimp_filtered --tokenizer data/babylm/tokenizer.model
 
 Without --pairs, the toy corpus's own are scored. The model's weights are as initialised: they do
 not change what it costs. Sentences are drawn evenly from all files; every way must give the same
@@ -18,17 +18,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import make_toy_corpus  # noqa: E402
-from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
-from data import Tokenizer  # noqa: E402
-from evaluate import read_pairs, sentence_scores  # noqa: E402
-from harness.devices import choose_device  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from model import PRESETS, build_model  # noqa: E402
-from tokenize_corpus import read_folder, train_tokenizer  # noqa: E402
+import make_toy_corpus
+from benchmarks.findings import Findings, benchmark_parser, print_table
+from data import Tokenizer
+from evaluate import read_pairs, sentence_scores
+from model import PRESETS, build_model
+from tokenize_corpus import read_folder, train_tokenizer
+from training.device import choose_device
+from training.io import run_program
 
 PADDED_BATCH = 64  # sentences
 
@@ -78,17 +75,13 @@ def take_turns(ways, rounds):
 
 def parse_arguments(argv):
     parser = benchmark_parser(__doc__)
-    parser.add_argument(
-        "--model", choices=PRESETS, default="llama-16m", help="preset (default: llama-16m)"
-    )
+    parser.add_argument("--model", choices=PRESETS, default="llama-16m", help="preset (default: llama-16m)")
     parser.add_argument("--pairs", metavar="DIR", help="folder of minimal pairs, *.jsonl")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model that --pairs needs")
     parser.add_argument(
         "--sentences", type=int, default=2000, help="least number of sentences (default: 2000)"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="turns that each way takes (default: 3)"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each way takes (default: 3)")
     args = parser.parse_args(argv)
     if bool(args.pairs) != bool(args.tokenizer):
         parser.error("--pairs and --tokenizer go together")

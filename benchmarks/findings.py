@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from harness.record import commit
-from harness.tables import aligned
+from training.io import aligned
+from training.logger import commit
 
 
 def benchmark_parser(description):
@@ -17,9 +17,11 @@ def benchmark_parser(description):
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     parser.add_argument(
-        "--results", metavar="FILE", help="file that gets each finding as one line of JSON as soon "
+        "--results",
+        metavar="FILE",
+        help="file that gets each finding as one line of JSON as soon "
         "as it is there; a GPU does not measure again what the file holds of it at this commit",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--json", action="store_true", help="print all findings as a JSON object in the last line"
     )

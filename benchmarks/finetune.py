@@ -1,6 +1,6 @@
 """Fine-tuning a classifier for an epoch: ours beside transformers' Trainer.
 
-    python benchmarks/finetune.py --model llama-16m
+    python -m benchmarks.finetune --model llama-16m
 
 ours             finetune.py's loop: batches of texts of like length
 trainer          transformers' Trainer with dynamic padding, to the longest text of each batch
@@ -18,24 +18,23 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.contest import compete, median, serve  # noqa: E402
-from benchmarks.findings import (  # noqa: E402
+from benchmarks.contest import compete, median, serve
+from benchmarks.findings import (
     Findings,
     benchmark_parser,
     print_errors,
     print_table,
 )
-from classifier import as_classifier  # noqa: E402
-from export_hf import hf_config, hf_weights  # noqa: E402
-from finetune import ClassificationObjective, ExampleStream  # noqa: E402
-from harness.devices import autocast_for, choose_device, choose_precision  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from model import PRESETS, architecture, build_model  # noqa: E402
-from tasks import EncodedExamples  # noqa: E402
-from train import TrainStep, build_optimizer, learning_rate  # noqa: E402
+from export_hf import hf_config, hf_weights
+from finetune import ClassificationObjective, ExampleStream
+from finetuning.classifier import as_classifier
+from finetuning.tasks import EncodedExamples
+from model import PRESETS, architecture, build_model
+from train import TrainStep, build_optimizer, learning_rate
+from training.device import autocast_for, choose_device, choose_precision
+from training.io import run_program
+
+ROOT = Path(__file__).resolve().parent.parent
 
 VARIANTS = ("ours", "trainer", "trainer_grouped", "trainer_full")
 LONGEST, VOCABULARY, RATE = 128, 16_000, 5e-5
@@ -84,23 +83,28 @@ def their_epoch(model, found, args, device, precision, variant):
         rows = [row["input_ids"] for row in batch]
         return {
             "input_ids": torch.tensor([ids + [0] * (longest - len(ids)) for ids in rows]),
-            "attention_mask": torch.tensor(
-                [[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows]
-            ),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows]),
             "labels": torch.tensor([row["labels"] for row in batch]),
         }
 
     grouping = {}
     if grouped:  # its name before transformers 5, and since
         named = "group_by_length" in inspect.signature(transformers.TrainingArguments).parameters
-        grouping = {"group_by_length": True} if named else {
-            "train_sampling_strategy": "group_by_length"}  # fmt: skip
+        grouping = {"group_by_length": True} if named else {"train_sampling_strategy": "group_by_length"}
     arguments = transformers.TrainingArguments(
-        output_dir=str(ROOT / "runs" / "benchmark"), num_train_epochs=1, learning_rate=RATE,
-        per_device_train_batch_size=args.batch_size, bf16=precision == "bf16",
-        use_cpu=device.type == "cpu", save_strategy="no", logging_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False, **grouping,
-    )  # fmt: skip
+        output_dir=str(ROOT / "runs" / "benchmark"),
+        num_train_epochs=1,
+        learning_rate=RATE,
+        per_device_train_batch_size=args.batch_size,
+        bf16=precision == "bf16",
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **grouping,
+    )
     trainer = transformers.Trainer(twin, arguments, data_collator=collate, train_dataset=rows)
     return trainer.train
 
@@ -117,20 +121,14 @@ def be_contestant(args, device):
 
 def parse_arguments(argv):
     parser = benchmark_parser(__doc__)
-    parser.add_argument(
-        "--model", choices=PRESETS, default="llama-16m", help="preset (default: llama-16m)"
-    )
+    parser.add_argument("--model", choices=PRESETS, default="llama-16m", help="preset (default: llama-16m)")
     parser.add_argument("--examples", type=int, default=256, help="of an epoch (default: 256)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples (default: 16)")
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: auto)"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="epochs of each contestant (default: 3)"
-    )
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(default: all)"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="epochs of each contestant (default: 3)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(default: all)")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -148,7 +146,15 @@ def main(argv=None):
         f"batches of {args.batch_size}",
         flush=True,
     )
-    base = [sys.executable, __file__, "--device", str(device), "--model", args.model]
+    base = [
+        sys.executable,
+        "-m",
+        "benchmarks.finetune",
+        "--device",
+        str(device),
+        "--model",
+        args.model,
+    ]
     base += ["--examples", str(args.examples), "--batch-size", str(args.batch_size)]
     base += ["--precision", precision, "--worker"]
 
@@ -166,9 +172,14 @@ def main(argv=None):
         if "error" not in finding:
             speed = finding["examples_per_second"]
             rows.append(
-                [name, f"{speed:.1f}", f"{finding['tokens_per_second']:,.0f}",
-                 f"{speed / first:.2f}" if first else "-", f"{finding['peak_gb']:.2f}"]
-            )  # fmt: skip
+                [
+                    name,
+                    f"{speed:.1f}",
+                    f"{finding['tokens_per_second']:,.0f}",
+                    f"{speed / first:.2f}" if first else "-",
+                    f"{finding['peak_gb']:.2f}",
+                ]
+            )
     print_table(rows)
     print_errors(rates)
     findings.close(args)

@@ -1,10 +1,10 @@
 """Counts the kernels that the compiler makes of a layer and of the loss's rows, from its code.
 
-    python benchmarks/kernels.py                     for the CPU or GPU that is there
-    python benchmarks/kernels.py --precision fp32
+    python -m benchmarks.kernels                     for the CPU or GPU that is there
+    python -m benchmarks.kernels --precision fp32
 
 A row is a graph: a layer in training, forward and backward, the same layer of a frozen teacher
-(`distill.narrow_layers`), and the rows of the loss. "fused" are the kernels that the compiler
+(`distill.cast_linears_to_bf16`), and the rows of the loss. "fused" are the kernels that the compiler
 wrote, "casts" those among them that only change a type, "products" the matrix products, "others"
 the calls of torch's own kernels: attention, random numbers. Nothing is timed.
 """
@@ -12,20 +12,16 @@ the calls of torch's own kernels: attention, random numbers. Nothing is timed.
 import dataclasses
 import re
 import sys
-from pathlib import Path
 
 import torch
 from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
-from distill import narrow_layers  # noqa: E402
-from harness.devices import autocast_for, choose_device, choose_precision  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from loss import Constants, _rows  # noqa: E402
-from model import PRESETS, build  # noqa: E402
+from benchmarks.findings import Findings, benchmark_parser, print_table
+from distill import cast_linears_to_bf16
+from loss import Constants, _rows
+from model import PRESETS, build
+from training.device import autocast_for, choose_device, choose_precision
+from training.io import run_program
 
 MODELS = ("gpt2-97m", "llama-58m")
 BATCH_SIZE, LENGTH, VOCABULARY = 2, 128, 16_000
@@ -76,7 +72,7 @@ def graphs_of(device, autocast, precision):
             yield f"{name}, training, {part}", code
         model, x = one_layer(name, device)
         if precision == "bf16":
-            narrow_layers(model)
+            cast_linears_to_bf16(model)
         layer = layer_of(model.eval().requires_grad_(False))
         with torch.no_grad(), autocast:
             _, codes = run_and_get_code(layer, x.detach())
@@ -95,9 +91,11 @@ def graphs_of(device, autocast, precision):
 def main(argv=None):
     parser = benchmark_parser(__doc__)
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
         help="precision of the products (default: auto, bf16 where the chip multiplies it)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)

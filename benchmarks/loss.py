@@ -1,13 +1,13 @@
 """The ensemble loss alone, forward and backward: the plain formula beside the fused one.
 
-    python benchmarks/loss.py
+    python -m benchmarks.loss
 
 The shapes are the paper's, for 1,024 to 16,384 tokens, and on CUDA for 4,096 and 32,768.
 
-plain           loss.py's `plain_ensemble_kl` on materialised logits
+plain           loss.py's `plain_distillation_loss` on materialised logits
 plain_compiled  the same under torch.compile
-fused           `ensemble_kl`, eager
-fused_compiled  `ensemble_kl` with its rows compiled: what --compile trains with
+fused           `distillation_loss`, eager
+fused_compiled  `distillation_loss` with its rows compiled: what --compile trains with
 
 Products are in bf16 where the chip multiplies it natively. "own GiB" is the peak above what stood
 before the loss was called: inputs, heads and the program itself. Speed and memory are relative to
@@ -16,24 +16,20 @@ plain.
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.contest import compete, median, serve  # noqa: E402
-from benchmarks.findings import (  # noqa: E402
+from benchmarks.contest import compete, median, serve
+from benchmarks.findings import (
     Findings,
     benchmark_parser,
     print_errors,
     print_table,
 )
-from harness.devices import autocast_for, choose_device, choose_precision  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from loss import ensemble_kl, join_heads, plain_ensemble_kl  # noqa: E402
+from loss import distillation_loss, join_heads, plain_distillation_loss
+from training.device import autocast_for, choose_device, choose_precision
+from training.io import run_program
 
 VARIANTS = ("fused", "fused_compiled", "plain", "plain_compiled")
 ON_A_CPU = [1024, 2048, 4096, 8192, 16_384]  # tokens
@@ -62,20 +58,20 @@ def loss_function(variant, hidden, head, teachers, targets, dtype):
     """The variant's function, which returns the loss of these inputs, with products in `dtype`."""
     _, heads, weights = zip(*teachers)
     options = {
-        "alpha": 0.5, "temperature": 2.0, "num_targets": len(targets),
+        "alpha": 0.5,
+        "temperature": 2.0,
+        "num_targets": len(targets),
         "kl_denominator": len(targets) / LENGTH,
-    }  # fmt: skip
+    }
 
     def plain():
         taught = [F.linear(states, teacher_head) for states, teacher_head, _ in teachers]
-        return plain_ensemble_kl(F.linear(hidden, head), taught, weights, targets, **options)[
-            "loss"
-        ]
+        return plain_distillation_loss(F.linear(hidden, head), taught, weights, targets, **options)["loss"]
 
     joined = join_heads(heads, weights, dtype)
 
     def fused(compiled):
-        return ensemble_kl(
+        return distillation_loss(
             hidden, head, teachers, targets, joined_head=joined, compiled=compiled, **options
         )["loss"]
 
@@ -116,7 +112,15 @@ def referee(args, device):
         return finding | ({"own_gb": result["own_gb"]} if "own_gb" in result else {})
 
     for tokens in args.tokens or (ON_A_GPU if device.type == "cuda" else ON_A_CPU):
-        base = [sys.executable, __file__, "--device", str(device), "--tokens", str(tokens)]
+        base = [
+            sys.executable,
+            "-m",
+            "benchmarks.loss",
+            "--device",
+            str(device),
+            "--tokens",
+            str(tokens),
+        ]
         base += ["--repeats", str(repeats), "--worker"]
         commands = {f"{tokens} {variant}": [*base, variant] for variant in args.variants}
         sizes = compete(findings, commands, args.rounds, device, judge)
@@ -141,16 +145,19 @@ def cells(finding, plain):
 def parse_arguments(argv):
     parser = benchmark_parser(__doc__)
     parser.add_argument(
-        "--tokens", type=int, nargs="+",
+        "--tokens",
+        type=int,
+        nargs="+",
         help="sizes (default: 1024 2048 4096 8192 16384, on CUDA 4096 32768)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS,
-        help="contestants (default: all)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)"
     )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=VARIANTS,
+        help="contestants (default: all)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """The relative error of the loss and of its gradients, each path against float64.
 
-    python benchmarks/numerics.py
+    python -m benchmarks.numerics
 
 A whole distillation objective (student, two teachers, loss) on small models, with the same weights
 and tokens for all paths. The error of the gradients is the norm of the difference of all of them
@@ -9,36 +9,30 @@ over the norm of all of them.
 
 import copy
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
-from benchmarks.steps import random_batches  # noqa: E402
-from distill import DistillConfig, EnsembleObjective, PlainObjective  # noqa: E402
-from harness.cache import Layout, TeacherCache  # noqa: E402
-from harness.devices import autocast_for, choose_device, compile_blocks  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from loss import plain_ensemble_kl  # noqa: E402
-from model import build_model  # noqa: E402
+from benchmarks.findings import Findings, benchmark_parser, print_table
+from benchmarks.steps import random_batches
+from distill import DistillationObjective, DistillConfig, FusedDistillationObjective
+from loss import plain_distillation_loss
+from model import build_model
+from training.device import autocast_for, choose_device, compile_blocks
+from training.io import run_program
+from training.teacher_cache import Layout, TeacherCache
 
 VOCABULARY, SEQUENCES, LENGTH = 4000, 8, 128
 
 
-class ExactObjective(PlainObjective):
+class ExactObjective(DistillationObjective):
     """The plain objective without its casts to float32: in float64 where its models are."""
 
     def forward(self, batch):
         batch = self.prepare(batch)
         taught = [F.linear(h, t.head) for h, t in zip(batch.teacher_states, self.teachers)]
         logits = self.model(batch.tokens)
-        return plain_ensemble_kl(
-            logits, taught, self.weights, batch.targets, **self.constants(batch)
-        )
+        return plain_distillation_loss(logits, taught, self.weights, batch.targets, **self.constants(batch))
 
 
 def outcome(objective, batch, autocast, micro_batch=SEQUENCES):
@@ -72,13 +66,13 @@ def paths(student, teachers, dtype, device):
         config = DistillConfig(teachers=[])
         return make(student, teachers, config, cache=cache).to(device).train()
 
-    yield "plain", objective(PlainObjective), SEQUENCES
-    fused = objective(EnsembleObjective)
+    yield "plain", objective(DistillationObjective), SEQUENCES
+    fused = objective(FusedDistillationObjective)
     yield "fused", fused, SEQUENCES
     yield "fused, accumulated", fused, 3
     sizes = tuple(teacher.config.hidden_size for teacher in teachers)
     cache = TeacherCache.in_memory(Layout(SEQUENCES, LENGTH, sizes, dtype), device)
-    yield "fused, cached teachers", objective(EnsembleObjective, cache), SEQUENCES
+    yield "fused, cached teachers", objective(FusedDistillationObjective, cache), SEQUENCES
     compiled = copy.deepcopy(fused)
     compile_blocks(compiled)
     yield "fused, compiled", compiled, SEQUENCES

@@ -1,7 +1,7 @@
 """Predictions of fine-tuned checkpoints: ours beside transformers' on the exported folder.
 
     python finetune.py runs/control/best.pt --tasks glue_filtered --only cola rte --keep
-    python benchmarks/predictions.py runs/finetune/control --tasks glue_filtered
+    python -m benchmarks.predictions runs/finetune/control --tasks glue_filtered
 
 Each classifier that is there (TASK/seed-N/best.pt, which --keep keeps) is exported as export_hf.py
 does it, and transformers reads the folder and the texts of valid. In float32.
@@ -13,17 +13,14 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import export_hf  # noqa: E402
-from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
-from classifier import load_classifier  # noqa: E402
-from data import Tokenizer  # noqa: E402
-from finetune import predict  # noqa: E402
-from harness.devices import autocast_for, choose_device  # noqa: E402
-from harness.files import UserError, run_program  # noqa: E402
-from tasks import encode, read_tasks  # noqa: E402
+import export_hf
+from benchmarks.findings import Findings, benchmark_parser, print_table
+from data import Tokenizer
+from finetune import predict
+from finetuning.classifier import load_classifier
+from finetuning.tasks import encode, read_tasks
+from training.device import autocast_for, choose_device
+from training.io import UserError, run_program
 
 ROWS = 32  # texts of a batch
 

@@ -1,6 +1,6 @@
 """How cost grows: with tokens, vocabulary and teachers in the loss, with text in all the rest.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.scaling
 
 Each line is the best of several calls of the real thing on invented text, from small to large, and
 the exponent p of seconds ~ size^p fitted to them: 1 is linear.
@@ -16,18 +16,16 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import make_toy_corpus  # noqa: E402
-import tokenize_corpus  # noqa: E402
-from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
-from data import Tokenizer, TokenShard  # noqa: E402
-from evaluate import sentence_scores, shard_losses  # noqa: E402
-from harness.devices import autocast_for, choose_device, choose_precision  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from loss import ensemble_kl  # noqa: E402
-from model import build_model  # noqa: E402
+import make_toy_corpus
+import tokenize_corpus
+from benchmarks.findings import Findings, benchmark_parser, print_table
+from data import TokenShard
+from evaluate import sentence_scores, shard_losses
+from loss import distillation_loss
+from model import build_model
+from tokenizer import Tokenizer
+from training.device import autocast_for, choose_device, choose_precision
+from training.io import run_program
 
 LOSS_SIZES = {
     "tokens": (1024, 2048, 4096, 8192),
@@ -65,10 +63,16 @@ def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
 
     def once():
         with autocast:
-            terms = ensemble_kl(
-                hidden, head, taught, targets, alpha=0.5, temperature=2.0, num_targets=tokens,
+            terms = distillation_loss(
+                hidden,
+                head,
+                taught,
+                targets,
+                alpha=0.5,
+                temperature=2.0,
+                num_targets=tokens,
                 kl_denominator=tokens / 128,
-            )  # fmt: skip
+            )
         terms["loss"].backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -108,9 +112,12 @@ def measurements(words, device):
 def main(argv=None):
     parser = benchmark_parser(__doc__)
     parser.add_argument(
-        "--words", type=int, nargs="+", default=[50_000, 100_000, 200_000, 400_000],
+        "--words",
+        type=int,
+        nargs="+",
+        default=[50_000, 100_000, 200_000, 400_000],
         help="sizes of the toy corpora in words (default: 50000 100000 200000 400000)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     findings = Findings(args, device)

@@ -1,8 +1,8 @@
 """What each preset takes on a GPU, derived and not measured: memory and hours.
 
-    python benchmarks/sizes.py
+    python -m benchmarks.sizes
 
-Memory is the estimate of `harness/memory.py` for bf16 and compiled layers. Hours are the step's
+Memory is the estimate of `training/memory.py` for bf16 and compiled layers. Hours are the step's
 arithmetic at 40 % of what the data sheet promises (165 TFLOP/s for a card of 24 GB, an RTX 4090;
 989 for one of 141 GB, an H200), over the epochs of the preset's recipe on ten million words. Both
 are those of the preset alone: a student's teachers come on top.
@@ -10,18 +10,14 @@ are those of the preset alone: a student's teachers come on top.
 
 import argparse
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.findings import print_table  # noqa: E402
-from benchmarks.steps import flops_per_token  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from harness.memory import estimate  # noqa: E402
-from harness.plan import GIB  # noqa: E402
-from model import PRESETS, build  # noqa: E402
-from train import CrossEntropyObjective  # noqa: E402
+from benchmarks.findings import print_table
+from benchmarks.steps import flops_per_token
+from model import PRESETS, build
+from train import CrossEntropyObjective
+from training.io import run_program
+from training.memory import estimate
+from training.plan import GIB
 
 TOKENS = 13_700_000  # of ten million words, at 16,000 pieces
 LENGTH = 128

@@ -11,8 +11,9 @@ from benchmarks.contest import median, serve
 from benchmarks.findings import print_errors, print_table
 from data import Batch
 from gpt2 import GPT2Config
-from harness.devices import GRAPH_WARM_UP, GraphedStep, autocast_for, compile_blocks
 from train import TrainStep, build_optimizer
+from training.cuda_graph import GRAPH_WARM_UP, GraphedStep
+from training.device import autocast_for, compile_blocks
 
 VOCABULARY = 16_000
 CEILING_SECONDS = 10  # for measuring it; a processor that is slow or busy may take longer for one

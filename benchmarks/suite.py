@@ -1,12 +1,12 @@
 """The benchmarks in one go: what is committed under benchmarks/results/ comes from here.
 
-    python benchmarks/suite.py cpu                        under 20 minutes on two cores
-    python benchmarks/suite.py cpu-fp32                   ours without bf16, some minutes more
-    python benchmarks/suite.py gpu --minutes 30           what can be done in that time
-    python benchmarks/suite.py gpu --part 1               of four, each in less than 9 minutes
-    python benchmarks/suite.py gpu --phase steps          one phase: each ends within 8 minutes
-    python benchmarks/suite.py gpu --page                 no measuring, the page alone
-    python benchmarks/suite.py gpu --rehearse --out DIR   the same phases on a CPU, tiny models
+    python -m benchmarks.suite cpu                        under 20 minutes on two cores
+    python -m benchmarks.suite cpu-fp32                   ours without bf16, some minutes more
+    python -m benchmarks.suite gpu --minutes 30           what can be done in that time
+    python -m benchmarks.suite gpu --part 1               of four, each in less than 9 minutes
+    python -m benchmarks.suite gpu --phase steps          one phase: each ends within 8 minutes
+    python -m benchmarks.suite gpu --page                 no measuring, the page alone
+    python -m benchmarks.suite gpu --rehearse --out DIR   the same phases on a CPU, tiny models
 
 A suite is a list of phases, each of them a command. OUT/SUITE.json holds what each phase printed
 and found, OUT/SUITE.md is the same for readers, and both are kept up to date while a phase runs: of
@@ -37,13 +37,18 @@ import time
 from pathlib import Path
 from threading import Thread
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.findings import is_clean, read_findings, write_findings
+from training.io import (
+    UserError,
+    aligned,
+    log,
+    run_program,
+    write_json,
+    write_text,
+)
+from training.logger import commit
 
-from benchmarks.findings import is_clean, read_findings, write_findings  # noqa: E402
-from harness.files import UserError, run_program, say, write_json, write_text  # noqa: E402
-from harness.record import commit  # noqa: E402
-from harness.tables import aligned  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PHASE_SECONDS = 480  # what any phase may take
 POLL_SECONDS = 0.2
@@ -51,42 +56,41 @@ POLL_SECONDS = 0.2
 # A phase whose name ends so compares the phase without it with Hugging Face's models. It comes last
 # and takes from that phase what was measured there on the same GPU.
 CONTINUES = "-huggingface"
-GPU_STEPS = "benchmarks/distill_step.py --device cuda --teachers paper --variants"
-GPU_STUDENT = "benchmarks/train_step.py --device cuda --models llama-58m --batch-size 32 --variants"
-GPU_GPT2 = "benchmarks/train_step.py --device cuda --models gpt2-705m --batch-size 256 --variants"
+GPU_STEPS = "-m benchmarks.distill_step --device cuda --teachers paper --variants"
+GPU_STUDENT = "-m benchmarks.train_step --device cuda --models llama-58m --batch-size 32 --variants"
+GPU_GPT2 = "-m benchmarks.train_step --device cuda --models gpt2-705m --batch-size 256 --variants"
 # Seven and a half minutes, so that it ends by itself within a phase; the second phase continues.
 GPU_RECIPE = "reproduce.py --recipe medium --data DATA --pairs PAIRS --out OUT/trained"
 KEPT = "--results OUT/recipe --stop-after"
 REHEARSED_RECIPE = "reproduce.py --recipe benchmarks/rehearsal.json --out OUT/trained"
-GPU_LLAMA = "benchmarks/train_step.py --device cuda --models llama-360m --batch-size 128 --variants"
+GPU_LLAMA = "-m benchmarks.train_step --device cuda --models llama-360m --batch-size 128 --variants"
 
 SUITES = {
     "cpu": {
-        "steps": "benchmarks/distill_step.py",
-        "plain": "benchmarks/distill_step.py --variants ours_eager ours_plain",
-        "loss": "benchmarks/loss.py --rounds 3",
-        "training": "benchmarks/train_step.py --rounds 3",
-        "scaling": "benchmarks/scaling.py",
-        "evaluation": "benchmarks/evaluation.py",
-        "numerics": "benchmarks/numerics.py",
+        "steps": "-m benchmarks.distill_step",
+        "plain": "-m benchmarks.distill_step --variants ours_eager ours_plain",
+        "loss": "-m benchmarks.loss --rounds 3",
+        "training": "-m benchmarks.train_step --rounds 3",
+        "scaling": "-m benchmarks.scaling",
+        "evaluation": "-m benchmarks.evaluation",
+        "numerics": "-m benchmarks.numerics",
     },
     "cpu-fp32": {  # as on a processor that does not multiply bf16 natively
-        "steps": "benchmarks/distill_step.py --precision fp32 --variants ours ours_eager "
-        "huggingface",
+        "steps": "-m benchmarks.distill_step --precision fp32 --variants ours ours_eager huggingface",
     },
     "gpu": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
-        "attention": "benchmarks/attention.py --device cuda",
+        "attention": "-m benchmarks.attention --device cuda",
         "student": f"{GPU_STUDENT} ours ours_graph",
         "gpt2": f"{GPU_GPT2} ours",
         "llama": f"{GPU_LLAMA} ours",
         "steps": f"{GPU_STEPS} ours ours_graph ours_cached ours_cached_graph",
         "recipe": f"{GPU_RECIPE} {KEPT} 7.5",
         "recipe-continued": f"{GPU_RECIPE} {KEPT} 7.5",
-        "loss": "benchmarks/loss.py --device cuda --rounds 3",
-        "numerics": "benchmarks/numerics.py --device cuda",
-        "evaluation": "benchmarks/evaluation.py --device cuda --model llama-58m",
-        "kernels": "benchmarks/kernels.py --device cuda",
+        "loss": "-m benchmarks.loss --device cuda --rounds 3",
+        "numerics": "-m benchmarks.numerics --device cuda",
+        "evaluation": "-m benchmarks.evaluation --device cuda --model llama-58m",
+        "kernels": "-m benchmarks.kernels --device cuda",
         "steps-huggingface": f"{GPU_STEPS} ours ours_plain huggingface huggingface_compiled",
         "student-huggingface": f"{GPU_STUDENT} ours huggingface huggingface_compiled",
         "gpt2-huggingface": f"{GPU_GPT2} ours huggingface huggingface_compiled",
@@ -94,22 +98,20 @@ SUITES = {
     },
     "rehearsal": {
         "tests": "-m pytest -m gpu -p no:cacheprovider",
-        "attention": "benchmarks/attention.py --device cpu",
-        "student": "benchmarks/train_step.py --device cpu --models llama-tiny-student --rounds 1 "
+        "attention": "-m benchmarks.attention --device cpu",
+        "student": "-m benchmarks.train_step --device cpu --models llama-tiny-student --rounds 1 "
         "--variants ours ours_eager",
-        "gpt2": "benchmarks/train_step.py --device cpu --models gpt2-tiny --rounds 1 "
-        "--variants ours",
-        "llama": "benchmarks/train_step.py --device cpu --models llama-tiny --rounds 1 "
-        "--variants ours",
-        "steps": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 "
+        "gpt2": "-m benchmarks.train_step --device cpu --models gpt2-tiny --rounds 1 --variants ours",
+        "llama": "-m benchmarks.train_step --device cpu --models llama-tiny --rounds 1 --variants ours",
+        "steps": "-m benchmarks.distill_step --device cpu --teachers tiny --rounds 1 "
         "--variants ours ours_cached ours_plain",
         "recipe": f"{REHEARSED_RECIPE} {KEPT} 0",
         "recipe-continued": f"{REHEARSED_RECIPE} {KEPT} 7.5",
-        "loss": "benchmarks/loss.py --device cpu --tokens 256 --rounds 1",
-        "numerics": "benchmarks/numerics.py --device cpu",
-        "evaluation": "benchmarks/evaluation.py --device cpu --model llama-tiny --sentences 200",
-        "kernels": "benchmarks/kernels.py --device cpu",
-        "steps-huggingface": "benchmarks/distill_step.py --device cpu --teachers tiny --rounds 1 "
+        "loss": "-m benchmarks.loss --device cpu --tokens 256 --rounds 1",
+        "numerics": "-m benchmarks.numerics --device cpu",
+        "evaluation": "-m benchmarks.evaluation --device cpu --model llama-tiny --sentences 200",
+        "kernels": "-m benchmarks.kernels --device cpu",
+        "steps-huggingface": "-m benchmarks.distill_step --device cpu --teachers tiny --rounds 1 "
         "--variants ours huggingface huggingface_compiled",
     },
 }
@@ -177,9 +179,7 @@ class Record:
     def keep_recipe(self):
         """Packs what the recipe's phases found into one file, which is small."""
         if (self.out / "recipe").exists():
-            shutil.make_archive(
-                str(self.out / f"{self.suite}-recipe"), "gztar", self.out / "recipe"
-            )
+            shutil.make_archive(str(self.out / f"{self.suite}-recipe"), "gztar", self.out / "recipe")
 
     def save_page(self):
         """Writes the page."""
@@ -355,7 +355,7 @@ def measure_phase(record, phase, seconds, again=False):
     entry = {"command": command, "date": str(datetime.date.today()), "commit": commit()}
     entry |= {"state": "running", "seconds": 0, "printed": [], "findings": {}}
     record.entries[phase] = entry
-    say(f"\n$ {command}")
+    log(f"\n$ {command}")
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -369,7 +369,7 @@ def measure_phase(record, phase, seconds, again=False):
         record.keep_recipe()
         record.save()
         problem = f": {entry['problem']}" if entry["problem"] else ""
-        say(f"({entry['state']} after {entry['seconds']} seconds{problem})")
+        log(f"({entry['state']} after {entry['seconds']} seconds{problem})")
     return entry["state"] == "complete"
 
 
@@ -409,9 +409,9 @@ def measure(record, phases, minutes, again):
     for phase in phases:
         left = deadline - time.monotonic()
         if not again and record.is_complete(phase, command_of(record.suite, phase)):
-            say(f"{phase}: completed at this commit, see {record.path} (--again repeats it)")
+            log(f"{phase}: completed at this commit, see {record.path} (--again repeats it)")
         elif left <= 0:
-            say(f"{phase}: not started, for the {minutes:g} minutes are used up")
+            log(f"{phase}: not started, for the {minutes:g} minutes are used up")
             all_complete = False
         else:
             in_time = min(left, PHASE_SECONDS)
@@ -425,31 +425,32 @@ def parse_arguments(argv):
     )
     parser.add_argument("suite", choices=SUITES, help="list of phases")
     parser.add_argument(
-        "--part", type=int, choices=PARTS,
+        "--part",
+        type=int,
+        choices=PARTS,
         help="only this part of the GPU's phases, in its own minutes unless --minutes are given",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rehearse", action="store_true", help="the GPU's phases on a CPU, with tiny models"
     )
+    parser.add_argument("--rehearse", action="store_true", help="the GPU's phases on a CPU, with tiny models")
     parser.add_argument("--data", metavar="DIR", help="shards of the recipe among the GPU's phases")
+    parser.add_argument("--pairs", nargs="+", default=[], metavar="DIR", help="minimal pairs for that recipe")
     parser.add_argument(
-        "--pairs", nargs="+", default=[], metavar="DIR", help="minimal pairs for that recipe"
-    )
-    parser.add_argument(
-        "--phase", action="append", metavar="NAME",
+        "--phase",
+        action="append",
+        metavar="NAME",
         help="only this phase; may be given several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", default="benchmarks/results", metavar="DIR",
-        help="folder of SUITE.json and SUITE.md (default: benchmarks/results)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--minutes", type=float,
-        help="time after which no phase starts and the one that runs is stopped (default: no end)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--again", action="store_true", help="repeat what was completed at this commit"
     )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        metavar="DIR",
+        help="folder of SUITE.json and SUITE.md (default: benchmarks/results)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="time after which no phase starts and the one that runs is stopped (default: no end)",
+    )
+    parser.add_argument("--again", action="store_true", help="repeat what was completed at this commit")
     parser.add_argument(
         "--page", action="store_true", help="only make the page again from what is in the folder"
     )
@@ -480,7 +481,7 @@ def main(argv=None):
     if args.part:
         phases, minutes = PARTS[args.part]
     if args.suite == "gpu" and not args.data:
-        say("the recipe is left out: --data DIR gives it its shards")
+        log("the recipe is left out: --data DIR gives it its shards")
         phases = [phase for phase in phases if not phase.startswith("recipe")]
     minutes = minutes if args.minutes is None else args.minutes
     return 0 if measure(record, phases, minutes, args.again) else 1

@@ -1,6 +1,6 @@
 """Memory of tokenising a corpus: the peak of all its processes together, for texts of some sizes.
 
-    python benchmarks/tokenizing.py --megabytes 50 200 500
+    python -m benchmarks.tokenizing --megabytes 50 200 500
 
 The text is invented: lines of words drawn from a made-up vocabulary, as rare as those of a language
 are. It is written into a temporary folder and removed. Memory is the proportional set size (PSS) of
@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.findings import Findings, benchmark_parser, print_table
+from corpus.text_files import list_text_files
+from training.io import UserError, run_program
 
-from benchmarks.findings import Findings, benchmark_parser, print_table  # noqa: E402
-from harness.files import UserError, run_program  # noqa: E402
-from harness.texts import text_files  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 MIB = 1 << 20
 SYLLABLES = "ba be di fo ga hu ji ko la me ni or pu ra se to un vi wa yo".split()
@@ -88,7 +87,7 @@ def measurements(args):
     """Yields the megabytes of text, the peak in bytes and the seconds of each corpus."""
     options = ["--clean", args.clean, "--vocab-size", args.vocab_size]
     if args.train:
-        paths = [path for folder in (args.train, args.dev) for path in text_files(folder)]
+        paths = [path for folder in (args.train, args.dev) for path in list_text_files(folder)]
         size = sum(path.stat().st_size for path in paths) / 1e6
         with tempfile.TemporaryDirectory() as folder:
             given = ["--train", args.train, "--dev", args.dev, "--out", folder]
@@ -106,9 +105,12 @@ def measurements(args):
 def parse_arguments(argv):
     parser = benchmark_parser(__doc__)
     parser.add_argument(
-        "--megabytes", type=float, nargs="+", default=[50, 200, 500],
+        "--megabytes",
+        type=float,
+        nargs="+",
+        default=[50, 200, 500],
         help="millions of bytes of training text (default: 50 200 500)",
-    )  # fmt: skip
+    )
     parser.add_argument("--train", metavar="DIR", help="training text to measure instead")
     parser.add_argument("--dev", metavar="DIR", help="dev text, with --train")
     parser.add_argument("--clean", default="light", help="as tokenize_corpus.py (default: light)")

@@ -1,6 +1,6 @@
 """Whole training steps (forward, loss, backward, clip, AdamW) of a preset, ours beside theirs.
 
-    python benchmarks/train_step.py --models llama-16m llama-58m gpt2-97m
+    python -m benchmarks.train_step --models llama-16m llama-58m gpt2-97m
 
 ours, ours_eager      train.py --compile and --no-compile
 ours_graph            train.py --compile --cuda-graph, on CUDA alone
@@ -11,16 +11,12 @@ huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.contest import compete  # noqa: E402
-from benchmarks.findings import Findings, benchmark_parser  # noqa: E402
-from benchmarks.steps import (  # noqa: E402
+from benchmarks.contest import compete
+from benchmarks.findings import Findings, benchmark_parser
+from benchmarks.steps import (
     VOCABULARY,
     data_sheet_flops,
     flops_per_token,
@@ -33,10 +29,10 @@ from benchmarks.steps import (  # noqa: E402
     serve_steps,
     show_rates,
 )
-from harness.devices import choose_device, choose_precision  # noqa: E402
-from harness.files import run_program  # noqa: E402
-from model import PRESETS, build_model  # noqa: E402
-from train import CrossEntropyObjective  # noqa: E402
+from model import PRESETS, build_model
+from train import CrossEntropyObjective
+from training.device import choose_device, choose_precision
+from training.io import run_program
 
 GRAPHED = ("ours_graph",)
 HUGGING_FACE = ("huggingface", "huggingface_compiled")
@@ -70,9 +66,7 @@ def be_contestant(args, device):
         step = our_step(name, device, args.worker)
     else:
         step = their_step(name, device, compiled=args.worker == "huggingface_compiled")
-    serve_steps(
-        step, random_batches(2, args.batch_size, LENGTH, VOCABULARY, device), args.steps, device
-    )
+    serve_steps(step, random_batches(2, args.batch_size, LENGTH, VOCABULARY, device), args.steps, device)
 
 
 def referee(args, device):
@@ -88,7 +82,15 @@ def referee(args, device):
     tokens = args.steps * args.batch_size * LENGTH
     for model in args.models:
         print(f"{model}, {args.batch_size} x {LENGTH} tokens", flush=True)
-        base = [sys.executable, __file__, *options, "--models", model, "--worker"]
+        base = [
+            sys.executable,
+            "-m",
+            "benchmarks.train_step",
+            *options,
+            "--models",
+            model,
+            "--worker",
+        ]
         commands = {f"{model} {variant}": [*base, variant] for variant in variants}
         flops = flops_per_token(PRESETS[model].config, LENGTH, True)
 
@@ -103,21 +105,18 @@ def referee(args, device):
 def parse_arguments(argv):
     parser = benchmark_parser(__doc__)
     parser.add_argument(
-        "--models", nargs="+", choices=PRESETS,
-        help="presets (default: gpt2-705m llama-360m llama-58m on CUDA, else llama-16m llama-58m "
-        "gpt2-97m)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--variants", nargs="+", choices=ON_A_GPU, help="contestants (default: all)"
+        "--models",
+        nargs="+",
+        choices=PRESETS,
+        help="presets (default: gpt2-705m llama-360m llama-58m on CUDA, else llama-16m llama-58m gpt2-97m)",
     )
+    parser.add_argument("--variants", nargs="+", choices=ON_A_GPU, help="contestants (default: all)")
     parser.add_argument(
         "--batch-size",
         type=int,
         help="sequences of 128 tokens in a step (default: 16, on CUDA 128)",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)")
     parser.add_argument("--steps", type=int, help="steps in a turn (default: 1, on CUDA 10)")
     parser.add_argument("--worker", choices=ON_A_GPU, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

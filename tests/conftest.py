@@ -14,15 +14,16 @@ import torch
 import export_hf
 import model as models
 import tokenize_corpus
-from data import Tokenizer, TokenShard
+from corpus.token_shards import write_shard
+from data import TokenShard
 from distill import DistillConfig
-from harness.checkpoint import content_digest, read_checkpoint, write_checkpoint
-from harness.devices import autocast_for
-from harness.options import may_change
-from harness.record import commit
-from harness.shards import write_shard
-from harness.states import Provenance
+from tokenizer import Tokenizer
 from train import TrainStep, build_optimizer
+from training.checkpoint import content_digest, read_checkpoint, write_checkpoint
+from training.device import autocast_for
+from training.logger import commit
+from training.options import may_change
+from training.resume import Provenance
 
 # Tiny models gain nothing from a second thread, and two that wait for each other use both cores.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

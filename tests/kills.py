@@ -127,26 +127,26 @@ class Watched:
 
 def perform(task):
     """Does a task in this process."""
-    from harness import cache, files, plan
+    from training import io, plan, teacher_cache
 
     for module, constants in task.get("constants", {}).items():
         vars(importlib.import_module(module)).update(constants)
 
     def run():
         program = importlib.import_module(task["program"])
-        return files.run_program(lambda: program.main(task["arguments"]))
+        return io.run_program(lambda: program.main(task["arguments"]))
 
     if not task.get("watch", True):
         plan.check_disk = lambda *_: None
         return {"code": run()}
     watch = Watch(task["folder"], task.get("copies"))
-    digest = cache.TeacherCache.digest
+    digest = teacher_cache.TeacherCache.digest
 
     def counted(self, chunk):  # a cache in a file is written through memory, without any call
         watch.point("cache digest")
         return digest(self, chunk)
 
-    cache.TeacherCache.digest = counted
+    teacher_cache.TeacherCache.digest = counted
     code = run()
     watch.point("exit")
     return {"code": code, "calls": watch.calls, "read": sorted(watch.read)}

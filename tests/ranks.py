@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import distill  # noqa: E402
 import train  # noqa: E402
-from harness.files import run_program  # noqa: E402
+from training.io import run_program  # noqa: E402
 
 PROGRAMS = {"train": train.main, "distill": distill.main}
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks import contest, findings, suite
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+PROGRAMS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
 
 # A benchmark in miniature: it finds two things, starts a process that would outlive it, and hangs.
 HANGS = """
@@ -125,9 +125,7 @@ def test_places_are_given_to_commands_and_do_not_appear_in_what_is_kept(fake, tm
     assert kept(tmp_path)["tells"]["printed"] == ["the figures", "OUT/run"]
 
 
-def test_what_is_complete_at_this_commit_is_not_repeated_unless_asked_for(
-    fake, tmp_path, monkeypatch
-):
+def test_what_is_complete_at_this_commit_is_not_repeated_unless_asked_for(fake, tmp_path, monkeypatch):
     counting = ENDS + f"\nopen({str(tmp_path / 'count')!r}, 'a').write('x')"
     arguments = fake(ends=counting)
     count = lambda: (tmp_path / "count").stat().st_size  # noqa: E731
@@ -163,7 +161,7 @@ def test_the_minutes_are_kept(fake, tmp_path, capsys):
 def test_a_suite_that_is_terminated_takes_its_phase_along(tmp_path):
     (tmp_path / "hangs.py").write_text(HANGS)
     program = (
-        "import runpy, sys, signal; from benchmarks import suite; from harness.files import "
+        "import runpy, sys, signal; from benchmarks import suite; from training.io import "
         "run_program; signal.signal(signal.SIGTERM, signal.default_int_handler); "
         f"suite.SUITES['fake'] = {{'hangs': {str(tmp_path / 'hangs.py')!r}}}; "
         f"sys.exit(run_program(lambda: suite.main(['fake', '--out', {str(tmp_path / 'out')!r}])))"
@@ -185,7 +183,7 @@ MARK = "BABYLLAMA_REHEARSAL"  # an environment variable, which all processes of 
 
 def rehearsal(out):
     """The command of a rehearsal, and the environment that marks its processes by `out`."""
-    command = [sys.executable, "benchmarks/suite.py", "gpu", "--rehearse", "--minutes", "30"]
+    command = [sys.executable, "-m", "benchmarks.suite", "gpu", "--rehearse", "--minutes", "30"]
     return [*command, "--out", str(out)], os.environ | {MARK: str(out)}
 
 
@@ -214,9 +212,7 @@ def test_the_rehearsal_runs_to_its_end_and_leaves_few_small_files(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_rehearsal_killed_at_a_random_moment_keeps_its_results_and_leaves_no_process(
-    number, tmp_path
-):
+def test_a_rehearsal_killed_at_a_random_moment_keeps_its_results_and_leaves_no_process(number, tmp_path):
     command, environment = rehearsal(tmp_path)
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     moment = random.uniform(5, 120)
@@ -328,4 +324,4 @@ def test_a_gpu_does_not_repeat_what_is_known_of_it(tmp_path, monkeypatch):
 def test_every_program_describes_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"benchmarks.{name}").main(["--help"])
-    assert ended.value.code == 0 and f"python benchmarks/{name}.py" in capsys.readouterr().out
+    assert ended.value.code == 0 and f"python -m benchmarks.{name}" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import torch
 
 import model as models
 from conftest import save_model
-from harness.checkpoint import FORMAT, content_digest
-from harness.files import UserError
+from training.checkpoint import FORMAT, content_digest
+from training.io import UserError
 
 
 def saved(path, tokenizer, name="llama-tiny", training=None):

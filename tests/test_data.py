@@ -8,18 +8,10 @@ import torch
 
 import data
 from conftest import train_tokenizer, write_text
-from data import (
-    AheadStream,
-    Batch,
-    BatchStream,
-    Tokenizer,
-    TokenShard,
-    ahead,
-    count_chunks,
-    dev_subset,
-)
-from harness.files import UserError, sha256
-from harness.shards import FIRST_LINE_BYTES, MAGIC, write_shard
+from corpus.token_shards import FIRST_LINE_BYTES, MAGIC, write_shard
+from data import Batch, BatchStream, PrefetchStream, TokenShard, count_chunks, dev_subset, prefetch
+from tokenizer import Tokenizer
+from training.io import UserError, sha256
 
 
 class Pieces:
@@ -175,9 +167,7 @@ def test_a_shard_that_is_kept_on_the_device_gives_the_same_batches(train_shard, 
 
 
 @pytest.mark.parametrize("vocabulary_size", [65_536, 65_537])
-def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(
-    tmp_path, monkeypatch, vocabulary_size
-):
+def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(tmp_path, monkeypatch, vocabulary_size):
     monkeypatch.setattr(data, "COPIED_TOKENS", 1000)
     ids = np.random.default_rng(0).permutation(vocabulary_size)
     shard = shard_of(tmp_path / "x.bin", ids, vocabulary_size)
@@ -192,7 +182,7 @@ def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(
 
 def test_batches_that_are_made_ahead_are_the_same_also_after_a_jump(train_shard):
     stream = BatchStream(train_shard, 8, 32, seed=0)
-    made_ahead = AheadStream(stream, "cpu")
+    made_ahead = PrefetchStream(stream, "cpu")
     assert (made_ahead.num_chunks, made_ahead.words) == (stream.num_chunks, stream.words)
     for step in (0, 1, 2, 40, 41, 7, 8, 8):
         for a, b in zip(vars(stream(step)).values(), vars(made_ahead(step)).values()):
@@ -208,7 +198,7 @@ def test_what_goes_wrong_with_a_batch_ahead_is_raised_at_its_step():
                 raise UserError("the third batch cannot be read")
             return Batch.whole(*torch.full((3, 1, 1), step))
 
-    made_ahead = AheadStream(Stream(), "cpu")
+    made_ahead = PrefetchStream(Stream(), "cpu")
     assert [made_ahead(step).chunk_ids.item() for step in (0, 1)] == [0, 1]
     with pytest.raises(UserError, match="third"):
         made_ahead(2)
@@ -216,15 +206,15 @@ def test_what_goes_wrong_with_a_batch_ahead_is_raised_at_its_step():
 
 def test_on_a_cpu_no_batch_is_made_ahead(train_shard):
     stream = BatchStream(train_shard, 8, 32, seed=0)
-    assert ahead(stream, "cpu") is stream
+    assert prefetch(stream, "cpu") is stream
 
 
 @pytest.mark.gpu
 def test_batches_come_from_the_host_where_the_gpu_has_no_room(train_shard, monkeypatch):
     monkeypatch.setattr(data, "GPU_SHARE", 0)
     mapped = BatchStream(train_shard, 8, 32, 0)
-    stream = ahead(BatchStream(train_shard, 8, 32, 0, device="cuda"), "cuda")
-    assert isinstance(stream, AheadStream)
+    stream = prefetch(BatchStream(train_shard, 8, 32, 0, device="cuda"), "cuda")
+    assert isinstance(stream, PrefetchStream)
     for step in (0, 1, 65, 200, 201):
         batch = stream(step)
         assert batch.tokens.is_cuda and torch.equal(mapped(step).tokens, batch.tokens.cpu())

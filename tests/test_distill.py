@@ -10,11 +10,11 @@ import model as models
 import train
 from conftest import save_model, step_of, train_tokenizer, write_split, write_text
 from data import BatchStream
-from distill import DistillConfig, EnsembleObjective
-from harness.checkpoint import content_digest, read_checkpoint
-from harness.devices import autocast_for, compile_blocks
-from harness.files import run_program
-from loss import plain_ensemble_kl
+from distill import DistillConfig, FusedDistillationObjective
+from loss import plain_distillation_loss
+from training.checkpoint import content_digest, read_checkpoint
+from training.device import autocast_for, compile_blocks
+from training.io import run_program
 
 
 def config(**changes):
@@ -32,12 +32,18 @@ def test_the_objective_is_the_formula_of_the_paper(train_shard):
     batch = BatchStream(train_shard, 4, 32, seed=0)(0)
     for reduction, denominator in (("sequence", 4), ("token", 4 * 32)):
         options = config(alpha=0.4, temperature=1.5, kl_reduction=reduction, teacher_weights=[2, 1])
-        objective = EnsembleObjective(student, teachers, options).train()
+        objective = FusedDistillationObjective(student, teachers, options).train()
         got = objective(batch)
-        expected = plain_ensemble_kl(
-            student(batch.tokens), [t.eval()(batch.tokens) for t in teachers], [2, 1],
-            batch.targets, alpha=0.4, temperature=1.5, num_targets=128, kl_denominator=denominator,
-        )  # fmt: skip
+        expected = plain_distillation_loss(
+            student(batch.tokens),
+            [t.eval()(batch.tokens) for t in teachers],
+            [2, 1],
+            batch.targets,
+            alpha=0.4,
+            temperature=1.5,
+            num_targets=128,
+            kl_denominator=denominator,
+        )
         for key in expected:
             torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-6)
         ours = torch.autograd.grad(got["loss"], list(student.parameters()))
@@ -48,7 +54,7 @@ def test_the_objective_is_the_formula_of_the_paper(train_shard):
 
 def test_only_the_student_learns(train_shard):
     student, teachers = models.build_model("llama-tiny", 300), ensemble()
-    objective = EnsembleObjective(student, teachers, config()).train()
+    objective = FusedDistillationObjective(student, teachers, config()).train()
     before = [p.clone() for p in objective.parameters()]
     step = step_of(objective, weight_decay=0.1)
     step(BatchStream(train_shard, 4, 32, seed=0)(0), 1e-3)
@@ -59,14 +65,14 @@ def test_only_the_student_learns(train_shard):
 
 
 def test_teachers_stay_in_eval_mode_while_the_student_trains():
-    objective = EnsembleObjective(models.build_model("gpt2-tiny", 300), ensemble(), config())
+    objective = FusedDistillationObjective(models.build_model("gpt2-tiny", 300), ensemble(), config())
     objective.train()
     assert objective.model.training and not any(t.training for t in objective.teachers)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(train_shard):
     teacher = models.build_model("llama-tiny", 300)
-    objective = EnsembleObjective(teacher, [teacher], config(alpha=0.0))
+    objective = FusedDistillationObjective(teacher, [teacher], config(alpha=0.0))
     terms = objective(BatchStream(train_shard, 4, 32, seed=0)(0))
     assert terms["kl"] < 1e-5
 
@@ -83,7 +89,7 @@ def gradients(objective, batch, device):
 def compiled_and_eager(train_shard, device, student):
     torch.manual_seed(0)
     student = models.build_model(student, 300)
-    objective = EnsembleObjective(student, ensemble(), config()).to(device).train()
+    objective = FusedDistillationObjective(student, ensemble(), config()).to(device).train()
     batch = BatchStream(train_shard, 4, 32, seed=0)(0).to(torch.device(device))
     eager = gradients(objective, batch, device)
     compile_blocks(objective)
@@ -112,9 +118,7 @@ def teachers(data_folder, tmp_path_factory):
     """Two trained teachers: paths of their checkpoints."""
     folder = tmp_path_factory.mktemp("teachers")
     for name in ("gpt2-tiny", "llama-tiny"):
-        train.main(
-            ["--model", name, "--data", str(data_folder), "--out", str(folder / name), *SHORT]
-        )
+        train.main(["--model", name, "--data", str(data_folder), "--out", str(folder / name), *SHORT])
     return [str(folder / name / "best.pt") for name in ("gpt2-tiny", "llama-tiny")]
 
 
@@ -181,9 +185,7 @@ def test_a_teacher_of_another_shape_is_refused(
         (["--teacher-weights", "nan", "2"], "--teacher-weights"),
     ],
 )
-def test_impossible_options_are_refused(
-    teachers, data_folder, tmp_path, capsys, arguments, message
-):
+def test_impossible_options_are_refused(teachers, data_folder, tmp_path, capsys, arguments, message):
     given = ("--teachers", *teachers, "--data", data_folder, *arguments)
     assert message in refused(capsys, tmp_path / "s", *given)
 

@@ -13,7 +13,7 @@ from torch import nn
 import evaluate
 import model as models
 from conftest import save_model, train_tokenizer, write_split, write_text
-from data import BOS, EOS, TokenShard
+from data import TokenShard
 from evaluate import (
     CONVENTIONS,
     Ensemble,
@@ -26,8 +26,9 @@ from evaluate import (
     sentence_scores,
     shard_losses,
 )
-from harness.files import UserError, run_program
-from report.compare import mean_loss, read_losses
+from evaluation.statistics import mean_loss, read_losses
+from tokenizer import BOS, EOS
+from training.io import UserError, run_program
 
 V = 300
 
@@ -215,9 +216,7 @@ def checkpoints(tokenizer, tmp_path):
     return paths
 
 
-def test_several_checkpoints_and_their_ensemble_side_by_side(
-    checkpoints, data_folder, tmp_path, capsys
-):
+def test_several_checkpoints_and_their_ensemble_side_by_side(checkpoints, data_folder, tmp_path, capsys):
     pairs = str(write_pairs(tmp_path / "pairs", PAIRS))
     arguments = [*checkpoints, "--ensemble", *checkpoints, "--data", str(data_folder)]
     arguments += ["--pairs", pairs, "--json", str(tmp_path / "s.json"), "--device", "cpu"]
@@ -228,12 +227,23 @@ def test_several_checkpoints_and_their_ensemble_side_by_side(
     assert len(entries) == 3
     for entry in entries:
         assert entry.keys() == {
-            "path", "model", "parameters", "cross_entropy", "perplexity", "perplexity_per_word",
-            "bits_per_byte", "per_file", "pairs",
-        }  # fmt: skip
+            "path",
+            "model",
+            "parameters",
+            "cross_entropy",
+            "perplexity",
+            "perplexity_per_word",
+            "bits_per_byte",
+            "per_file",
+            "pairs",
+        }
         assert entry["pairs"][pairs].keys() == {
-            "accuracy_over_files", "accuracy_over_fields", "tie_rate", "per_file", "per_field",
-        }  # fmt: skip
+            "accuracy_over_files",
+            "accuracy_over_fields",
+            "tie_rate",
+            "per_file",
+            "per_field",
+        }
     assert entries[2]["parameters"] == entries[0]["parameters"] + entries[1]["parameters"]
 
 
@@ -259,9 +269,7 @@ def test_pairs_are_scored_although_the_default_text_is_of_another_tokenizer(
     other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
     write_split(tmp_path / "data" / "babylm", "dev", other, {"text": write_text(500, seed=9)})
     pairs = str(write_pairs(tmp_path / "pairs", PAIRS))
-    assert (
-        run_program(lambda: evaluate.main([*checkpoints, "--pairs", pairs, "--device", "cpu"])) == 0
-    )
+    assert run_program(lambda: evaluate.main([*checkpoints, "--pairs", pairs, "--device", "cpu"])) == 0
     assert "minimal pairs only" in capsys.readouterr().err
 
 
@@ -390,11 +398,8 @@ def test_a_run_is_scored_on_its_own_text_where_none_is_named(
 
 def test_fields_are_shown_and_2025_counts_one_more(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folder = write_pairs(tmp_path / "pairs", [p | {"linguistics_term": "s-selection"}
-                                              for p in PAIRS[:1]])  # fmt: skip
+    folder = write_pairs(tmp_path / "pairs", [p | {"linguistics_term": "s-selection"} for p in PAIRS[:1]])
     for convention, field in (("newline", "argument_structure"), ("2025", "s-selection")):
         arguments = [checkpoints[0], "--pairs", str(folder), "--device", "cpu"]
-        assert run_program(
-            lambda a=arguments, c=convention: evaluate.main([*a, "--convention", c])
-        ) == 0  # fmt: skip
+        assert run_program(lambda a=arguments, c=convention: evaluate.main([*a, "--convention", c])) == 0
         assert f"\n{field} " in capsys.readouterr().out

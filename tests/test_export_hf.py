@@ -17,17 +17,35 @@ import evaluate
 import export_hf
 import model as models
 from conftest import hf_twin, save_model, train_tokenizer, write_text
-from data import BOS, EOS
-from harness.checkpoint import read_checkpoint
-from harness.files import run_program
+from tokenizer import BOS, EOS
+from training.checkpoint import read_checkpoint
+from training.io import run_program
 
 V = 300
 NASTY = [
-    "the old dog", " leading", "trailing ", "two  blanks   three", "\ttab\tand\nline\r\nend",
-    "\n\n\n", " ", "", "naïve café e\u0301", "emoji 👩‍👩‍👧 🇫🇷", "\u2028 and \u2029 and \u0085",
-    "nul\x00byte", "\u00a0no-break\u200b", "ﬁ ½ ①", "مرحبا بالعالم", "日本語", "x" * 3000,
-    "dog" * 500, "<0x0A> and ▂", "\ufeffbom", "don't -- \"stop\"...", "1234567890",
-]  # fmt: skip
+    "the old dog",
+    " leading",
+    "trailing ",
+    "two  blanks   three",
+    "\ttab\tand\nline\r\nend",
+    "\n\n\n",
+    " ",
+    "",
+    "naïve café e\u0301",
+    "emoji 👩‍👩‍👧 🇫🇷",
+    "\u2028 and \u2029 and \u0085",
+    "nul\x00byte",
+    "\u00a0no-break\u200b",
+    "ﬁ ½ ①",
+    "مرحبا بالعالم",
+    "日本語",
+    "x" * 3000,
+    "dog" * 500,
+    "<0x0A> and ▂",
+    "\ufeffbom",
+    'don\'t -- "stop"...',
+    "1234567890",
+]
 
 
 @pytest.fixture(params=["gpt2-tiny", "llama-tiny"])
@@ -38,11 +56,15 @@ def checkpoint(request, tmp_path, tokenizer):
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     save_model(
-        tmp_path / "a.pt", model, tokenizer, request.param,
+        tmp_path / "a.pt",
+        model,
+        tokenizer,
+        request.param,
         config={"sequence_length": 32, "learning_rate": 0.003, "train_shard": "ab" * 32},
         progress={"step": 7, "steps": 9, "words": 1234, "dev_cross_entropy": 4.5},
-        teachers=[{"name": "gpt2-tiny", "digest": "0123456789abcdef"}], commit="abc123",
-    )  # fmt: skip
+        teachers=[{"name": "gpt2-tiny", "digest": "0123456789abcdef"}],
+        commit="abc123",
+    )
     return tmp_path / "a.pt"
 
 
@@ -58,9 +80,7 @@ def import_back(folder, out):
 
 def test_stock_classes_load_the_folder_and_compute_the_same(checkpoint):
     folder = export(checkpoint)
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert type(theirs).__name__ in ("LlamaForCausalLM", "GPT2LMHeadModel")
     ours, _ = models.load_checkpoint(checkpoint)
@@ -281,9 +301,7 @@ def test_pairs_are_scored_as_the_official_pipelines_do(checkpoint, tmp_path, con
     model = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     sides = ("sentence_good", "sentence_bad")
-    theirs = np.array(
-        [[their_score(model, tokenizer, pair[k], convention) for k in sides] for pair in pairs]
-    )
+    theirs = np.array([[their_score(model, tokenizer, pair[k], convention) for k in sides] for pair in pairs])
     ours = np.stack([saved["good"][0], saved["bad"][0]], axis=1)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     right = theirs[:, 0] > theirs[:, 1]
@@ -370,9 +388,11 @@ def another_tokenizer(**options):
     def replace(folder):
         written = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(write_text(2000, 1).split("\n")), model_writer=written,
-            hard_vocab_limit=False, **defaults | options,
-        )  # fmt: skip
+            sentence_iterator=iter(write_text(2000, 1).split("\n")),
+            model_writer=written,
+            hard_vocab_limit=False,
+            **defaults | options,
+        )
         (folder / "tokenizer.model").write_bytes(written.getvalue())
 
     return replace
@@ -395,57 +415,60 @@ LLAMA_FAULTS = {
     "grouped queries": (change_config(num_key_value_heads=2), "num_key_value_heads"),
     "biases": (change_config(attention_bias=True), "attention_bias"),
     "another activation": (change_config(hidden_act="gelu"), "hidden_act"),
-    "rope scaling": (
-        change_config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope scaling"),
+    "rope scaling": (change_config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope scaling"),
     "old rope scaling beside new": (
-        change_config(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope scaling"),
-    "old rope scaling": (
-        change_config(rope_parameters=None, rope_scaling={"type": "linear"}), "rope"),
+        change_config(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+        "rope scaling",
+    ),
+    "old rope scaling": (change_config(rope_parameters=None, rope_scaling={"type": "linear"}), "rope"),
     "two lines in a value": (change_config(hidden_act="x\nTraceback"), "hidden_act"),
     "heads of an odd size": (
-        change_config(num_attention_heads=32, num_key_value_heads=32, head_dim=3), "even"),
+        change_config(num_attention_heads=32, num_key_value_heads=32, head_dim=3),
+        "even",
+    ),
     "no positions to turn": (
-        change_config(rope_theta=0.0, rope_parameters={"rope_type": "default"}), "theta"),
+        change_config(rope_theta=0.0, rope_parameters={"rope_type": "default"}),
+        "theta",
+    ),
     "a head where it is tied": (change_config(tie_word_embeddings=True), "tied"),
-    "no head where it is not tied": (
-        change_tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
+    "no head where it is not tied": (change_tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
     "a tensor more": (change_tensors(lambda t: t.update(x=torch.zeros(1))), "has not"),
-    "integers": (
-        change_tensors(lambda t: t.update({NORM: torch.zeros(96, dtype=torch.int32)})), "I32"),
+    "integers": (change_tensors(lambda t: t.update({NORM: torch.zeros(96, dtype=torch.int32)})), "I32"),
     "sharded": (shard, "several files"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "does not exist"),
     "cut short": (change_bytes(lambda b: b[:-5]), "damaged"),
     "longer": (change_bytes(lambda b: b + b"x"), "damaged"),
     "empty": (change_bytes(lambda b: b""), "damaged"),
-    "a header longer than the file": (
-        change_bytes(lambda b: struct.pack("<Q", 1 << 60) + b[8:]), "damaged"),
+    "a header longer than the file": (change_bytes(lambda b: struct.pack("<Q", 1 << 60) + b[8:]), "damaged"),
     "a header of zeros": (with_header(bytes(64)), "damaged"),
     "a header that is a list": (with_header([]), "damaged"),
     "nested without end": (with_header(b"[" * 100_000), "damaged"),
     "negative offsets": (with_header({"a": SPAN | {"data_offsets": [-16, 0]}}), "damaged"),
     "overlapping tensors": (with_header({"a": SPAN, "b": SPAN}), "damaged"),
-    "an overflowing shape": (with_header({"a": SPAN | {"shape": [1 << 62, 4],
-                                                      "data_offsets": [0, 64]}}), "damaged"),
+    "an overflowing shape": (
+        with_header({"a": SPAN | {"shape": [1 << 62, 4], "data_offsets": [0, 64]}}),
+        "damaged",
+    ),
     "a shape that is text": (with_header({"a": SPAN | {"shape": ""}}), "damaged"),
     "a shape that is a dict": (with_header({"a": SPAN | {"shape": {}}}), "damaged"),
     "a type that is a list": (with_header({"a": SPAN | {"dtype": []}}), "damaged"),
     "nothing, and without end": (with_header({"a": SPAN | {"shape": [0, 1 << 70]}}), "damaged"),
-    "a name of two lines": (
-        change_tensors(lambda t: t.update({"a\nb": torch.zeros(1)})), "has not"),
-    "a tensor twice": (
-        change_tensors(lambda t: t.update({"norm.weight": torch.zeros(96)})), "twice"),
+    "a name of two lines": (change_tensors(lambda t: t.update({"a\nb": torch.zeros(1)})), "has not"),
+    "a tensor twice": (change_tensors(lambda t: t.update({"norm.weight": torch.zeros(96)})), "twice"),
     "no SentencePiece": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
-    "no tokenizer at all": (
-        lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "not a SentencePiece"),
-    "an empty tokenizer": (
-        lambda f: (f / "tokenizer.model").write_bytes(b""), "not a SentencePiece"),
+    "no tokenizer at all": (lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "not a SentencePiece"),
+    "an empty tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b""), "not a SentencePiece"),
     "a lossy tokenizer": (another_tokenizer(), "another kind"),
     "a unigram": (another_tokenizer(**LOSSLESS, model_type="unigram"), "another kind"),
     "LLaMA's own ids": (
-        another_tokenizer(**LOSSLESS, pad_id=-1, bos_id=1, eos_id=2, unk_id=0), "another kind"),
+        another_tokenizer(**LOSSLESS, pad_id=-1, bos_id=1, eos_id=2, unk_id=0),
+        "another kind",
+    ),
     "pieces of one's own": (
-        another_tokenizer(**LOSSLESS, user_defined_symbols=["dog", "\n"]), "another kind"),
-}  # fmt: skip
+        another_tokenizer(**LOSSLESS, user_defined_symbols=["dog", "\n"]),
+        "another kind",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", LLAMA_FAULTS)

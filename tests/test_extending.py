@@ -19,12 +19,12 @@ import model as models
 import train
 from conftest import interrupt_after, step_of
 from data import Batch, BatchStream, open_corpus
-from distill import DistillConfig, EnsembleObjective, PlainObjective
-from harness.checkpoint import content_digest, read_checkpoint
-from harness.files import UserError, run_program
+from distill import DistillationObjective, DistillConfig, FusedDistillationObjective
 from loss import cross_entropy, ensemble_logits, kl_divergence, mixed_loss
 from test_train import config_for, fitted, trained
 from train import CrossEntropyObjective, build_optimizer
+from training.checkpoint import content_digest, read_checkpoint
+from training.io import UserError, run_program
 
 OPTIONS = ["--steps", "6", "--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
 OPTIONS += ["--precision", "fp32", "--eval-sequences", "8", "--log-every", "2"]
@@ -70,9 +70,7 @@ def matching_run(data_folder, out):
     return objective, start, progress
 
 
-def test_an_objectives_own_parameters_are_trained_clipped_and_resumed(
-    data_folder, tmp_path, monkeypatch
-):
+def test_an_objectives_own_parameters_are_trained_clipped_and_resumed(data_folder, tmp_path, monkeypatch):
     objective, start, _ = matching_run(data_folder, tmp_path / "whole")
     assert not torch.equal(objective.projection.weight, start)
     assert all(p.grad is None for p in objective.teacher.parameters())
@@ -88,9 +86,7 @@ def test_an_objectives_own_parameters_are_trained_clipped_and_resumed(
     assert not any("projection" in name for name in weights)  # they are the model's alone
 
 
-def test_a_state_without_the_objectives_own_parameters_is_refused(
-    data_folder, tmp_path, monkeypatch
-):
+def test_a_state_without_the_objectives_own_parameters_is_refused(data_folder, tmp_path, monkeypatch):
     config = config_for(data_folder, tmp_path / "r", model="llama-tiny-student")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 8)
@@ -136,8 +132,7 @@ class Averager(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.hidden_size)
-            for _ in range(config.num_hidden_layers)
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers)
         )
 
     @property
@@ -162,9 +157,7 @@ def averager(monkeypatch):
     monkeypatch.setitem(models.PRESETS, "averager-tiny", preset)
 
 
-def test_a_third_architecture_is_trained_scored_and_taught_by(
-    averager, data_folder, tmp_path, capsys
-):
+def test_a_third_architecture_is_trained_scored_and_taught_by(averager, data_folder, tmp_path, capsys):
     assert run_train(data_folder, tmp_path / "a", "--model", "averager-tiny") == 0
     best = tmp_path / "a" / "best.pt"
     model, checkpoint = models.load_checkpoint(best)
@@ -181,9 +174,7 @@ def test_a_third_architecture_is_trained_scored_and_taught_by(
     assert not (tmp_path / "e").exists()
 
 
-def test_a_checkpoint_of_an_unknown_architecture_says_so(
-    averager, data_folder, tmp_path, monkeypatch
-):
+def test_a_checkpoint_of_an_unknown_architecture_says_so(averager, data_folder, tmp_path, monkeypatch):
     run_train(data_folder, tmp_path / "a", "--model", "averager-tiny")
     monkeypatch.delitem(models.ARCHITECTURES, "averager")
     with pytest.raises(UserError, match=r"'averager'.*only gpt2, llama are known"):
@@ -225,9 +216,7 @@ def test_any_optimizer_is_resumed_with_the_same_bits(data_folder, tmp_path, monk
     name = build if isinstance(build, str) else "adamw"
     if not isinstance(build, str):
         monkeypatch.setattr(train, "build_optimizer", build)
-    whole, cut = (
-        config_for(data_folder, tmp_path / folder, optimizer=name) for folder in ("whole", "cut")
-    )
+    whole, cut = (config_for(data_folder, tmp_path / folder, optimizer=name) for folder in ("whole", "cut"))
     first = trained(whole)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 8)
@@ -317,7 +306,7 @@ def test_the_plain_objective_equals_the_fused_one(train_shard, reduction):
     student, teachers = teachers_and_student()
     config = DistillConfig(teachers=[], kl_reduction=reduction, teacher_weights=[1, 3])
     batch, found = BatchStream(train_shard, 4, 32, seed=0)(0), []
-    for objective_class in (EnsembleObjective, PlainObjective):
+    for objective_class in (FusedDistillationObjective, DistillationObjective):
         objective = objective_class(student, teachers, config).train()
         terms = objective(objective.prepare(batch))
         gradients = torch.autograd.grad(terms["loss"], list(student.parameters()))
@@ -343,7 +332,7 @@ def test_distill_trains_with_the_plain_objective(data_folder, tmp_path, capsys):
     assert abs(values[0] - values[1]) < 1e-3
 
 
-class ReverseObjective(PlainObjective):
+class ReverseObjective(DistillationObjective):
     """KL(student ‖ teachers) beside the cross-entropy."""
 
     def forward(self, batch):
@@ -573,7 +562,7 @@ def test_smoothed_labels_of_a_student_are_those_of_the_plain_formula(train_shard
     student, teachers = teachers_and_student()
     config, found = DistillConfig(teachers=[], label_smoothing=0.1, kl_reduction="token"), []
     batch = BatchStream(train_shard, 4, 32, seed=0)(0)
-    for objective_class in (EnsembleObjective, PlainObjective):
+    for objective_class in (FusedDistillationObjective, DistillationObjective):
         terms = objective_class(student, teachers, config).train()(batch)
         found.append((terms, torch.autograd.grad(terms["loss"], list(student.parameters()))))
     (fused, ours), (plain, theirs) = found

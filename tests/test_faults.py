@@ -31,10 +31,11 @@ from conftest import (
     train_tokenizer,
     write_text,
 )
-from data import Tokenizer, TokenShard
-from harness import checkpoint as checkpoints
-from harness import plan
-from harness.files import UserError, locked, run_program
+from data import TokenShard
+from tokenizer import Tokenizer
+from training import checkpoint as checkpoints
+from training import plan
+from training.io import UserError, locked, run_program
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +60,7 @@ def start(data_folder, out, kill_at=None):
     """A run in a process of its own, which kills itself at the n-th call of a function of `os`."""
     program = (
         "import sys, train\n"
-        "from harness.files import run_program\n"
+        "from training.io import run_program\n"
         "sys.exit(run_program(lambda: train.main(sys.argv[1:])))"
     )
     if kill_at is not None:
@@ -74,9 +75,7 @@ def start(data_folder, out, kill_at=None):
             f"os.{name} = counted\n"
         ) + program
     arguments = [sys.executable, "-c", program, *command(data_folder, out)]
-    return subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(data_folder, out):
@@ -176,7 +175,7 @@ def test_a_second_interrupt_leaves_at_once(data_folder, tmp_path, monkeypatch):
 
 def test_a_folder_in_use_is_refused_until_its_process_has_died(tmp_path):
     program = (
-        "import sys, time; from harness.files import locked\n"
+        "import sys, time; from training.io import locked\n"
         "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -355,8 +354,12 @@ def test_values_that_would_fill_the_memory_are_refused(tmp_path):
 
 def test_shapes_that_would_fill_the_memory_are_refused(whole_run, tmp_path):
     checkpoint = checkpoints.read_checkpoint(whole_run / "best.pt")
-    for key, value in (("num_hidden_layers", 10**9), ("max_position_embeddings", 10**12),
-                       ("hidden_size", -96), ("num_attention_heads", 0)):  # fmt: skip
+    for key, value in (
+        ("num_hidden_layers", 10**9),
+        ("max_position_embeddings", 10**12),
+        ("hidden_size", -96),
+        ("num_attention_heads", 0),
+    ):
         changed = {k: v for k, v in checkpoint.items() if k != "digest"}
         shape = checkpoint["model"]["shape"] | {key: value}
         changed["model"] = checkpoint["model"] | {"shape": shape}
@@ -436,10 +439,7 @@ def test_text_of_any_kind_is_kept(tmp_path, text):
         train_tokenizer(write_text(2000, seed=1)).model_bytes
     )
     arguments = ["--dev", str(folder), "--tokenizer", str(tokenizer_file), "--no-clean"]
-    assert (
-        run_program(lambda: tokenize_corpus.main([*arguments, "--out", str(tmp_path / "data")]))
-        == 0
-    )
+    assert run_program(lambda: tokenize_corpus.main([*arguments, "--out", str(tmp_path / "data")])) == 0
     shard = TokenShard(tmp_path / "data" / "dev.bin")
     assert Tokenizer.load(tokenizer_file).decode(shard.tokens.tolist()) == text
     assert shard.files[0].name == "a file\nwith a newline"

@@ -9,22 +9,21 @@ import pytest
 import torch
 import transformers
 
-import classifier
 import export_hf
 import finetune
 import model as models
-import tasks
 import train
 from benchmarks import predictions
 from benchmarks.predictions import their_logits
 from conftest import interrupt_after, save_model, step_of, write_text
-from data import Tokenizer
+from finetuning import classifier, tasks
+from finetuning.tasks import Settings, encode, read_tasks, scores
 from generate import main as generate_main
 from gpt2 import GPT2Config
-from harness.checkpoint import read_checkpoint
-from harness.files import UserError, run_program
 from llama import LlamaConfig
-from tasks import Settings, encode, read_tasks, scores
+from tokenizer import Tokenizer
+from training.checkpoint import read_checkpoint
+from training.io import UserError, run_program
 
 V = 300
 SHAPES = {
@@ -104,9 +103,7 @@ def twin_of(model, classes):
     config = transformers.AutoConfig.for_model(**described)
     twin = transformers.AutoModelForSequenceClassification.from_config(config)
     assert type(twin).__name__ == described["architectures"][0]
-    missing, unexpected = twin.load_state_dict(
-        export_hf.hf_weights(kind, model.state_dict()), strict=False
-    )
+    missing, unexpected = twin.load_state_dict(export_hf.hf_weights(kind, model.state_dict()), strict=False)
     assert not missing and not unexpected
     return twin.eval()
 
@@ -148,12 +145,9 @@ def test_logits_loss_and_ten_steps_are_those_of_transformers(kind):
 
 
 @kinds
-def test_the_exported_folder_predicts_what_finetune_reported(
-    kind, folder, checkpoints, tmp_path, capsys
-):
+def test_the_exported_folder_predicts_what_finetune_reported(kind, folder, checkpoints, tmp_path, capsys):
     out = tmp_path / "out"
-    assert finetuned(checkpoints[kind], "--tasks", folder, "--out", out, "--keep",
-                     "--max-length", 12) == 0  # fmt: skip
+    assert finetuned(checkpoints[kind], "--tasks", folder, "--out", out, "--keep", "--max-length", 12) == 0
     for task in read_tasks(folder):
         best = out / kind / task.name / "seed-0" / "best.pt"
         logits = their_logits(best, task.valid[task.name], 12, torch.device("cpu"))
@@ -175,8 +169,7 @@ def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenize
     export_hf.export(checkpoints["llama"], tmp_path / "hf")
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     generator = random.Random(0)
-    pairs = [tuple(write_text(generator.randint(1, 12), i + j) for j in (0, 500))
-             for i in range(60)]  # fmt: skip
+    pairs = [tuple(write_text(generator.randint(1, 12), i + j) for j in (0, 500)) for i in range(60)]
     for texts in (pairs, [(a,) for a, _ in pairs]):
         for length in (3, 8, 9, 30):
             examples = tasks.Examples(texts, [0] * len(texts), 0, "")
@@ -210,23 +203,28 @@ def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenize
     ],
 )
 def test_fields_become_texts_as_in_the_pipelines(tmp_path, fields, texts):
-    write_task(tmp_path, "t", [fields | {"label": i, "idx": i} for i in (0, 1)],
-               [fields | {"label": 1}])  # fmt: skip
+    write_task(tmp_path, "t", [fields | {"label": i, "idx": i} for i in (0, 1)], [fields | {"label": 1}])
     (task,) = read_tasks(tmp_path)
     assert task.train.texts == [texts, texts] and task.valid["t"].labels == [1]
 
 
 def test_classes_are_the_train_files_in_order(tmp_path):
-    write_task(tmp_path, "t", [{"text": "x", "label": label} for label in (10, 2, "yes", 2, "no")],
-               [{"text": "x", "label": "yes"}])  # fmt: skip
+    write_task(
+        tmp_path,
+        "t",
+        [{"text": "x", "label": label} for label in (10, 2, "yes", 2, "no")],
+        [{"text": "x", "label": "yes"}],
+    )
     (task,) = read_tasks(tmp_path)
     assert task.classes == ("2", "10", "no", "yes")
     assert task.train.labels == [1, 0, 3, 0, 2] and task.valid["t"].labels == [3]
 
 
 def test_files_may_be_named_as_in_2023_and_labels_written_as_others_do(tmp_path):
-    lines = ['{"premise": "A", "hypothesis": "B", "label": 1.0}',
-             '{"premise": "", "hypothesis": "B", "label": " 0"}']  # fmt: skip
+    lines = [
+        '{"premise": "A", "hypothesis": "B", "label": 1.0}',
+        '{"premise": "", "hypothesis": "B", "label": " 0"}',
+    ]
     for name in ("train", "validation_matched", "validation_mismatched"):
         (tmp_path / f"mnli.{name}.json").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     (tmp_path / "other.train.jsonl").touch()  # is not asked for
@@ -310,9 +308,9 @@ def test_scores_are_those_of_their_definitions():
 def test_matthews_correlation_of_several_classes_is_that_of_their_indicators():
     labels, predicted = np.random.default_rng(1).integers(3, size=(2, 60))
     is_, said = np.eye(3)[labels], np.eye(3)[predicted]  # (N, classes)
-    centred = [m - m.mean(0) for m in (is_, said)]
-    covariance = (centred[0] * centred[1]).sum()
-    expected = covariance / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    center_head = [m - m.mean(0) for m in (is_, said)]
+    covariance = (center_head[0] * center_head[1]).sum()
+    expected = covariance / np.sqrt((center_head[0] ** 2).sum() * (center_head[1] ** 2).sum())
     found = scores(torch.tensor(predicted), torch.tensor(labels), 3)
     assert found["mcc"] == pytest.approx(expected) and "f1" not in found
 
@@ -394,9 +392,7 @@ def test_what_is_padded_changes_nothing(kind):
 # ---- the program
 
 
-def test_a_task_is_learned_and_nothing_is_done_twice(
-    folder, checkpoints, tmp_path, capsys, monkeypatch
-):
+def test_a_task_is_learned_and_nothing_is_done_twice(folder, checkpoints, tmp_path, capsys, monkeypatch):
     arguments = [checkpoints["llama"], checkpoints["gpt2"], "--tasks", folder, "--seeds", 2]
     arguments += ["--out", tmp_path / "out", "--json", tmp_path / "table.json"]
     assert finetuned(*arguments) == 0
@@ -408,8 +404,9 @@ def test_a_task_is_learned_and_nothing_is_done_twice(
             values = [found["seeds"][seed]["accuracy"] for seed in ("0", "1")]
             assert min(values) > majority + 0.1 and found["mean"] == sum(values) / 2
     kept = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
-    assert kept == sorted(f"{m}/{t}/seed-{s}.json" for m in ("llama", "gpt2")
-                          for t in ("single", "double") for s in (0, 1))  # fmt: skip
+    assert kept == sorted(
+        f"{m}/{t}/seed-{s}.json" for m in ("llama", "gpt2") for t in ("single", "double") for s in (0, 1)
+    )
     monkeypatch.setattr(finetune, "fit", None)
     assert finetuned(*arguments) == 0
     assert capsys.readouterr().out == "\n" + printed.split("\n\n")[1]
@@ -434,9 +431,7 @@ def test_a_run_that_was_stopped_continues_with_the_same_bits(
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
-def test_a_signal_in_the_last_step_of_a_run_ends_the_command_too(
-    folder, checkpoints, tmp_path, monkeypatch
-):
+def test_a_signal_in_the_last_step_of_a_run_ends_the_command_too(folder, checkpoints, tmp_path, monkeypatch):
     arguments = [checkpoints["llama"], "--tasks", folder, "--out", tmp_path]
     with monkeypatch.context() as patched:
         interrupt_after(patched, 16)  # the 64 examples of the first task, four times
@@ -543,9 +538,15 @@ def test_texts_that_are_cut_are_told(folder, checkpoints, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, value", [("--seeds", "0"), ("--max-length", "2"), ("--batch-size", "0"),
-                      ("--learning-rate", "nan"), ("--head", "deep")]
-)  # fmt: skip
+    "option, value",
+    [
+        ("--seeds", "0"),
+        ("--max-length", "2"),
+        ("--batch-size", "0"),
+        ("--learning-rate", "nan"),
+        ("--head", "deep"),
+    ],
+)
 def test_wrong_usage_exits_with_2(option, value):
     with pytest.raises(SystemExit) as stop:
         finetune.main(["best.pt", "--tasks", "x", option, value])

@@ -23,34 +23,55 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import classifier
 import evaluate
 import export_hf
 import generate
 import model as models
-import tasks
 import train
 from conftest import FIGURES, provenance_of, save_model, step_of
-from data import Batch, Tokenizer, TokenShard
-from harness import checkpoint as checkpoints
-from harness import shards
-from harness.cache import MAGIC, Layout, TeacherCache
-from harness.files import PAGE_BYTES, UserError, first_line_bytes, pack_header
-from harness.shards import FIRST_LINE_BYTES
-from harness.shards import MAGIC as SHARD_MAGIC
-from harness.states import check_continues, restore, training_state
+from corpus import token_shards
+from corpus.token_shards import FIRST_LINE_BYTES
+from corpus.token_shards import MAGIC as SHARD_MAGIC
+from data import Batch, TokenShard
+from evaluation.statistics import comparison_rows, read_losses
+from finetuning import classifier, tasks
 from llama import Llama, LlamaConfig
-from report.compare import comparison_rows, read_losses
+from tokenizer import Tokenizer
+from training import checkpoint as checkpoints
+from training.io import PAGE_BYTES, UserError, first_line_bytes, pack_header
+from training.resume import check_same_run, restore, training_state
+from training.teacher_cache import MAGIC, Layout, TeacherCache
 
 SHAPE = LlamaConfig(300, 8, 8, 1, 2)
 PAIR = {"sentence_good": "the cat", "sentence_bad": "cat the", "linguistics_term": "x"}
 EXAMPLE = {"text": "the cat", "label": 1}
 DELETED = object()
 VALUES = [
-    DELETED, None, True, -1, 0, 1, 3, 1 << 31, 1 << 63, 10**30, 0.5, math.nan, math.inf, "", "x",
-    "\udcff", "\x1b[31m|<b>\n", [], [0], ["x"], {}, {"x": 0}, torch.zeros(3),
+    DELETED,
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    1 << 31,
+    1 << 63,
+    10**30,
+    0.5,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "\udcff",
+    "\x1b[31m|<b>\n",
+    [],
+    [0],
+    ["x"],
+    {},
+    {"x": 0},
+    torch.zeros(3),
     torch.zeros(()).long(),
-]  # fmt: skip
+]
 
 
 # ---- what a file may cost
@@ -105,9 +126,10 @@ class Files:
         self.options = train.TrainConfig(sequence_length=4)
         progress = {"step": 1, "steps": 9, "best_step": 0, "best_dev_cross_entropy": 9.0}
         described = {
-            "config": self.given.conditions(self.options), "progress": progress,
+            "config": self.given.conditions(self.options),
+            "progress": progress,
             "teachers": [{"name": "t", "digest": "d" * 64}],
-        }  # fmt: skip
+        }
         save = functools.partial(
             save_model, model=step.objective.model, tokenizer=tokenizer, name="small", **described
         )
@@ -136,9 +158,9 @@ class Files:
         self.cache = (folder / "cache").read_bytes()
         (folder / "several").mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shards, "SHARD_TOKENS", 5)
+            patch.setattr(token_shards, "SHARD_TOKENS", 5)
             texts = [(name, [1, 2, 3], 2, 9) for name in "aabb"]
-            self.index = shards.write_split(folder / "several" / "a.bin", texts, tokenizer, "1")
+            self.index = token_shards.write_split(folder / "several" / "a.bin", texts, tokenizer, "1")
 
     @staticmethod
     def step():
@@ -163,7 +185,7 @@ class Files:
     def resume(self, path):
         """What a resumed run does with a state, and a step."""
         found = checkpoints.read_checkpoint(path)
-        check_continues(found, self.options, self.given, path)
+        check_same_run(found, self.options, self.given, path)
         step = self.step()
         restore(step, found, path)
         step(Batch.whole(torch.arange(2), *torch.zeros((2, 2, 4), dtype=torch.int64)), 1e-3)
@@ -208,7 +230,7 @@ class Files:
         path.write_bytes(pack_header(SHARD_MAGIC, 1, content) + self.shard[PAGE_BYTES:])
 
     def sign_index(self, path, header):
-        path.write_bytes(pack_header(shards.INDEX_MAGIC, 1, json.dumps(header).encode()))
+        path.write_bytes(pack_header(token_shards.INDEX_MAGIC, 1, json.dumps(header).encode()))
 
     def read_split(self, path):
         """All ids of a split, so that all its files are read."""
@@ -278,10 +300,14 @@ def headers(files):
     json_of, checkpoint = files.write_json, files.sign_checkpoint
     return [
         ("shards", files.header, folder / "a.bin", files.sign_shard, TokenShard),
-        ("indices of shards", files.index, folder / "several" / "a.bin", files.sign_index,
-         files.read_split),
-        ("teacher caches", json.loads(files.cache[first_line_bytes(MAGIC) : PAGE_BYTES]),
-         folder / "a.cache", files.sign_cache, files.open_cache),
+        ("indices of shards", files.index, folder / "several" / "a.bin", files.sign_index, files.read_split),
+        (
+            "teacher caches",
+            json.loads(files.cache[first_line_bytes(MAGIC) : PAGE_BYTES]),
+            folder / "a.cache",
+            files.sign_cache,
+            files.open_cache,
+        ),
         ("checkpoints", files.best, folder / "a.pt", checkpoint, files.use),
         ("resume points", files.full, folder / "b.pt", checkpoint, files.resume),
         ("safetensors", header, weights, write_safetensors, files.import_folder),
@@ -290,7 +316,7 @@ def headers(files):
         ("losses", files.arrays, folder / "b.npz", files.write_arrays, files.compare),
         ("classifiers", files.classifier, folder / "c.pt", checkpoint, files.use_classifier),
         ("tasks", EXAMPLE, folder / "tasks" / "a.valid.jsonl", json_of, files.read_tasks),
-    ]  # fmt: skip
+    ]
 
 
 def change_every_field(files, every):
@@ -319,9 +345,7 @@ def change_every_field(files, every):
 
 
 def told(totals):
-    return ", ".join(
-        f"{name} {refused:,} of {total:,}" for name, (total, refused) in totals.items()
-    )
+    return ", ".join(f"{name} {refused:,} of {total:,}" for name, (total, refused) in totals.items())
 
 
 def test_a_changed_field_crashes_no_program(files):
@@ -429,8 +453,13 @@ def kinds(files):
     return [
         ("shards", shard, TokenShard, damaged(files.shard) | ANYTHING, write),
         ("shards", shard, TokenShard, fields_changed(files.header), files.sign_shard),
-        ("indices of shards", folder / "several" / "a.bin", files.read_split,
-         fields_changed(files.index), files.sign_index),
+        (
+            "indices of shards",
+            folder / "several" / "a.bin",
+            files.read_split,
+            fields_changed(files.index),
+            files.sign_index,
+        ),
         ("checkpoints", weights, load, damaged(small) | ANYTHING, write),
         ("checkpoints", weights, files.use, fields_changed(files.best), sign),
         ("resume points", weights, files.resume, fields_changed(files.full), sign),
@@ -439,9 +468,14 @@ def kinds(files):
         ("tasks", examples, files.read_tasks, task_files() | ANYTHING, write),
         ("tokenizers", model_file, Tokenizer.load, damaged(tokenizer) | ANYTHING, write),
         ("teacher caches", folder / "a.cache", files.open_cache, damaged(files.cache), write),
-        ("losses", folder / "a.npz", files.compare,
-         damaged(Path(files.losses).read_bytes()) | ANYTHING, write),
-    ]  # fmt: skip
+        (
+            "losses",
+            folder / "a.npz",
+            files.compare,
+            damaged(Path(files.losses).read_bytes()) | ANYTHING,
+            write,
+        ),
+    ]
 
 
 def fuzz(files, examples):
@@ -451,8 +485,13 @@ def fuzz(files, examples):
         count = totals.setdefault(name, [0, 0])
         whole = path.read_bytes() if path.exists() else None
 
-        @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
         @given(strategy)
         def one(example):
             write(path, example)  # noqa: B023, it runs before the loop goes on
@@ -478,8 +517,7 @@ def test_thousands_of_inputs_crash_no_reader(files):
     FIGURES["fuzzed"] = (
         f"{inputs:,} inputs made up for all that is read: damaged, of anything at all, and made up "
         "with valid digests",
-        f"no crash, no hang; refused with the project's own error: {told(totals)}; the others are "
-        "valid",
+        f"no crash, no hang; refused with the project's own error: {told(totals)}; the others are valid",
     )
 
 
@@ -533,9 +571,7 @@ def bombs(files, folder):
     path = folder / "pairs" / "a.jsonl"
     path.write_bytes(b"ab\n" * 8_000_000)
     yield path, files.read_pairs
-    path.write_text(
-        (json.dumps({"sentence_good": "a", "sentence_bad": "b"}) + "\n") * 300_000 + "x"
-    )
+    path.write_text((json.dumps({"sentence_good": "a", "sentence_bad": "b"}) + "\n") * 300_000 + "x")
     yield path, files.read_pairs
     (folder / "tasks").mkdir()
     path = folder / "tasks" / "a.train.jsonl"

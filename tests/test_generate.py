@@ -9,7 +9,7 @@ import generate as program
 import model as models
 from conftest import save_model
 from generate import generate
-from harness.files import run_program
+from training.io import run_program
 
 
 @pytest.fixture(params=["gpt2-tiny", "llama-tiny"])

@@ -17,10 +17,10 @@ import kills
 import model as models
 from conftest import FIGURES, comparable, save_model, write_text
 from data import open_corpus
-from harness.checkpoint import read_checkpoint
-from harness.files import UserError
-from harness.states import STATES
 from llama import LlamaConfig
+from training.checkpoint import read_checkpoint
+from training.io import UserError
+from training.resume import CHECKPOINT_NAMES
 
 pytestmark = pytest.mark.faults
 CALLS, DISKS = {}, {}
@@ -71,7 +71,7 @@ def program(name, root, data_folder, teachers):
 def newest_step(out):
     """The step of the newest state in a run's folder that can be read; 0 without any."""
     steps = [0]
-    for name in STATES:
+    for name in CHECKPOINT_NAMES:
         try:
             steps.append(read_checkpoint(out / name)["progress"]["step"])
         except UserError:
@@ -121,7 +121,7 @@ def write_texts(folder, seed, train_words=2000):
     return ["--train", str(folder / "train"), "--dev", str(folder / "dev"), "--vocab-size", "300"]
 
 
-SMALL = {"tokenize_corpus": {"BLOCK_CHARACTERS": 500}, "harness.shards": {"SHARD_TOKENS": 400}}
+SMALL = {"tokenize_corpus": {"BLOCK_CHARACTERS": 500}, "corpus.token_shards": {"SHARD_TOKENS": 400}}
 
 
 @pytest.mark.parametrize("tokenizer", ["new", "kept", "several shards"])

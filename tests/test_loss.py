@@ -7,12 +7,12 @@ from torch import nn
 from gpt2 import GPT2, GPT2Config
 from loss import (
     cross_entropy,
-    ensemble_kl,
+    distillation_loss,
     ensemble_logits,
-    fused_cross_entropy,
     join_heads,
     kl_divergence,
-    plain_ensemble_kl,
+    linear_cross_entropy,
+    plain_distillation_loss,
     smoothed_cross_entropy,
 )
 
@@ -39,19 +39,17 @@ OPTIONS = {"alpha": 0.3, "temperature": 1.7, "num_targets": B * T - 1, "kl_denom
 def plain(hidden, head, teachers, targets, **options):
     logits = [h @ w.T for h, w, _ in teachers]
     weights = [w for _, _, w in teachers]
-    return plain_ensemble_kl(hidden @ head.T, logits, weights, targets, **options)
+    return plain_distillation_loss(hidden @ head.T, logits, weights, targets, **options)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("num_teachers, temperature", [(1, 1.0), (2, 2.0), (3, 1.7), (2, 3.0)])
 @pytest.mark.parametrize("chunk_tokens", [4, 1000])
-def test_fused_equals_plain_in_value_and_gradient(
-    dtype, tolerance, num_teachers, temperature, chunk_tokens
-):
+def test_fused_equals_plain_in_value_and_gradient(dtype, tolerance, num_teachers, temperature, chunk_tokens):
     hidden, head, teachers, targets = problem(dtype, num_teachers)
     options = OPTIONS | {"temperature": temperature, "kl_mask": torch.rand(B, T) > 0.2}
     expected = plain(hidden, head, teachers, targets, **options)
-    got = ensemble_kl(hidden, head, teachers, targets, chunk_tokens=chunk_tokens, **options)
+    got = distillation_loss(hidden, head, teachers, targets, chunk_tokens=chunk_tokens, **options)
     for key in ("loss", "cross_entropy", "kl"):
         torch.testing.assert_close(got[key], expected[key], rtol=tolerance, atol=tolerance)
     gradients = torch.autograd.grad(got["loss"], (hidden, head))
@@ -63,7 +61,7 @@ def test_fused_equals_plain_in_value_and_gradient(
 def test_fused_cross_entropy_equals_torch(smoothing):
     """With smoothed labels or without; what is logged is the cross-entropy of the text alone."""
     hidden, head, _, targets = problem(torch.float64, 1)
-    ours, logged = fused_cross_entropy(hidden, head, targets, B * T - 1, smoothing, chunk_tokens=5)
+    ours, logged = linear_cross_entropy(hidden, head, targets, B * T - 1, smoothing, chunk_tokens=5)
     logits = (hidden @ head.T).flatten(0, 1)
     plain = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)
     torch.testing.assert_close(logged, plain.detach(), rtol=1e-12, atol=0)
@@ -91,13 +89,13 @@ def test_distilling_from_a_perfect_copy_costs_nothing(dtype):
     teachers = [(hidden.detach(), head.detach(), 1.0)] * 3
     options = OPTIONS | {"temperature": 3.0, "alpha": 0.0}
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        got = ensemble_kl(hidden, head, teachers, targets, **options)
+        got = distillation_loss(hidden, head, teachers, targets, **options)
     # In bfloat16 the sum of three logits is rounded once more than one of them: 2^-9 of a logit.
     bound = 1e-6 if dtype == torch.float32 else (3 * 2**-9) ** 2
     assert got["kl"] / T < bound
     # At a power of two even that vanishes.
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        got = ensemble_kl(hidden, head, teachers[:2], targets, **options)
+        got = distillation_loss(hidden, head, teachers[:2], targets, **options)
     assert got["kl"] / T < 1e-7
 
 
@@ -107,7 +105,7 @@ def test_temperature_squared_keeps_the_scale_of_the_gradient():
     norms = []
     for temperature in (10.0, 20.0):
         options = OPTIONS | {"temperature": temperature, "alpha": 0.0}
-        loss = ensemble_kl(hidden, head, teachers, targets, **options)["loss"]
+        loss = distillation_loss(hidden, head, teachers, targets, **options)["loss"]
         norms.append(torch.autograd.grad(loss, hidden)[0].norm())
     torch.testing.assert_close(norms[0], norms[1], rtol=0.02, atol=0)
 
@@ -116,15 +114,13 @@ def test_sequence_reduction_is_the_token_mean_times_the_length():
     logits, teacher = torch.randn(2, B, T, V)
     summed = kl_divergence(logits, teacher, 2.0, B)
     torch.testing.assert_close(summed, T * kl_divergence(logits, teacher, 2.0, B * T))
-    reference = nn.KLDivLoss(reduction="batchmean")(
-        (logits / 2).log_softmax(-1), (teacher / 2).softmax(-1)
-    )
+    reference = nn.KLDivLoss(reduction="batchmean")((logits / 2).log_softmax(-1), (teacher / 2).softmax(-1))
     torch.testing.assert_close(summed, reference)
 
 
 def bfloat16_gradients(hidden, head, teachers, targets, **options):
     with torch.autocast("cpu", torch.bfloat16):
-        loss = ensemble_kl(hidden, head, teachers, targets, **options)["loss"]
+        loss = distillation_loss(hidden, head, teachers, targets, **options)["loss"]
     return torch.autograd.grad(loss, (hidden, head))
 
 
@@ -173,7 +169,7 @@ def test_a_constant_added_to_all_logits_changes_nothing():
         shifted = head.clone()
         shifted[:, 0] += offset  # hidden[:, 0] is 1: adds `offset` to every logit
         with torch.autocast("cpu", torch.bfloat16):
-            got = ensemble_kl(student, shifted, [(hidden, shifted, 1.0)], targets, **options)
+            got = distillation_loss(student, shifted, [(hidden, shifted, 1.0)], targets, **options)
         return got["kl"].item()
 
     base = kl(0.0)
@@ -189,7 +185,7 @@ def test_two_nearly_equal_models_have_the_gradient_of_float64():
     targets = torch.randint(V, (N,))
     options = {"alpha": 0.0, "temperature": 2.0, "num_targets": N, "kl_denominator": N}
     with torch.autocast("cpu", torch.bfloat16):
-        loss = ensemble_kl(student, head, [(hidden, head, 1.0)], targets, **options)["loss"]
+        loss = distillation_loss(student, head, [(hidden, head, 1.0)], targets, **options)["loss"]
     (ours,) = torch.autograd.grad(loss, student)
     # The reference reads the same rounded operands and logits: what is tested is the subtraction.
     rounded = (head - head.mean(0)).bfloat16()
@@ -209,11 +205,11 @@ def test_logits_of_any_size_give_the_loss_of_float64_on_the_same_rounded_logits(
     targets = torch.randint(V, (N,))
     options = {"alpha": 0.5, "temperature": 2.0, "num_targets": N, "kl_denominator": N}
     with torch.autocast("cpu", torch.bfloat16):
-        got = ensemble_kl(hidden, head, [(teacher, head, 1.0)], targets, **options)
+        got = distillation_loss(hidden, head, [(teacher, head, 1.0)], targets, **options)
     rounded = (head - head.mean(0)).bfloat16()
     z = (hidden.detach().bfloat16() @ rounded.T).double()
     zt = (teacher.bfloat16() @ rounded.T).double()
-    expected = plain_ensemble_kl(z, [zt], [1.0], targets, **options)
+    expected = plain_distillation_loss(z, [zt], [1.0], targets, **options)
     for key in ("loss", "cross_entropy", "kl"):
         torch.testing.assert_close(got[key].double(), expected[key], rtol=1e-4, atol=1e-5)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(got["loss"], hidden))
@@ -231,7 +227,7 @@ def test_a_tied_head_gets_its_gradient_from_both_uses():
     model = GPT2(GPT2Config(V, 8, 32, 1, 2, dropout=0.0)).double()
     tokens, targets = torch.randint(V, (2, B, T))
     teachers = [(torch.randn(B, T, C).double(), torch.randn(V, C).double(), 1.0)]
-    fused = ensemble_kl(model.hidden_states(tokens), model.head, teachers, targets, **OPTIONS)
+    fused = distillation_loss(model.hidden_states(tokens), model.head, teachers, targets, **OPTIONS)
     expected = plain(model.hidden_states(tokens), model.head, teachers, targets, **OPTIONS)
     ours = torch.autograd.grad(fused["loss"], model.wte.weight)[0]
     theirs = torch.autograd.grad(expected["loss"], model.wte.weight)[0]
@@ -241,8 +237,8 @@ def test_a_tied_head_gets_its_gradient_from_both_uses():
 def test_a_step_without_targets_has_no_cross_entropy_and_the_same_kl():
     hidden, head, teachers, targets = problem(torch.float64, 2)
     nothing = torch.full_like(targets, -100)
-    got = ensemble_kl(hidden, head, teachers, nothing, **OPTIONS | {"num_targets": 0})
-    usual = ensemble_kl(hidden, head, teachers, targets, **OPTIONS)
+    got = distillation_loss(hidden, head, teachers, nothing, **OPTIONS | {"num_targets": 0})
+    usual = distillation_loss(hidden, head, teachers, targets, **OPTIONS)
     assert got["cross_entropy"] == 0
     assert torch.equal(got["kl"], usual["kl"])
     assert torch.isfinite(got["loss"])
@@ -250,7 +246,7 @@ def test_a_step_without_targets_has_no_cross_entropy_and_the_same_kl():
 
 def test_a_second_backward_raises_rather_than_doubles():
     hidden, head, teachers, targets = problem(torch.float32, 1)
-    loss = ensemble_kl(hidden, head, teachers, targets, **OPTIONS)["loss"]
+    loss = distillation_loss(hidden, head, teachers, targets, **OPTIONS)["loss"]
     loss.backward()
     with pytest.raises(RuntimeError):
         loss.backward()
@@ -264,9 +260,9 @@ def test_no_gradient_is_computed_that_nobody_asked_for(monkeypatch):
     rows = module._rows
     monkeypatch.setattr(module, "_rows", lambda *a: wanted.append(a[-1]) or rows(*a))
     with torch.no_grad():
-        ensemble_kl(hidden, head, teachers, targets, **OPTIONS)
+        distillation_loss(hidden, head, teachers, targets, **OPTIONS)
     assert wanted == [False]
-    loss = ensemble_kl(hidden, head.detach(), teachers, targets, **OPTIONS)["loss"]
+    loss = distillation_loss(hidden, head.detach(), teachers, targets, **OPTIONS)["loss"]
     loss.backward()
     assert wanted == [False, True] and hidden.grad is not None and head.grad is None
 
@@ -274,29 +270,27 @@ def test_no_gradient_is_computed_that_nobody_asked_for(monkeypatch):
 def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
     hidden, head, teachers, targets = problem(torch.float32, 2)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.numel()) or t, lambda t: t
-    ):
-        ensemble_kl(hidden, head, teachers, targets, **OPTIONS)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        distillation_loss(hidden, head, teachers, targets, **OPTIONS)
     assert kept and max(kept) < B * T * V
 
 
 def test_scaling_the_loss_afterwards_scales_the_gradient():
     hidden, head, teachers, targets = problem(torch.float64, 2)
-    loss = ensemble_kl(hidden, head, teachers, targets, **OPTIONS)["loss"]
+    loss = distillation_loss(hidden, head, teachers, targets, **OPTIONS)["loss"]
     (once,) = torch.autograd.grad(loss, hidden)
-    loss = ensemble_kl(hidden, head, teachers, targets, **OPTIONS)["loss"]
+    loss = distillation_loss(hidden, head, teachers, targets, **OPTIONS)["loss"]
     (thrice,) = torch.autograd.grad(3 * loss, hidden)
     torch.testing.assert_close(3 * once, thrice)
 
 
 def test_unequal_micro_batches_add_up_to_the_whole():
     hidden, head, teachers, targets = problem(torch.float64, 2)
-    whole = ensemble_kl(hidden, head, teachers, targets, **OPTIONS)["loss"]
+    whole = distillation_loss(hidden, head, teachers, targets, **OPTIONS)["loss"]
     parts = 0
     for rows in (slice(0, 1), slice(1, 3)):
         some = [(h[rows], w, k) for h, w, k in teachers]
-        parts = parts + ensemble_kl(hidden[rows], head, some, targets[rows], **OPTIONS)["loss"]
+        parts = parts + distillation_loss(hidden[rows], head, some, targets[rows], **OPTIONS)["loss"]
     torch.testing.assert_close(parts, whole)
     ours = torch.autograd.grad(parts, head)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(whole, head)[0])
@@ -318,7 +312,7 @@ def test_fused_equals_plain_on_a_gpu():
     hidden, head = (x.detach().cuda().requires_grad_() for x in (hidden, head))
     teachers = [(h.cuda(), w.cuda(), k) for h, w, k in teachers]
     with torch.autocast("cuda", torch.bfloat16):
-        got = ensemble_kl(hidden, head, teachers, targets.cuda(), **OPTIONS)
+        got = distillation_loss(hidden, head, teachers, targets.cuda(), **OPTIONS)
     torch.testing.assert_close(got["loss"].cpu(), expected["loss"], rtol=0.02, atol=0)
     for ours, exact in zip(torch.autograd.grad(got["loss"], (hidden, head)), theirs):
         assert ours.dtype == torch.float32

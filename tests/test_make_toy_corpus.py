@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 
 import make_toy_corpus
-from harness.files import run_program
 from toy import lexicon
 from toy.lexicon import CATEGORIES, held_out
 from toy.paradigms import PARADIGMS
+from training.io import run_program
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import model as models
 import train
 from conftest import step_of
 from data import open_corpus
-from distill import DistillConfig, EnsembleObjective
-from harness import memory
-from harness.checkpoint import read_checkpoint
-from harness.files import UserError
-from harness.memory import COMPILED_SHARE, Memory, estimate, kept_bytes
+from distill import DistillConfig, FusedDistillationObjective
 from test_train import config_for, trained
 from train import CrossEntropyObjective
+from training import memory
+from training.checkpoint import read_checkpoint
+from training.io import UserError
+from training.memory import COMPILED_SHARE, Memory, estimate, kept_bytes
 
 
 def really_kept(model, function, *inputs):
@@ -62,7 +62,7 @@ def test_checkpointed_layers_keep_their_input_and_one_of_them_the_rest(name):
 def test_an_estimate_counts_state_teachers_and_loss():
     student, *teachers = (models.build_model(n, 300) for n in ("llama-tiny-student", "gpt2-tiny"))
     alone = estimate(CrossEntropyObjective(student), 32, "fp32", compiled=False)
-    taught = EnsembleObjective(student, teachers, DistillConfig(teachers=[]))
+    taught = FusedDistillationObjective(student, teachers, DistillConfig(teachers=[]))
     distilled = estimate(taught, 32, "fp32", compiled=False)
     assert distilled.per_sequence == alone.per_sequence
     assert distilled.fixed - alone.fixed == 4 * models.count_parameters(teachers[0])
@@ -73,9 +73,7 @@ def test_an_estimate_counts_state_teachers_and_loss():
 
 def test_as_many_sequences_as_fit_divide_the_batch():
     needed = Memory(fixed=1000, per_sequence=10)
-    assert [needed.sequences(12, room / 0.9) for room in (1130, 1120, 1119, 1010, 1009)] == [
-        12, 12, 6, 1, 0
-    ]  # fmt: skip
+    assert [needed.sequences(12, room / 0.9) for room in (1130, 1120, 1119, 1010, 1009)] == [12, 12, 6, 1, 0]
 
 
 def test_auto_takes_what_fits_and_keeps_the_choice(data_folder, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ import torch
 
 import model as models
 from gpt2 import GPT2, GPT2Config
-from harness.files import UserError
 from llama import Llama, LlamaConfig, RMSNorm, rope_tables, rotate
+from training.io import UserError
 
 SIZES = {
     "gpt2-705m": 704_928_768,

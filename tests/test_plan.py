@@ -4,9 +4,9 @@ from collections import namedtuple
 
 import pytest
 
-from harness import plan as plans
-from harness.files import UserError
-from harness.plan import Plan, word_marks
+from training import plan as plans
+from training.io import UserError
+from training.plan import Plan, word_marks
 
 
 def test_a_small_run_needs_little_room(tmp_path, monkeypatch):
@@ -26,9 +26,11 @@ def test_the_marks_of_the_2025_rules():
     expected = [*range(1, 11), 20, 30, 40]
     assert marks == {f"chck_{m}M.pt": m * million for m in expected}
     assert word_marks(["babylm", "1500k", "700"], 2_000_000) == {
-        "chck_700.pt": 700, "chck_1M.pt": million, "chck_1500k.pt": 1_500_000,
+        "chck_700.pt": 700,
+        "chck_1M.pt": million,
+        "chck_1500k.pt": 1_500_000,
         "chck_2M.pt": 2 * million,
-    }  # fmt: skip
+    }
     for wrong in ("all", "", "0", "-1M", "1G", "M", "²", "9" * 5000):
         with pytest.raises(UserError, match="--save-at-words"):
             word_marks([wrong], 10)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiment
 import make_toy_corpus
 import model as models
 import tokenize_corpus
 from conftest import write_text
-from harness.files import run_program
+from experiments import recipes
+from training.io import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def small_world(tmp_path, monkeypatch):
         preset = dataclasses.replace(tiny[name.split("-")[0]], recipe=recipe)
         monkeypatch.setitem(models.PRESETS, name, preset)
     (tmp_path / "recipes").mkdir()
-    for path in experiment.FOLDER.glob("*.json"):
+    for path in recipes.FOLDER.glob("*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
         table |= {"vocabulary_size": 300} if "corpus" not in table else {"words": 1000}
         table["options"] = {"log_every": 1}
@@ -58,13 +58,13 @@ def small_world(tmp_path, monkeypatch):
             if entry is not None:  # taken back from what the recipe is like
                 table["models"][role] = {key: entry[key] for key in kept if key in entry}
         (tmp_path / "recipes" / path.name).write_text(json.dumps(table))
-    monkeypatch.setattr(experiment, "FOLDER", tmp_path / "recipes")
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path / "recipes")
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time
     monkeypatch.setattr("reproduce.SAMPLE_TOKENS", 4)
     monkeypatch.setattr(make_toy_corpus, "TASK_PAIRS", {"train": 4, "valid": 2})
     # The page and the pictures are for test_report.py.
-    monkeypatch.setattr("report.pages.picture", lambda *_: None)
-    monkeypatch.setattr("report.pages.overview", lambda *_: None)
+    monkeypatch.setattr("experiments.pages.picture", lambda *_: None)
+    monkeypatch.setattr("experiments.pages.overview", lambda *_: None)
     monkeypatch.setattr(tokenize_corpus, "VOCABULARY_SIZE", 300)
     monkeypatch.chdir(tmp_path)
 

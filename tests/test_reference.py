@@ -13,14 +13,15 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 import model as models
 from conftest import hf_twin, step_of
-from data import BOS, EOS, PAD, UNK, Batch
-from distill import EnsembleObjective
+from data import Batch
+from distill import FusedDistillationObjective
 from export_hf import hf_config, hf_name, is_transposed
 from generate import generate
 from gpt2 import GPT2Config
 from llama import LlamaConfig
 from loss import IGNORED
 from model import architecture, build
+from tokenizer import BOS, EOS, PAD, UNK
 from train import CrossEntropyObjective, learning_rate
 
 V = 211
@@ -33,11 +34,9 @@ SMALL = {
 }
 # The presets' own widths, heads and vocabulary; the layers being alike, one of them is enough.
 ONE_LAYER = {
-    name: dataclasses.replace(preset.config, num_hidden_layers=1)
-    for name, preset in models.PRESETS.items()
+    name: dataclasses.replace(preset.config, num_hidden_layers=1) for name, preset in models.PRESETS.items()
 }
-exact = pytest.mark.parametrize("config", [*SMALL.values(), *ONE_LAYER.values()],
-                                ids=[*SMALL, *ONE_LAYER])  # fmt: skip
+exact = pytest.mark.parametrize("config", [*SMALL.values(), *ONE_LAYER.values()], ids=[*SMALL, *ONE_LAYER])
 small = pytest.mark.parametrize("config", [SMALL["gpt2"], SMALL["llama"]], ids=["gpt2", "llama"])
 
 
@@ -139,9 +138,13 @@ def test_the_likeliest_continuation_is_the_references(config):
     prompt = torch.randint(4, V, (7,))
     ours = generate(model, prompt, 25, temperature=0)
     theirs = hf_twin(model).generate(
-        prompt[None], max_new_tokens=25, do_sample=False, suppress_tokens=[PAD, BOS, EOS, UNK],
-        eos_token_id=None, attention_mask=torch.ones(1, 7),
-    )[0]  # fmt: skip
+        prompt[None],
+        max_new_tokens=25,
+        do_sample=False,
+        suppress_tokens=[PAD, BOS, EOS, UNK],
+        eos_token_id=None,
+        attention_mask=torch.ones(1, 7),
+    )[0]
     assert ours.tolist() == theirs.tolist()
     assert len(set(ours[7:].tolist())) > 2  # not one token over and over
 
@@ -222,7 +225,7 @@ def ensemble():
         kl_reduction="sequence",
         label_smoothing=0.0,
     )
-    objective = EnsembleObjective(student, teachers, options)
+    objective = FusedDistillationObjective(student, teachers, options)
     return objective, hf_twin(student).train(), [hf_twin(t) for t in teachers]
 
 

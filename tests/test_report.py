@@ -1,4 +1,4 @@
-"""The report: what it says and draws is what the results say, with matplotlib and without."""
+"""The report: what it says and draws is what the results log, with matplotlib and without."""
 
 import copy
 import dataclasses
@@ -9,12 +9,11 @@ import sys
 import pytest
 
 from benchmarks import ablations
-from harness.files import UserError, write_json
-from harness.tables import aligned, markdown
-from report import pages, pictures
-from report.compare import Difference, write_losses
-from report.results import read_log
-from report.study import Study, findings, judged, measures, pair_difference, verdict
+from evaluation.statistics import Difference, write_losses
+from experiments import pages, plots
+from experiments.findings import Study, findings, judged, measures, pair_difference, verdict
+from experiments.results import read_log
+from training.io import UserError, aligned, markdown, write_json
 
 FOLDER = "blimp_filtered"
 TITLES = {
@@ -64,12 +63,21 @@ def result(role, seed):
     curve = [[10, value + 5], [20, value + 0.2], [30, value + 0.1], [40, value]]
     training = [[step, value, 0.5 if role == "student" else None] for step in (10, 20, 30, 40)]
     return {
-        "commit": "abc", "machine": "a large one", "weights": f"{role} {seed}",
+        "commit": "abc",
+        "machine": "a large one",
+        "weights": f"{role} {seed}",
         "taught_by": [f"{r} {seed}" for r in TEACHERS] if role == "student" else [],
-        "name": role, "preset": "llama-58m" if role == "student" else "x", "report": scores,
-        "seconds": 60.0, "epochs": 4.0, "steps": 40, "curve": curve, "training": training,
-        "train_cross_entropy": value, "samples": {"The cat": "sat | on <b>it</b>"},
-    }  # fmt: skip
+        "name": role,
+        "preset": "llama-58m" if role == "student" else "x",
+        "report": scores,
+        "seconds": 60.0,
+        "epochs": 4.0,
+        "steps": 40,
+        "curve": curve,
+        "training": training,
+        "train_cross_entropy": value,
+        "samples": {"The cat": "sat | on <b>it</b>"},
+    }
 
 
 @pytest.fixture
@@ -80,15 +88,26 @@ def study(tmp_path):
         (tmp_path / f"seed-{seed}").mkdir()
         for role, values in CROSS_ENTROPY.items():
             write_losses(
-                tmp_path / f"seed-{seed}" / f"{role}.losses.npz", "digest",
-                [("novels", 40, 0.5), ("letters", 60, 0.5)], [values[seed]] * 60, 20,
+                tmp_path / f"seed-{seed}" / f"{role}.losses.npz",
+                "digest",
+                [("novels", 40, 0.5), ("letters", 60, 0.5)],
+                [values[seed]] * 60,
+                20,
                 shares={"novels": 0.9, "letters": 0.1},
-            )  # fmt: skip
+            )
     teachers, ensembles = {"student": TEACHERS}, {"student": ENSEMBLE}
     return Study(
-        "demo", "About.", "the second halves", dict(TITLES), teachers, ensembles, "control",
-        "student", seeds, tmp_path,
-    )  # fmt: skip
+        "demo",
+        "About.",
+        "the second halves",
+        dict(TITLES),
+        teachers,
+        ensembles,
+        "control",
+        "student",
+        seeds,
+        tmp_path,
+    )
 
 
 @pytest.fixture
@@ -187,11 +206,14 @@ def rewrite(study, role, values, scaled=None):
     """Gives a model other losses: `values`, one for each seed."""
     for seed, value in enumerate(values):
         write_losses(
-            study.folder / f"seed-{seed}" / f"{role}.losses.npz", "digest",
-            [("novels", 40, 0.5), ("letters", 60, 0.5)], [value] * 60, 20,
+            study.folder / f"seed-{seed}" / f"{role}.losses.npz",
+            "digest",
+            [("novels", 40, 0.5), ("letters", 60, 0.5)],
+            [value] * 60,
+            20,
             scaled=None if scaled is None else [scaled[seed]] * 60,
             shares={"novels": 0.9, "letters": 0.1},
-        )  # fmt: skip
+        )
 
 
 def test_a_teacher_behind_the_control_is_named_as_such(study):
@@ -274,14 +296,17 @@ def test_a_report_does_not_need_its_own_student(study):
 
 def test_a_rival_without_results_leaves_it_open(study):
     study.teachers["other"] = ["control"]
-    assert any(li.endswith("against other): **not decided: seeds or models are missing**.")
-               for li in findings(study))  # fmt: skip
+    assert any(
+        li.endswith("against other): **not decided: seeds or models are missing**.") for li in findings(study)
+    )
 
 
 def test_students_beat_their_teachers_if_they_beat_each(study):
     add_student(study, "P", "the paper's loss", TEACHERS, (1.55, 1.55))
-    for line in ("student (distilled) beats each of its teachers: **not shown**.",
-                 "the paper's loss beats each of its teachers: **not shown**."):  # fmt: skip
+    for line in (
+        "student (distilled) beats each of its teachers: **not shown**.",
+        "the paper's loss beats each of its teachers: **not shown**.",
+    ):
         assert line in findings(study)
     for teacher in TEACHERS:
         rewrite(study, teacher, (1.6, 1.6))
@@ -304,8 +329,7 @@ def test_what_the_first_student_did_not_show_another_cannot_confirm(study):
 def test_fewer_seeds_than_the_rules_ask_for_decide_nothing(study):
     lines = findings(dataclasses.replace(study, least_seeds=3))
     assert "**UNDECIDED (2 of 3 seeds)**" in lines[1]
-    assert any(line.endswith("teachers: **not decided: seeds or models are missing**.")
-               for line in lines)  # fmt: skip
+    assert any(line.endswith("teachers: **not decided: seeds or models are missing**.") for line in lines)
 
 
 def test_teachers_that_were_trained_again_are_named(study):
@@ -355,9 +379,9 @@ def test_the_verdict_follows_the_rules(per_seed, over_seeds, over_text, expected
 
 
 def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(study, figure):
-    names = pictures.overview_order(study)
+    names = plots.overview_order(study)
     assert names[-2:] == ["control", "student"]
-    pictures.paint_overview(figure, study, names, measures(study))
+    plots.paint_overview(figure, study, names, measures(study))
     labels = ("\N{MINUS SIGN}0.160 ± 0.014 nats", "+1.0 ± 2.8 points")
     for axes, label, ends in zip(figure.axes, labels, ((1.71, 1.55), (64.5, 65.5))):
         arrow = next(text for text in axes.texts if text.arrow_patch)
@@ -392,7 +416,7 @@ def test_a_model_that_some_seeds_lack_is_compared_in_the_others(study):
 
 def test_a_curve_is_the_mean_over_seeds_by_epochs(study):
     study.seeds[1]["student"]["curve"] = [[10, 4.55], [20, 1.75], [40, 1.65]]  # a damaged line
-    curves = pictures.learning_curves(study)
+    curves = plots.learning_curves(study)
     assert list(curves) == ["gpt2-teacher", "llama-teacher", "control", "student"]
     mean, singles = curves["student"]
     assert [epoch for epoch, _ in mean] == [1, 2, 4]
@@ -401,7 +425,7 @@ def test_a_curve_is_the_mean_over_seeds_by_epochs(study):
 
 
 def test_curves_are_drawn_over_epochs_without_their_steep_start(study, figure):
-    pictures.paint_curves(figure, study, pictures.learning_curves(study))
+    plots.paint_curves(figure, study, plots.learning_curves(study))
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["student (distilled)"].get_xdata()[-1] == 4
@@ -413,7 +437,7 @@ def test_curves_are_drawn_over_epochs_without_their_steep_start(study, figure):
 
 
 def test_cross_entropy_and_kl_are_drawn_apart(study, figure):
-    pictures.paint_training(figure, study, pictures.training_curves(study))
+    plots.paint_training(figure, study, plots.training_curves(study))
     assert [len(axes.lines) for axes in figure.axes] == [4, 1]
     assert list(figure.axes[1].lines[0].get_ydata()) == [0.5] * 4
 
@@ -429,8 +453,8 @@ def test_logs_without_curves_do_not_stop_the_report(study, monkeypatch):
 
 def test_one_value_for_all_can_be_drawn(study, figure):
     curves = {"student": ([(0.5, 2.0)], [[(0.5, 2.0)]])}
-    assert any("A" in line for line in pictures.text_chart(study, curves)[:16])
-    pictures.paint_curves(figure, study, curves)
+    assert any("A" in line for line in plots.text_chart(study, curves)[:16])
+    plots.paint_curves(figure, study, curves)
 
 
 def test_rows_become_aligned_columns_or_markdown():
@@ -442,7 +466,7 @@ def test_rows_become_aligned_columns_or_markdown():
 def test_a_curve_that_rises_in_its_second_half_is_drawn(study):
     """As that of a teacher that overfits."""
     curves = {"gpt2-teacher": ([(1, 3.0), (2, 1.0), (3, 1.5), (4, 2.0)], [])}
-    assert any("A" in line for line in pictures.text_chart(study, curves))
+    assert any("A" in line for line in plots.text_chart(study, curves))
 
 
 # ---- logs
@@ -460,18 +484,30 @@ def test_a_log_tells_seconds_epochs_and_the_curve(tmp_path):
     lines = [b'{"config": {}}', training_line(5), dev[0], training_line(10), dev[1], b""]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
     assert read_log(tmp_path / "log.jsonl") == {
-        "seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5), (10, 3.25)],
-        "training": [(5, 4.5, None), (10, 4.0, None)], "train_cross_entropy": 4.25,
-    }  # fmt: skip
+        "seconds": 20.0,
+        "epochs": 2.0,
+        "steps": 10,
+        "curve": [(5, 3.5), (10, 3.25)],
+        "training": [(5, 4.5, None), (10, 4.0, None)],
+        "train_cross_entropy": 4.25,
+    }
 
 
 def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
     damage = [
-        b'{"step": 6, "dev_cross_en', b"\xff\x00\xfe", b"[1, 2]", b"7", b"null", b"[" * 100_000,
-        b'{"step": 7, "dev_cross_entropy": null}', b'{"step": "7", "dev_cross_entropy": 1}',
-        b'{"step": 8, "dev_cross_entropy": NaN}', b'{"dev_cross_entropy": 1}',
-        b'{"step": 9, "tokens_per_second": 4.0}', b'{"step": 1' + b"0" * 5000 + b"}",
-    ]  # fmt: skip
+        b'{"step": 6, "dev_cross_en',
+        b"\xff\x00\xfe",
+        b"[1, 2]",
+        b"7",
+        b"null",
+        b"[" * 100_000,
+        b'{"step": 7, "dev_cross_entropy": null}',
+        b'{"step": "7", "dev_cross_entropy": 1}',
+        b'{"step": 8, "dev_cross_entropy": NaN}',
+        b'{"dev_cross_entropy": 1}',
+        b'{"step": 9, "tokens_per_second": 4.0}',
+        b'{"step": 1' + b"0" * 5000 + b"}",
+    ]
     whole = [training_line(5), b'{"step": 5, "dev_cross_entropy": 3.5}', training_line(10)]
     lines = [line for good in whole for line in (*damage, good)]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines + damage))

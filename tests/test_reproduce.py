@@ -9,8 +9,8 @@ import pytest
 import make_toy_corpus
 import reproduce
 from conftest import interrupt_after, write_text
-from harness.files import run_program
-from sampling import halves, sample_lines, write_dev_halves
+from experiments.sampling import halves, sample_lines, write_dev_halves
+from training.io import run_program
 
 OPTIONS = {"steps": 4, "batch_size": 4, "sequence_length": 32, "eval_sequences": 8, "log_every": 2}
 MODELS = {
@@ -32,8 +32,8 @@ def recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "SAMPLE_TOKENS", 4)
     monkeypatch.setattr(make_toy_corpus, "TASK_PAIRS", {"train": 4, "valid": 2})
     # The page and the pictures are for test_report.py.
-    monkeypatch.setattr("report.pages.picture", lambda *_: None)
-    monkeypatch.setattr("report.pages.overview", lambda *_: None)
+    monkeypatch.setattr("experiments.pages.picture", lambda *_: None)
+    monkeypatch.setattr("experiments.pages.overview", lambda *_: None)
 
     def write(**changes):
         table = {"vocabulary_size": 400, "options": OPTIONS, "models": MODELS}
@@ -82,9 +82,7 @@ def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path
     (out / "report.md").unlink()
     capsys.readouterr()
     assert run("--report", out) == 0
-    assert (
-        row in (out / "report.md").read_text() and "$ python train" not in capsys.readouterr().out
-    )
+    assert row in (out / "report.md").read_text() and "$ python train" not in capsys.readouterr().out
 
 
 def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, capsys):
@@ -94,11 +92,14 @@ def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, c
     assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 0
     assert not trained(tmp_path / "b") and (kept / "report.html").exists()
     # One student more needs its teachers again, and nothing else.
-    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept,
-               "--vary", "student.alpha=0.25") == 0  # fmt: skip
+    assert (
+        run("--recipe", path, "--out", tmp_path / "b", "--results", kept, "--vary", "student.alpha=0.25") == 0
+    )
     assert {p.parent.name for p in trained(tmp_path / "b")} == {
-        "gpt2-teacher", "llama-teacher", "student.alpha=0.25",
-    }  # fmt: skip
+        "gpt2-teacher",
+        "llama-teacher",
+        "student.alpha=0.25",
+    }
     assert "student.alpha=0.25" in (kept / "report.md").read_text()
     # The report of another recipe stays what it is, whatever models the two share.
     report = (kept / "report.md").read_bytes()

@@ -10,8 +10,8 @@ import evaluate
 import model as models
 from conftest import save_model, write_text
 from evaluate import sentence_scores
-from harness.files import run_program
-from surprisal import token_bits, word_surprisals, words_of_tokens
+from evaluation.surprisal import token_bits, word_surprisals, words_of_tokens
+from training.io import run_program
 
 V = 300
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import cleaning
 import tokenize_corpus
-from cleaning import clean
-from data import Tokenizer, TokenShard, open_corpus
-from harness import shards
-from harness.files import UserError, run_program
+from corpus import cleaning, token_shards
+from corpus.cleaning import clean
+from data import TokenShard, open_corpus
 from tokenize_corpus import encode, line_blocks, main, train_tokenizer, training_pieces
+from tokenizer import Tokenizer
+from training.io import UserError, run_program
 
 NASTY = [
     "",
@@ -416,12 +416,12 @@ def contents(folder):
 def small_shards(monkeypatch):
     """Makes blocks and shards so small that the corpus has many."""
     monkeypatch.setattr(tokenize_corpus, "BLOCK_CHARACTERS", 1000)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 2500)
+    monkeypatch.setattr(token_shards, "SHARD_TOKENS", 2500)
 
 
 def stop_after(monkeypatch, count):
     """Lets so many shards be written, and stops the program at the next."""
-    write, written = shards._Unwritten.write, []
+    write, written = token_shards._Unwritten.write, []
 
     def limited(self, path, *details):
         if len(written) == count:
@@ -429,14 +429,14 @@ def stop_after(monkeypatch, count):
         written.append(path)
         return write(self, path, *details)
 
-    monkeypatch.setattr(shards._Unwritten, "write", limited)
+    monkeypatch.setattr(token_shards._Unwritten, "write", limited)
 
 
 def test_several_shards_have_the_tokens_of_one(corpus, monkeypatch):
     main(arguments(corpus))
     whole = {split: TokenShard(corpus / "out" / f"{split}.bin") for split in ("train", "dev")}
     monkeypatch.setattr(tokenize_corpus, "BLOCK_CHARACTERS", 1000)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 2500)
+    monkeypatch.setattr(token_shards, "SHARD_TOKENS", 2500)
     main(arguments(corpus))
     for split, one in whole.items():
         several = TokenShard(corpus / "out" / f"{split}.bin")
@@ -448,7 +448,7 @@ def test_several_shards_have_the_tokens_of_one(corpus, monkeypatch):
 
 def test_a_smaller_corpus_leaves_no_shards_of_the_one_before(corpus, monkeypatch, small_shards):
     main(arguments(corpus))
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 10**6)
+    monkeypatch.setattr(token_shards, "SHARD_TOKENS", 10**6)
     main(arguments(corpus))
     assert contents(corpus / "out").keys() == {"train.bin", "dev.bin", "tokenizer.model"}
 

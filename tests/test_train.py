@@ -19,21 +19,30 @@ import train
 from conftest import interrupt_after, save_model, step_of, train_tokenizer, write_split, write_text
 from data import Batch, BatchStream, TokenShard, open_corpus
 from distill import DistillConfig
-from harness.checkpoint import read_checkpoint
-from harness.files import UserError, run_program
-from model import with_recipe
+from model import with_hyperparameters
 from train import CrossEntropyObjective, TrainConfig, build_optimizer, learning_rate
+from training.checkpoint import read_checkpoint
+from training.io import UserError, run_program
 
 ROOT = Path(__file__).parent.parent
 
 
 def config_for(data_folder, out, **changes):
     options = {
-        "model": "gpt2-tiny", "data": str(data_folder), "out": str(out), "steps": 12,
-        "batch_size": 4, "sequence_length": 32, "learning_rate": 3e-3, "log_every": 2,
-        "eval_sequences": 8, "save_every": 5, "device": "cpu", "precision": "fp32",
-    }  # fmt: skip
-    return with_recipe(TrainConfig(**options | changes))
+        "model": "gpt2-tiny",
+        "data": str(data_folder),
+        "out": str(out),
+        "steps": 12,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "learning_rate": 3e-3,
+        "log_every": 2,
+        "eval_sequences": 8,
+        "save_every": 5,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    return with_hyperparameters(TrainConfig(**options | changes))
 
 
 def trained(config):
@@ -154,18 +163,33 @@ def whole_run(data_folder, tmp_path_factory):
 def test_a_run_writes_what_it_promises(whole_run):
     out, progress = whole_run
     assert {p.name for p in out.iterdir()} == {
-        "checkpoint.pt", "previous.pt", "best.pt", "log.jsonl",
-    }  # fmt: skip
+        "checkpoint.pt",
+        "previous.pt",
+        "best.pt",
+        "log.jsonl",
+    }
     first, *entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     assert first.keys() >= {
-        "config", "model", "parameters", "tokenizer", "commit", "versions", "device",
-    }  # fmt: skip
+        "config",
+        "model",
+        "parameters",
+        "tokenizer",
+        "commit",
+        "versions",
+        "device",
+    }
     steps = [e for e in entries if "loss" in e]
     assert [e["step"] for e in steps] == [2, 4, 6, 8, 10, 12]
     assert steps[-1].keys() >= {
-        "epoch", "tokens", "words", "loss", "cross_entropy", "learning_rate", "gradient_norm",
+        "epoch",
+        "tokens",
+        "words",
+        "loss",
+        "cross_entropy",
+        "learning_rate",
+        "gradient_norm",
         "tokens_per_second",
-    }  # fmt: skip
+    }
     assert steps[-1]["tokens"] == 12 * 4 * 32
     assert steps[-1]["loss"] < steps[0]["loss"]
     evaluations = [e for e in entries if "dev_cross_entropy" in e]
@@ -187,9 +211,7 @@ def test_same_seed_same_bits(whole_run, data_folder, tmp_path):
 def comparable(path):
     """The log without its run objects and speeds."""
     entries = [json.loads(line) for line in path.read_text().split("\n") if line]
-    return [
-        {k: v for k, v in e.items() if k != "tokens_per_second"} for e in entries if "step" in e
-    ]
+    return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in entries if "step" in e]
 
 
 @pytest.mark.parametrize("steps", [3, 8])
@@ -211,9 +233,7 @@ def test_resuming_equals_not_stopping(whole_run, data_folder, tmp_path, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_resuming_on_a_gpu_ends_where_running_again_does(
-    data_folder, tmp_path, monkeypatch, cuda_graph
-):
+def test_resuming_on_a_gpu_ends_where_running_again_does(data_folder, tmp_path, monkeypatch, cuda_graph):
     """To the bit, if the GPU repeats its own bits; else not farther away than a repetition is."""
     options = {"device": "cuda", "precision": "bf16", "cuda_graph": cuda_graph}
 
@@ -232,9 +252,7 @@ def test_resuming_on_a_gpu_ends_where_running_again_does(
     assert (stopped - whole).abs().max() <= 4 * (again - whole).abs().max()
 
 
-def test_resuming_without_the_random_state_would_be_noticed(
-    whole_run, data_folder, tmp_path, monkeypatch
-):
+def test_resuming_without_the_random_state_would_be_noticed(whole_run, data_folder, tmp_path, monkeypatch):
     config = config_for(data_folder, tmp_path / "r")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 8)
@@ -244,9 +262,7 @@ def test_resuming_without_the_random_state_would_be_noticed(
     assert not same(weights(tmp_path / "r/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
 
 
-def test_a_killed_run_continues_from_its_last_checkpoint(
-    whole_run, data_folder, tmp_path, monkeypatch
-):
+def test_a_killed_run_continues_from_its_last_checkpoint(whole_run, data_folder, tmp_path, monkeypatch):
     config = config_for(data_folder, tmp_path / "r")
 
     def crash():
@@ -261,9 +277,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(
     assert comparable(tmp_path / "r/log.jsonl") == comparable(whole_run[0] / "log.jsonl")
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_previous_one(
-    whole_run, data_folder, tmp_path, capsys
-):
+def test_a_damaged_checkpoint_gives_way_to_the_previous_one(whole_run, data_folder, tmp_path, capsys):
     config = config_for(data_folder, tmp_path / "r")
     trained(config)
     checkpoint = tmp_path / "r/checkpoint.pt"

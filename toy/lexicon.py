@@ -20,15 +20,26 @@ THINGS = (
     "ball book apple stone box cup leaf knife hat key lamp rope loaf coin drum shoe basket letter "
     "candle brush kite spoon shelf bell"
 ).split(" ")
-PLACES = (
+PATH_OPTIONS = (
     "house garden river road hill forest school market bridge kitchen field tower lake church barn "
     "harbour mill valley"
 ).split(" ")
 PLURALS = {
-    "woman": "women", "man": "men", "child": "children", "mouse": "mice", "goose": "geese",
-    "sheep": "sheep", "deer": "deer", "wolf": "wolves", "calf": "calves", "ox": "oxen",
-    "leaf": "leaves", "knife": "knives", "loaf": "loaves", "shelf": "shelves",
-}  # fmt: skip
+    "woman": "women",
+    "man": "men",
+    "child": "children",
+    "mouse": "mice",
+    "goose": "geese",
+    "sheep": "sheep",
+    "deer": "deer",
+    "wolf": "wolves",
+    "calf": "calves",
+    "ox": "oxen",
+    "leaf": "leaves",
+    "knife": "knives",
+    "loaf": "loaves",
+    "shelf": "shelves",
+}
 ADJECTIVES = (
     "small old big young quiet happy black white brown tired clever funny hungry strange lonely "
     "gentle proud clumsy angry brave pale lazy shy odd"
@@ -44,20 +55,44 @@ ACTS = (
 HANDLING = "carry find hold want drop take bring lose break throw hide steal paint mend".split(" ")
 MEETING = "see like follow watch help call chase know meet feed love visit fear teach".split(" ")
 PASTS = {
-    "run": "ran", "sleep": "slept", "sing": "sang", "hide": "hid", "swim": "swam", "fall": "fell",
-    "find": "found", "hold": "held", "take": "took", "bring": "brought", "lose": "lost",
-    "break": "broke", "throw": "threw", "steal": "stole", "see": "saw", "know": "knew",
-    "meet": "met", "feed": "fed", "teach": "taught", "kneel": "knelt", "drop": "dropped",
-    "go": "went", "give": "gave", "wake": "woke", "leave": "left", "eat": "ate", "have": "had",
-}  # fmt: skip
+    "run": "ran",
+    "sleep": "slept",
+    "sing": "sang",
+    "hide": "hid",
+    "swim": "swam",
+    "fall": "fell",
+    "find": "found",
+    "hold": "held",
+    "take": "took",
+    "bring": "brought",
+    "lose": "lost",
+    "break": "broke",
+    "throw": "threw",
+    "steal": "stole",
+    "see": "saw",
+    "know": "knew",
+    "meet": "met",
+    "feed": "fed",
+    "teach": "taught",
+    "kneel": "knelt",
+    "drop": "dropped",
+    "go": "went",
+    "give": "gave",
+    "wake": "woke",
+    "leave": "left",
+    "eat": "ate",
+    "have": "had",
+}
 PEOPLE_ONLY = set("sing laugh smile shout whistle paint mend teach visit".split(" "))
 DEMONSTRATIVES = ("this", "that", "these", "those")
 NEAR = "near behind beside under above".split(" ")
 # Each category of nouns: its nouns, and the adjectives that go with them.
 CATEGORIES = {
-    "person": (PEOPLE, ADJECTIVES), "animal": (ANIMALS, ADJECTIVES),
-    "thing": (THINGS, THING_ADJECTIVES), "place": (PLACES, THING_ADJECTIVES),
-}  # fmt: skip
+    "person": (PEOPLE, ADJECTIVES),
+    "animal": (ANIMALS, ADJECTIVES),
+    "thing": (THINGS, THING_ADJECTIVES),
+    "place": (PATH_OPTIONS, THING_ADJECTIVES),
+}
 
 
 def with_s(word):

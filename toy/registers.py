@@ -20,7 +20,7 @@ HERO visit FRIEND; FRIEND be tired; HERO go home; FRIEND sleep PLACE
 HERO fall PLACE; HERO cry; FRIEND help HERO; HERO thank FRIEND
 FRIEND call HERO; HERO leave THING PLACE; CREATURE take THING; HERO be angry
 """.strip().split("\n")
-]  # fmt: skip
+]
 
 
 def plot(grammar, cast, place):
@@ -81,9 +81,9 @@ def continuation(grammar, cast, tense):
     return f" {joint} {grammar.clause(other, tense)}"
 
 
-def aside(grammar, speaker, tense):
-    """A clause about someone who is not in the story; sometimes the speaker says it."""
-    says = f"{speaker.words} {grammar.finite('say', speaker, tense)} that "
+def aside(grammar, rank_prefix, tense):
+    """A clause about someone who is not in the story; sometimes the rank_prefix says it."""
+    says = f"{rank_prefix.words} {grammar.finite('say', rank_prefix, tense)} that "
     words = grammar.clause(grammar.being(), tense)
     return (says if grammar.chance(0.2) else "") + words
 

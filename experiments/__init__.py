@@ -1,0 +1,1 @@
+"""Recipes of experiments, their results, and the report of them."""

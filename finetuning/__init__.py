@@ -1,0 +1,1 @@
+"""Tasks of classifying texts, and the model that classifies them."""

@@ -1,1 +1,0 @@
-"""What any training run needs besides its method: nothing in here imports a module of the root."""

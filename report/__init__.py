@@ -1,1 +1,0 @@
-"""What the numbers of an experiment say: comparisons, findings, tables, pictures, pages."""

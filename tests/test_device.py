@@ -1,0 +1,462 @@
+"""Where and how a step is computed: precision, compiled layers, and one CUDA graph for a step."""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import loss
+import model as models
+from conftest import interrupt_after, step_of
+from data import BatchStream, count_chunks
+from distill import DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
+from test_train import config_for, fitted, trained
+from train import CrossEntropyObjective
+from training.cuda_graph import GraphedStep, should_capture
+from training.device import (
+    Compute,
+    checkpoint_activations_of,
+    choose_device,
+    compiles,
+)
+from training.io import UserError
+from training.resume import training_state
+from training.teacher_cache import Layout, TeacherCache
+
+
+def objectives():
+    """Names of both kinds of objective, with dropout in the student."""
+    return pytest.mark.parametrize("kind", ["alone", "distilled"])
+
+
+def full_step(kind, device, precision):
+    """A step of three and three and two of eight sequences."""
+    torch.manual_seed(0)
+    model = models.build_model("gpt2-tiny", 300)
+    teachers = [models.build_model(name, 300) for name in ("gpt2-tiny", "llama-tiny")]
+    objective = CrossEntropyObjective(model)
+    if kind == "distilled":
+        objective = FusedDistillationObjective(model, teachers, DistillConfig(teachers=[]))
+    return step_of(objective.to(device).train(), 3, 0.1, device, precision)
+
+
+class Recording(TorchDispatchMode):
+    """The operations run in it: their names, numbers, and what memory they read, and as what.
+
+    Memory from outside is known by its address, what was made inside by its number.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.made, self.kept = [], {}, []
+
+    def place(self, leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return str(leaf)
+        storage = leaf.untyped_storage()
+        where = self.made.get(storage._cdata, storage.data_ptr())
+        return where, leaf.storage_offset(), tuple(leaf.shape), leaf.stride(), leaf.dtype
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        read = tree_leaves((args, kwargs or {}))
+        self.operations.append((str(operation), [self.place(leaf) for leaf in read]))
+        result = operation(*args, **(kwargs or {}))
+        here = {t.untyped_storage()._cdata for t in read if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.kept.append(tensor)  # so that no address is used twice
+                storage = tensor.untyped_storage()._cdata
+                if storage not in here:
+                    self.made.setdefault(storage, f"made {len(self.made)}")
+        return result
+
+
+def recorded(step, batches):
+    """The operations of each `update`, with another batch and another rate each time."""
+    operations = []
+    for i, batch in enumerate(batches):
+        step.load(batch, 1e-3 * i)
+        with Recording() as recording:
+            step.train_step.update(step.parts)
+        operations.append(recording.operations)
+    return operations
+
+
+@objectives()
+def test_every_update_does_the_same_to_the_same_memory(train_shard, kind):
+    """What a CUDA graph replays, once captured, must be what the next update would have done.
+
+    Shown without a GPU for each operation of an eager update on a CPU, whose loss takes other
+    branches and whose kernels are others. The first update also makes what is made once.
+    """
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    step = GraphedStep(full_step(kind, "cpu", "bf16"))
+    _, second, third, fourth = recorded(step, [stream(i) for i in range(4)])
+    assert second == third == fourth and len(second) > 500
+    names = {name.split(".")[1] for name, _ in second}
+    assert names.isdisjoint({"_local_scalar_dense", "nonzero", "masked_select", "_unique2"})
+
+    # The check can fail: rates and counts that move to new memory.
+    for group in step.train_step.groups:
+        group["lr"] = group["lr"].clone()
+    step.train_step.nonfinite_steps = step.train_step.nonfinite_steps.clone()
+    [changed] = recorded(step, [stream(4)])
+    differing = [(a, b) for a, b in zip(changed, fourth, strict=True) if a != b]
+    assert 0 < len(differing) < 10
+
+
+class NoWaiting(TorchDispatchMode):
+    """Forbids whatever would make a GPU's step wait: to read a value of the device on the host.
+
+    On a CPU the device's memory is told from the host's by where it comes from: `host` are the
+    tensors that are on the host beside a GPU too, and what is made of them alone is there as well.
+    """
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "item")
+
+    def __init__(self, host):
+        super().__init__()
+        self.host = {tensor.untyped_storage()._cdata for tensor in host}
+        self.kept, self.asked_of_host = list(host), 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        read = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)]
+        on_host = read and all(t.untyped_storage()._cdata in self.host for t in read)
+        name = str(operation).split(".")[1]
+        if name in self.WAITING:
+            assert on_host, f"{operation} waits for the device"
+            self.asked_of_host += 1
+        result = operation(*args, **(kwargs or {}))
+        self.kept += (made := [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)])
+        if on_host:
+            self.host |= {t.untyped_storage()._cdata for t in made}
+        return result
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("kind", ["alone", "distilled", "cached"])
+def test_a_step_never_waits_for_the_device(train_shard, kind, micro_batch_size):
+    """A whole step: teachers, filling and reading of the cache, clipping, skipping."""
+    step = full_step("alone" if kind == "alone" else "distilled", "cpu", "bf16")
+    step.micro_batch_size, host = micro_batch_size, []
+    if kind == "cached":
+        chunks = count_chunks(len(train_shard.tokens), 32)
+        cache = TeacherCache.in_memory(Layout(chunks, 32, (96, 96), torch.bfloat16), "cpu")
+        step.objective.cache, host = cache, [cache.filled]
+    batch = BatchStream(train_shard, 8, 32, seed=0)(0)
+    for _ in range(2):
+        with NoWaiting([*host, batch.chunk_ids]) as mode:
+            step(batch, 1e-3)
+    assert bool(mode.asked_of_host) == (kind == "cached")  # whether the chunks are in the cache
+
+    step.optimizers[0].defaults["fused"] = False  # one that asks on the host whether to skip
+    with pytest.raises(AssertionError, match="waits"), NoWaiting(host):
+        step(batch, 1e-3)
+
+
+@objectives()
+def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    plain = full_step(kind, "cpu", "fp32")
+    terms = [plain(stream(i), 1e-3 * i) for i in range(3)]
+    loading = GraphedStep(full_step(kind, "cpu", "fp32"))
+    for i in range(3):
+        loading.load(stream(i), 1e-3 * i)
+        loaded = loading.train_step.update(loading.parts)
+        torch.testing.assert_close(loaded["loss"], terms[i]["loss"], rtol=1e-6, atol=0)
+    for a, b in zip(plain.parameters.values(), loading.train_step.parameters.values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+class Replaying(GraphedStep):
+    """A graphed step whose graph is a plain update on the CPU; `replays` counts them."""
+
+    replays = 0
+
+    def capture(self):
+        def replay():
+            self.replays += 1
+            return self.train_step.update(self.parts)
+
+        return replay
+
+
+class Drifting(Replaying):
+    """One whose replay also changes a weight by the least that a weight can change."""
+
+    def capture(self):
+        replay, weight = super().capture(), next(iter(self.train_step.parameters.values()))
+
+        def drifting():
+            terms = replay()
+            with torch.no_grad():
+                weight.view(-1)[7] = torch.nextafter(weight.view(-1)[7], torch.tensor(9.0))
+            return terms
+
+        return drifting
+
+
+class Stale(Replaying):
+    """One whose replay reads the input that it was captured with."""
+
+    def capture(self):
+        parts = [part.clone() for part in self.parts]
+
+        def stale():
+            self.replays += 1
+            return self.train_step.update(parts)
+
+        return stale
+
+
+class Uncapturable(Replaying):
+    def capture(self):
+        raise RuntimeError("operation not permitted when stream is capturing\nand a trace")
+
+
+@pytest.mark.parametrize("step_class", [Replaying, Drifting, Stale, Uncapturable])
+def test_a_graph_is_taken_once_its_replay_is_what_a_plain_step_is(train_shard, capsys, step_class):
+    """Verifying changes nothing: dropout draws on as it would have without."""
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    plain = GraphedStep(full_step("alone", "cpu", "fp32"))
+    plain.warm_up = math.inf
+    torch.manual_seed(1)
+    losses = [plain(stream(i), 1e-3)["loss"].item() for i in range(7)]
+    step = step_class(full_step("alone", "cpu", "fp32"))
+    torch.manual_seed(1)
+    assert losses == [step(stream(i), 1e-3)["loss"].item() for i in range(7)]
+    weights = zip(plain.train_step.parameters.values(), step.train_step.parameters.values())
+    assert all(torch.equal(a, b) for a, b in weights)
+    warnings = capsys.readouterr().err.splitlines()
+    if step_class is Replaying:
+        assert step.replays == 1 + 4 and not warnings  # three plain steps come first
+    else:
+        assert step.replays == (step_class in (Drifting, Stale)) and not step.replay
+        [warning] = warnings
+        assert "without a CUDA graph" in warning and "trace" not in warning
+
+
+def test_a_graph_is_the_default_on_cuda_for_steps_of_few_tokens():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    adamw = [torch.optim.AdamW([parameter], fused=True)]
+    muonish = [torch.optim.SGD([parameter])]
+    cuda, cpu = Compute(torch.device("cuda"), "bf16"), Compute(torch.device("cpu"), "fp32")
+    assert should_capture(None, cuda, adamw, 4096) and should_capture(True, cuda, adamw, 1 << 20)
+    assert not should_capture(None, cuda, adamw, 32_768) and not should_capture(None, cuda, muonish, 64)
+    assert not should_capture(None, cpu, adamw, 64) and not should_capture(False, cuda, adamw, 64)
+    for compute, optimizers in ((cpu, adamw), (cuda, muonish)):
+        with pytest.raises(UserError, match="leave"):
+            should_capture(True, compute, optimizers, 64)
+
+
+def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(data_folder, tmp_path, monkeypatch):
+    """Teachers, a control and a student in one process, as reproduce.py trains them.
+
+    Batches and dev batches are ragged, which is another graph each. Beyond its limit torch would
+    go on without compiling and only warn; here it raises. The graphs are executed eagerly.
+    """
+    counter = CompileCounter()
+
+    def compile_eagerly(module, options, dynamic):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=counter, dynamic=dynamic)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    rows = functools.cache(lambda: torch.compile(loss._rows, backend=counter, dynamic=False))
+    monkeypatch.setattr(loss, "_compiled_rows", rows)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+
+    def graphs_of(name, out, teachers=()):
+        counter.clear()
+        config = config_for(
+            data_folder,
+            tmp_path / out,
+            model=name,
+            steps=2,
+            micro_batch_size=3,
+            compile=True,
+            eval_sequences=37,
+        )
+        model = models.build_model(name, 300)
+        objective = CrossEntropyObjective(model)
+        if teachers:
+            objective = FusedDistillationObjective(model, teachers, DistillConfig(teachers=[]))
+        fitted(objective, config)
+        return counter.frame_count
+
+    alone = 4 + 2  # whole and ragged: of the layers in training and on dev, of the loss in training
+    assert graphs_of("gpt2-tiny", "gpt2") == alone
+    assert graphs_of("llama-tiny", "llama") == alone
+    assert graphs_of("llama-tiny-student", "control") == alone
+    sizes = [128, 160, 192, 224, 256]
+    teachers = [models.build_model("llama-tiny", 300, intermediate_size=size) for size in sizes]
+    assert graphs_of("llama-tiny-student", "student", teachers) == alone + 2 * len(teachers)
+
+
+def test_layers_of_a_frozen_teacher_are_kept_in_the_bits_that_autocast_makes_of_them(train_shard):
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
+    ends = []
+    for narrow in (lambda model: None, cast_linears_to_bf16):
+        step = full_step("distilled", "cpu", "bf16")
+        for teacher in step.objective.teachers:
+            narrow(teacher)
+        terms = step(batch, 1e-3)
+        ends.append([terms["loss"], *(p.detach() for p in step.parameters.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+    types = {p.dtype for p in step.objective.teachers[0].blocks[0].attn.parameters()}
+    assert types == {torch.bfloat16} and step.objective.teachers[1].head.dtype == torch.float32
+
+
+@objectives()
+def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind):
+    """With dropout, whose masks are drawn again."""
+    stream, ends = BatchStream(train_shard, 8, 32, seed=0), []
+    for checkpointed in (False, True):
+        step = full_step(kind, "cpu", "fp32")
+        if checkpointed:
+            checkpoint_activations_of(step.objective.model)
+        torch.manual_seed(3)
+        losses = [step(stream(i), 1e-3)["loss"] for i in range(4)]
+        ends.append([*losses, *(p.detach() for p in step.parameters.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["alone", "distilled", "cached"])
+def test_a_step_never_waits_for_a_gpu(train_shard, kind):
+    """As above, but what is copied to the host or without `non_blocking` shows here alone."""
+    step = full_step("alone" if kind == "alone" else "distilled", "cuda", "bf16")
+    if kind == "cached":
+        chunks = count_chunks(len(train_shard.tokens), 32)
+        layout = Layout(chunks, 32, (96, 96), torch.bfloat16)
+        step.objective.cache = TeacherCache.in_memory(layout, "cuda")
+    stream = BatchStream(train_shard, 8, 32, seed=0, device="cuda")
+    step(stream(0), 1e-3)  # what is made once
+    batches = [stream(1), stream(1)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:  # the second one reads what the first has put into the cache
+            step(batch, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_what_a_checkpoint_keeps_has_left_the_gpu(train_shard):
+    step = full_step("alone", "cuda", "bf16")
+    step(BatchStream(train_shard, 8, 32, seed=0, device="cuda")(0), 1e-3)
+    kept = [t for t in tree_leaves(training_state(step)) if isinstance(t, torch.Tensor)]
+    assert len(kept) > 50 and not any(tensor.is_cuda for tensor in kept)
+
+
+def test_a_long_run_on_a_cpu_is_advised_to_compile(capsys):
+    cpu, cuda = Compute(torch.device("cpu"), "fp32"), Compute(torch.device("cuda"), "bf16")
+    assert not compiles(None, cpu, 1e13) and compiles(None, cuda, 1e18) and compiles(True, cpu)
+    assert not compiles(False, cpu, 1e18) and "--compile" not in capsys.readouterr().out
+    assert not compiles(None, cpu, 1e15) and "--compile" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_gpu_goes_on_without_a_graph(train_shard, monkeypatch, capsys):
+    stream = BatchStream(train_shard, 8, 32, seed=0, device="cuda")
+    step = GraphedStep(full_step("alone", "cuda", "bf16"))
+    update = step.train_step.update
+    monkeypatch.setattr(
+        step.train_step, "update", lambda parts: (update(parts), parts[0].tokens.sum().item())[0]
+    )
+    losses = [step(stream(i), 1e-3)["loss"].item() for i in range(8)]
+    assert not step.replay and all(map(math.isfinite, losses))  # dropout still draws
+    assert "without a CUDA graph" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(8, 32), (32, 128)], ids=["256 tokens", "4096 tokens"])
+@objectives()
+def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind, size):
+    """With more than 3,072 tokens the embedding's gradient is computed by another kernel."""
+    stream = BatchStream(train_shard, *size, seed=0, device="cuda")
+    ends = []
+    for wrap in (lambda step: step, GraphedStep):
+        plain = full_step(kind, "cuda", "bf16")
+        step, parameters = wrap(plain), plain.parameters.values()
+        start = torch.cat([p.detach().flatten() for p in parameters])
+        losses = [step(stream(i), 1e-3)["loss"].item() for i in range(10)]
+        end = torch.cat([p.detach().flatten() for p in parameters])
+        ends.append((losses, end - start, torch.cuda.get_rng_state()))
+    (eager, moved, random), (graphed, moved_by_graph, random_of_graph) = ends
+    assert step.replay and plain.nonfinite_steps == 0
+    assert torch.equal(random, random_of_graph)  # dropout went on, replay by replay
+    assert torch.allclose(torch.tensor(eager), torch.tensor(graphed), rtol=1e-3)
+    # Adam makes whole steps of rounding errors where a gradient is zero, as that of a key's bias.
+    assert (moved - moved_by_graph).norm() < 0.2 * moved.norm()
+
+
+def runs_with_and_without_a_graph(run_in, out, monkeypatch):
+    """Dev cross-entropies of both, the former stopped and resumed in the middle of its replays."""
+    plain = run_in(out / "plain", cuda_graph=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        assert run_in(out / "graph", cuda_graph=True)["step"] == 8
+    graphed = run_in(out / "graph", cuda_graph=True)
+    assert graphed["step"] == plain["step"] == 24
+    return graphed["dev_cross_entropy"], plain["dev_cross_entropy"]
+
+
+GPU_RUN = {"device": "cuda", "precision": "bf16", "compile": True, "steps": 24}
+
+
+@pytest.mark.gpu
+def test_a_run_with_a_graph_ends_where_one_without_does_on_a_gpu(data_folder, tmp_path, monkeypatch):
+    """Compiled layers, evaluations between the replays, a stop and a resume."""
+
+    def run_in(out, **changes):
+        return trained(config_for(data_folder, out, **GPU_RUN, **changes))
+
+    graphed, plain = runs_with_and_without_a_graph(run_in, tmp_path, monkeypatch)
+    assert abs(graphed - plain) < 0.01 * plain
+
+
+@pytest.mark.gpu
+def test_a_distilled_run_with_a_graph_and_cached_teachers_on_a_gpu(
+    data_folder, train_shard, tmp_path, monkeypatch
+):
+    """What the graph is for. The cache is filled in the first of some two epochs."""
+
+    def run_in(out, **changes):
+        config = config_for(data_folder, out, model="llama-tiny-student", **GPU_RUN, **changes)
+        config = dataclasses.replace(config, batch_size=16)
+        torch.manual_seed(0)
+        names = ("llama-tiny-student", "gpt2-tiny", "llama-tiny")
+        student, *teachers = (models.build_model(name, 300) for name in names)
+        chunks = count_chunks(len(train_shard.tokens), 32)
+        sizes = [t.config.hidden_size for t in teachers]
+        cache = TeacherCache.in_memory(Layout(chunks, 32, tuple(sizes), torch.bfloat16), "cuda")
+        options = DistillConfig(teachers=[])
+        return fitted(FusedDistillationObjective(student, teachers, options, cache), config)
+
+    graphed, plain = runs_with_and_without_a_graph(run_in, tmp_path, monkeypatch)
+    assert abs(graphed - plain) < 0.01 * plain
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("probability", [0.1, 0.03, 0.3])
+def test_attention_drops_the_share_that_it_is_asked_to_drop_on_a_gpu(probability):
+    """Counted, because some of cuDNN's kernels round the probability to sixteenths in torch 2.11.
+
+    With values of one the output is the sum of the weights that are kept, each over 1 - p: of N
+    equal weights the kept ones are counted.
+    """
+    device = choose_device("cuda")
+    N = 128
+    q = torch.zeros(64, 16, N, 96, device=device, dtype=torch.bfloat16)
+    v = torch.ones_like(q)
+    with torch.no_grad():
+        y = F.scaled_dot_product_attention(q, q, v, dropout_p=probability)
+    kept = y[..., 0].float().mean().item() * (1 - probability)
+    assert abs(1 - kept - probability) < 0.002

@@ -1,0 +1,364 @@
+"""Which state a run continues from: after kills, damage, failed reads, and earlier versions."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+import model as models
+import train
+from conftest import interrupt_after
+from data import open_corpus
+from test_train import comparable, config_for, fitted, trained, weights
+from train import CrossEntropyObjective
+from training import checkpoint as checkpoints
+from training import io, logger, resume
+from training.checkpoint import content_digest, read_checkpoint
+from training.io import UserError, locked, pack_header, run_program, unpack_first_line
+
+FIXTURES = Path(__file__).parent / "fixtures"
+OLD_OPTIONS = (
+    "--data data --batch-size 4 --sequence-length 16 --learning-rate 0.003 --warmup-steps 3 "
+    "--weight-decay 0.1 --log-every 2 --save-every 100 --eval-sequences 8 --device cpu "
+    "--precision fp32 --steps 30"
+).split()
+OLD_COMMANDS = {
+    ("1d4d709", "trained"): (train, "--model gpt2-tiny --init gpt2.pt --out trained"),
+    ("1d4d709", "distilled"): (
+        distill,
+        "--teachers gpt2.pt llama.pt --model llama-tiny --init llama.pt --out distilled "
+        "--cache-teachers distilled.cache",
+    ),
+    ("e2b7f27", "trained"): (
+        train,
+        "--model llama-tiny --init llama.pt --out trained --optimizer muon --no-decay norms "
+        "--schedule linear --min-lr-ratio 0.1 --beta2 0.95 --dropout 0.1 --micro-batch-size 2",
+    ),
+    ("e2b7f27", "distilled"): (
+        distill,
+        "--teachers gpt2.pt llama.pt --model llama-tiny --init llama.pt --out distilled "
+        "--kl-reduction token --temperature 1 --alpha 0.25 --teacher-weights 1 2 --random-offset "
+        "--dropout 0.1",
+    ),
+}
+
+
+# ---- what an earlier version wrote
+
+
+def this_machine():
+    """What decides over the last bits of a float32 sum on a CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else ()
+    keys = ("model name", "cpu family", "model", "stepping", "flags")
+    processor = [line for line in lines if line.split("\t")[0].strip(" :") in keys]
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": io.sha256("\n".join(processor).encode()),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@pytest.mark.parametrize(("commit", "name"), OLD_COMMANDS)
+def test_a_run_of_an_earlier_version_is_continued_with_the_same_bits(
+    tmp_path, monkeypatch, capsys, commit, name
+):
+    shutil.copytree(FIXTURES / "1d4d709", tmp_path, dirs_exist_ok=True)  # data and models too
+    shutil.copytree(FIXTURES / commit, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    program, command = OLD_COMMANDS[commit, name]
+    cached = (tmp_path / "distilled.cache").read_bytes()
+    assert run_program(lambda: program.main([*command.split(), *OLD_OPTIONS])) == 0
+    printed = capsys.readouterr()
+    assert "continuing after step" in printed.out and "damaged" not in printed.out + printed.err
+    result = read_checkpoint(tmp_path / name / "checkpoint.pt")
+    expected = torch.load(tmp_path / f"{name}-end.pt", weights_only=True)
+    made = json.loads((FIXTURES / commit / "made.json").read_text())
+    same_machine = this_machine() == {k: v for k, v in made.items() if k != "commit"}
+    tolerance = {"rtol": 0, "atol": 0 if same_machine else 1e-4}
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][key], weight, **tolerance)
+    for key, state in expected["optimizer"].items():
+        for moment, value in state.items():
+            torch.testing.assert_close(result["training"]["optimizer"][key][moment], value, **tolerance)
+    difference = abs(result["progress"]["dev_cross_entropy"] - expected["dev_cross_entropy"])
+    assert difference <= tolerance["atol"]
+    # Chunks that the earlier version had kept were read, and not computed again.
+    now = (tmp_path / "distilled.cache").read_bytes()
+    digests = range(io.PAGE_BYTES, io.PAGE_BYTES + 87 * 32, 32)
+    kept = [i for i in digests if any(cached[i : i + 32])]
+    assert len(kept) == 28 and all(cached[i : i + 32] == now[i : i + 32] for i in kept)
+
+
+def test_an_option_that_an_old_run_does_not_have_means_its_default(tmp_path, monkeypatch, capsys):
+    shutil.copytree(FIXTURES / "1d4d709", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    command = [*OLD_COMMANDS["1d4d709", "trained"][1].split(), *OLD_OPTIONS]
+    saved = torch.load("trained/checkpoint.pt", weights_only=True)["config"]
+    added = {"clip": "0.5", "beta2": "0.95", "min-lr-ratio": "0.1", "optimizer": "muon"}
+    assert not {name.replace("-", "_") for name in added} & saved.keys()
+    for name, value in added.items():
+        assert run_program(lambda n=name, v=value: train.main([*command, f"--{n}", v])) == 1
+        error = capsys.readouterr().err
+        assert name.replace("-", "_") in error and error.count("\n") == 1
+
+
+# ---- kills (found by an attack: a kill between the last two renames left a run unfinished)
+
+
+def test_an_option_of_a_later_version_that_was_left_out_is_no_difference(data_folder, tmp_path, monkeypatch):
+    later = resume.Provenance.conditions
+    config = config_for(data_folder, tmp_path / "r")
+    for value, same in ((False, True), (5, False)):
+        with monkeypatch.context() as patch:
+            extended = lambda self, c, v=value: later(self, c) | {"later": v}  # noqa: E731
+            patch.setattr(resume.Provenance, "conditions", extended)
+            interrupt_after(patch, 5)
+            out = dataclasses.replace(config, out=str(tmp_path / str(same)))
+            trained(out)
+        if same:
+            assert trained(out)["step"] == 12
+        else:
+            with pytest.raises(UserError, match="later"):
+                trained(out)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "r"
+    return out, trained(config_for(data_folder, out))
+
+
+@pytest.mark.parametrize("rename", range(1, 6))
+def test_a_save_that_a_kill_cut_off_is_completed(whole_run, data_folder, tmp_path, monkeypatch, rename):
+    """A kill before each of the five renames by which the three states of a run get their names."""
+    config = config_for(data_folder, tmp_path / "r")
+    replace, count = os.replace, [0]
+
+    def killed(source, target):
+        count[0] += Path(target).name in ("checkpoint.pt", "previous.pt")
+        if count[0] == rename:
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(config)
+    assert trained(config)["step"] == 12
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {p.name for p in whole_run[0].iterdir()}
+    for name in ("checkpoint.pt", "previous.pt", "best.pt"):
+        ours, theirs = (read_checkpoint(r / name) for r in (tmp_path / "r", whole_run[0]))
+        assert content_digest(ours["weights"]) == content_digest(theirs["weights"]), name
+    assert comparable(tmp_path / "r/log.jsonl") == comparable(whole_run[0] / "log.jsonl")
+
+
+def test_a_finished_run_of_an_earlier_version_that_lost_its_name_gets_it_back(
+    whole_run, data_folder, tmp_path, capsys
+):
+    """As the attack reproduced it: the final state is there, under the name of a state to be."""
+    shutil.copytree(whole_run[0], tmp_path / "r")
+    (tmp_path / "r/checkpoint.pt").rename(tmp_path / "r/checkpoint.new")
+    assert trained(config_for(data_folder, tmp_path / "r"))["step"] == 12
+    assert "is finished" in capsys.readouterr().out
+    names = {p.name for p in (tmp_path / "r").iterdir()}
+    assert names == {"checkpoint.pt", "previous.pt", "best.pt", "log.jsonl"}
+
+
+def test_there_is_a_checkpoint_at_every_moment_of_a_save(data_folder, tmp_path, monkeypatch):
+    config, seen = config_for(data_folder, tmp_path / "r", save_every=2), []
+    for name in ("replace", "link", "fsync"):
+        original = getattr(os, name)
+
+        def watched(*arguments, original=original):
+            result = original(*arguments)
+            seen.append((tmp_path / "r" / "checkpoint.pt").exists())
+            return result
+
+        monkeypatch.setattr(os, name, watched)
+    trained(config)
+    assert len(seen) > 20 and all(seen[seen.index(True) :])
+
+
+def test_a_file_system_without_hard_links_works_too(whole_run, data_folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    trained(config_for(data_folder, tmp_path / "r"))
+    for name in ("checkpoint.pt", "previous.pt"):
+        ours, theirs = (weights(r / name) for r in (tmp_path / "r", whole_run[0]))
+        assert content_digest(ours) == content_digest(theirs)
+
+
+# ---- two processes (found: the state was read before the folder was locked)
+
+
+def hold(folder, held, release):
+    with locked(folder):
+        held.set()
+        release.wait(60)
+
+
+def test_the_folder_is_locked_before_its_state_is_read(data_folder, tmp_path, monkeypatch):
+    config = config_for(data_folder, tmp_path / "r")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        trained(config)
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(config.out, held, release))
+    holder.start()
+    assert held.wait(60)
+    read = []
+    monkeypatch.setattr(resume, "read_checkpoint", read.append)
+    with pytest.raises(UserError, match="in use by another run"):
+        trained(config)
+    assert not read
+    release.set()
+    holder.join()
+
+
+# ---- a damaged log (found: a traceback, though the checkpoint is whole)
+
+DAMAGES = {
+    "invalid UTF-8": b"\377\n",
+    "a lone brace": b"}\n",
+    "zeros": b"\0\0\0\0\n",
+    "no step": b'{"step": null}\n',
+    "a step in words": b'{"step": "seven"}\n',
+    "nested deeply": b"[" * 100_000 + b"\n",
+    "a long number": b'{"step": ' + b"9" * 5000 + b"}\n",
+    "an infinite step": b'{"step": Infinity}\n',
+    "another kind of newline": '{"step": 3, "note": "a\u2028b"}\n'.encode(),
+    "a list": b"[1, 2]\n",
+    "torn": b'{"step": 4, "lo',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_log_does_not_stop_a_run(whole_run, data_folder, tmp_path, monkeypatch, capsys, name):
+    config = config_for(data_folder, tmp_path / "r")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        trained(config)
+    path = tmp_path / "r" / "log.jsonl"
+    path.write_bytes(path.read_bytes() + DAMAGES[name])
+    trained(config)
+    ours = comparable(path)
+    assert [e for e in ours if "note" not in e] == comparable(whole_run[0] / "log.jsonl")
+    warned = "damaged lines are left out" in capsys.readouterr().err
+    assert warned == (name != "another kind of newline")  # which is none, in a log
+
+
+# ---- a failed read is no damage (found: the older state overwrote the newest)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_failed_read_ends_the_run_and_loses_nothing(
+    whole_run, data_folder, tmp_path, monkeypatch, capsys, error
+):
+    config = config_for(data_folder, tmp_path / "r")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        trained(config)
+    before = {p: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.torch, "load", fail)
+        code = run_program(lambda: trained(config))
+    assert code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert "falling back" not in message
+    assert before == {p: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    assert trained(config)["step"] == 12
+
+
+def test_too_little_memory_is_told_from_a_size_that_was_made_up(tmp_path):
+    """torch reports both alike; no checkpoint asks for more than its own file has."""
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"x" * 1000)
+    message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate {} bytes."
+    with pytest.raises(MemoryError):
+        checkpoints._raise_unless_damaged(path, RuntimeError(message.format(900)))
+    checkpoints._raise_unless_damaged(path, RuntimeError(message.format(10**15)))
+
+
+# ---- small things
+
+
+def test_the_first_save_knows_its_provenance(data_folder, tmp_path):
+    """A checkpoint says what it was trained on, by digests and not by paths."""
+    trained(config_for(data_folder, tmp_path / "r"))
+    found, corpus = read_checkpoint(tmp_path / "r/best.pt"), open_corpus(data_folder)
+    assert found["config"]["train_shard"] == corpus.train.digest
+    assert found["config"]["dev_shard"] == corpus.dev.digest
+    assert found["config"]["shape"] == found["model"]["shape"]
+
+
+def test_shards_are_read_once_by_a_run(data_folder, tmp_path, monkeypatch):
+    opened, original = [], train.open_corpus
+    monkeypatch.setattr(train, "open_corpus", lambda f: opened.append(f) or original(f))
+    arguments = ["--model", "llama-tiny-student", "--data", str(data_folder), "--steps", "1"]
+    arguments += ["--batch-size", "2", "--out", str(tmp_path / "r"), "--device", "cpu"]
+    assert run_program(lambda: train.main(arguments)) == 0
+    assert len(opened) == 1
+
+
+def test_the_commit_comes_from_the_environment_where_git_has_none(monkeypatch):
+    monkeypatch.setenv("BABYLLAMA_COMMIT", "abc123")
+    assert logger.commit() != "abc123" or not shutil.which("git")
+    monkeypatch.setenv("PATH", "")
+    assert logger.commit() == "abc123"
+
+
+def test_a_path_to_resume_from_that_is_not_there_leaves_no_folder(data_folder, tmp_path):
+    config = config_for(data_folder, tmp_path / "r", resume=str(tmp_path / "none.pt"))
+    with pytest.raises(UserError, match="no such checkpoint"):
+        trained(config)
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_goes_wrong_within_a_lock_is_not_blamed_on_another_run(tmp_path):
+    with pytest.raises(BlockingIOError), locked(tmp_path / "r"):
+        raise BlockingIOError
+
+
+def test_a_finished_run_gives_back_its_weights(whole_run, data_folder):
+    torch.manual_seed(5)
+    objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300))
+    fitted(objective, config_for(data_folder, whole_run[0]))
+    found = read_checkpoint(whole_run[0] / "checkpoint.pt")["weights"]
+    assert content_digest(dict(objective.model.state_dict())) == content_digest(found)
+
+
+@pytest.mark.parametrize("length", range(3980, 4010))
+def test_a_header_of_any_length_is_read_back(length):
+    """One in four thousand headers used to be a byte longer than it said."""
+    content = b"x" * length
+    header = pack_header("babyllama-shard", 1, content)
+    start = io.first_line_bytes("babyllama-shard")
+    version, size, digest = unpack_first_line(header[:start], "babyllama-shard")
+    assert (version, size, digest) == (1, len(header), io.sha256(header[start:]))
+    assert header[start:].strip() == content and size % io.PAGE_BYTES == 0
+
+
+def test_all_that_a_state_needs_is_checked_before_anything_is_trained(whole_run, data_folder):
+    """A state of other parameters is refused with one line, and not with a traceback."""
+    checkpoint = read_checkpoint(whole_run[0] / "previous.pt")
+    objective = CrossEntropyObjective(models.build_model("llama-tiny", 300))
+    optimizers = train.build_optimizer(objective, 0.1)
+    step = train.TrainStep(objective, optimizers, torch.autocast("cpu", enabled=False))
+    with pytest.raises(UserError, match="no state of this run's model"):
+        resume.restore(step, checkpoint, "previous.pt")

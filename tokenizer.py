@@ -1,0 +1,72 @@
+"""The tokenizer: a SentencePiece model, known by what is in it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import sentencepiece
+
+from training.io import UserError
+
+VOCABULARY_SIZE = 16_000  # the paper's; a model in training takes its tokenizer's
+PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in training text
+
+
+class Tokenizer:
+    """A SentencePiece model with an identity.
+
+    `identity` is the SHA-256 of the list of (piece, type, score): two files of the same pieces are
+    the same tokenizer, two tokenizers of the same size are not.
+    """
+
+    def __init__(self, model_bytes, name="tokenizer.model"):
+        self.model_bytes = bytes(model_bytes)
+        # A piece begins with this byte, and takes up to 80 bytes of memory.
+        if 80 * self.model_bytes.count(b"\n") > (64 << 20) + 6 * len(self.model_bytes):
+            raise UserError(f"{name} is not a SentencePiece model: it is nothing but empty pieces")
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+            self.vocabulary_size = self.processor.vocab_size()
+            self.identity = self._identity()
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: pieces in no UTF-8
+            raise UserError(f"{name} is not a SentencePiece model, or is damaged") from error
+        if not self.vocabulary_size:
+            raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
+
+    def _identity(self):
+        flags = ("is_control", "is_unknown", "is_byte", "is_unused")
+        digest = hashlib.sha256()
+        for i in range(self.vocabulary_size):
+            properties = [int(getattr(self.processor, flag)(i)) for flag in flags]
+            piece = [self.processor.id_to_piece(i), properties, repr(self.processor.get_score(i))]
+            digest.update(json.dumps(piece).encode())
+        return digest.hexdigest()
+
+    @classmethod
+    def load(cls, path):
+        """The tokenizer in `path`. Raises `UserError` where there is none."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: make it with python tokenize_corpus.py")
+        return cls(path.read_bytes(), str(path))
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint, path):
+        """The tokenizer in a checkpoint that was read from `path`.
+
+        Raises `UserError` if it is damaged, another than the checkpoint says, or too large for it.
+        """
+        described = checkpoint["tokenizer"]
+        tokenizer = cls(described["model"].numpy(), f"the tokenizer in {path}")
+        fits = tokenizer.vocabulary_size <= checkpoint["model"]["shape"]["vocab_size"]
+        if not fits or tokenizer.identity != described["identity"]:
+            raise UserError(f"the tokenizer in {path} is not that of its model: use another")
+        return tokenizer
+
+    def encode(self, text):
+        """The ids of `text`; no special token is added, and none is ever produced by text."""
+        return self.processor.encode(text)
+
+    def decode(self, ids):
+        """The text of `ids`: what was encoded, but for U+2581, which comes back as a space."""
+        return self.processor.decode([int(i) for i in ids])

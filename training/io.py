@@ -1,0 +1,261 @@
+"""Atomic writes, locks, digests, file headers, and the one error whose message a user sees."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+PAGE_BYTES = 4096
+rank_prefix = ""  # how errors name this process, where it is one of several and not the first
+
+
+class UserError(Exception):
+    """A failure that the user can mend: one line that names the file or flag and the remedy."""
+
+
+def run_program(main):
+    """The exit code of `main()`: 0 done, 1 a reported failure, 130 interrupted.
+
+    `main` returns an exit code or None. A `UserError`, a file that the system does not let us read,
+    or the end of memory becomes one line on standard error. 141 says that whoever read the output
+    left early.
+    """
+    _mend_standard_streams()
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {rank_prefix}{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+    except OSError as error:
+        reason = f"{error.filename or 'system'}: {error.strerror or error}"
+        print(f"error: {rank_prefix}{reason}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        reason = f"out of memory: {error or 'free some, or use a machine with more'}".rstrip()
+        print(f"error: {rank_prefix}{reason}", file=sys.stderr)
+        return 1
+
+
+def _mend_standard_streams():
+    """A closed stream leads nowhere; what a terminal's encoding lacks is printed as "?".
+
+    On standard error it is shown as an escape, so that a path can be told. Where a stream is
+    closed, the next file that is opened would get its number, and be written into.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's cannot be
+            errors = "replace" if name == "stdout" else "backslashreplace"
+            getattr(sys, name).reconfigure(errors=errors)
+
+
+def _discard_output():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def log(text):
+    """Prints a line at once; a run goes on when nobody reads it any more, or it cannot be kept.
+
+    Of several processes that train together the first alone prints, and warns.
+    """
+    if rank_prefix:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        warn(f"standard output cannot be written ({error.strerror}): the run goes on without it")
+
+
+def warn(text):
+    """Prints one line of warning on standard error."""
+    if not rank_prefix:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a binary file that becomes `path` on success and leaves no trace on failure.
+
+    The bytes are on disk before the name is: write beside it, fsync, rename, fsync the folder.
+    Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def scratch_file(path):
+    """Yields a nameless binary file beside `path`, to read and write, of which nothing remains.
+
+    Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            yield file
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path, error):
+    """The `UserError` of an `OSError` met in writing `path`."""
+    reason = error.strerror or error
+    if error.errno == errno.ENOSPC:
+        reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
+    return UserError(f"cannot write {path}: {reason}; what stood there is untouched")
+
+
+def fsync_folder(path):
+    """Puts the names in a folder on disk, so that a rename outlives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes `folder` and holds it alone; `UserError` if another process does.
+
+    The lock is on the folder itself and dies with the process, so that there is nothing to clean.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is in use by another run: wait, or choose another") from error
+        except OSError as error:  # some network file systems have no locks
+            raise UserError(
+                f"{folder} cannot be locked ({error.strerror}): choose a folder on a local disk"
+            ) from error
+        if not folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise UserError(f"{folder} is in use by another run, which removes it: try again")
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_text(path, text):
+    """Writes `text` as UTF-8 through `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON through `atomic_write`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def printable(text):
+    """`text` without what moves a terminal's cursor or cannot be encoded: U+FFFD stands for it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def json_memory(content):
+    """Bytes that JSON, given as bytes, takes at most once it is parsed, its strings aside.
+
+    An empty list takes 80, in three bytes of text; an object with something in it 300.
+    """
+    return 80 * (content.count(b",") + content.count(b"[")) + 300 * content.count(b"{")
+
+
+def sha256(data):
+    """The hexadecimal SHA-256 of a bytes-like object."""
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- the header with which shards and teacher caches begin, plain text that `head` shows:
+#
+#     MAGIC VERSION HEADER_BYTES SHA256      one line of fixed width
+#     content                                covered by the digest, padded with blanks to the size
+
+
+def first_line_bytes(magic):
+    """The length of the header's first line."""
+    return len(magic) + len(" 00000001 0000000000 ") + 64 + 1
+
+
+def pack_header(magic, version, content):
+    """The header's bytes: a whole number of pages, with at least a newline after `content`."""
+    start = first_line_bytes(magic)
+    size = -(-(start + len(content) + 1) // PAGE_BYTES) * PAGE_BYTES
+    body = content.ljust(size - start - 1) + b"\n"
+    return f"{magic} {version:08d} {size:010d} {sha256(body)}\n".encode() + body
+
+
+def unpack_first_line(line, magic):
+    """(version, header's bytes, digest of the content), or None where `line` begins otherwise.
+
+    Raises ValueError if the magic is there and the rest is not.
+    """
+    fields = line.decode("ascii", "replace").split()
+    if not fields or fields[0] != magic:
+        return None
+    if len(fields) != 4:
+        raise ValueError("its first line is incomplete")
+    return int(fields[1]), int(fields[2]), fields[3]
+
+
+# ---- tables of text
+
+
+def aligned(rows):
+    """Lines in which the columns of `rows` stand below each other.
+
+    The first row is the heading, and every row has as many cells. The first column is flush left,
+    the others are flush right. Returns a list with one line for each row.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def markdown(rows):
+    """The lines of a Markdown table; the first of `rows` is its heading."""
+    heading, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [heading, "|" + "---|" * len(rows[0]), *body]
