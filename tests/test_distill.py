@@ -142,7 +142,7 @@ def test_a_student_is_distilled_from_both(teachers, data_folder, tmp_path, capsy
     assert distill.main([*arguments, "--out", str(out), *SHORT]) == 0
     swapped = ["--teachers", *reversed(teachers), *arguments[3:], "--out", str(out), *SHORT]
     assert run_program(lambda: distill.main(swapped)) == 1
-    assert "teachers (the same in another order)" in capsys.readouterr().err
+    assert "teacher_digests: the same in another order" in capsys.readouterr().err
     other = ["--teachers", teachers[0], *arguments[3:], "--out", str(out), *SHORT]
     assert run_program(lambda: distill.main(other)) == 1
     assert "teacher_digests" in capsys.readouterr().err

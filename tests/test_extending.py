@@ -231,7 +231,7 @@ def test_a_state_of_another_optimizer_is_refused(data_folder, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
         trained(config)
-    with pytest.raises(UserError, match=r"optimizer \(adamw there, muon now\)"):
+    with pytest.raises(UserError, match="optimizer: adamw -> muon"):
         trained(dataclasses.replace(config, optimizer="muon"))
     monkeypatch.setattr(train, "build_optimizer", sgd_with_momentum)
     with pytest.raises(UserError, match="no state of this run's model"):
@@ -461,7 +461,7 @@ def test_a_shape_of_ones_own_is_printed_trained_and_saved(data_folder, tmp_path,
     assert config.intermediate_size == models.PRESETS["llama-tiny"].config.intermediate_size
     assert run_train(data_folder, tmp_path / "r", *options) == 0  # is finished
     assert run_train(data_folder, tmp_path / "r", *options[:4], "--dropout", "0") == 1
-    assert "shape: dropout (0.25 there, 0.0 now)" in capsys.readouterr().err
+    assert "shape.dropout: 0.25 -> 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -362,3 +362,15 @@ def test_all_that_a_state_needs_is_checked_before_anything_is_trained(whole_run,
     step = train.TrainStep(objective, optimizers, torch.autocast("cpu", enabled=False))
     with pytest.raises(UserError, match="no state of this run's model"):
         resume.restore(step, checkpoint, "previous.pt")
+
+
+def test_differences_name_each_setting_that_differs():
+    saved = {"seed": 0, "data": "a", "shape": {"layers": 2, "heads": 4}, "removed": None, "digest": "a" * 64}
+    current = {"seed": 1, "data": "b", "shape": {"layers": 2, "heads": 8}, "added": True, "digest": "b" * 64}
+    expected = ["added: None -> True", "digest changed", "seed: 0 -> 1", "shape.heads: 4 -> 8"]
+    assert resume.differences(saved, current, ignore=["data"]) == expected
+    assert resume.differences({"removed": 5}, {}) == ["removed: 5 -> None"]
+    assert resume.differences({"files": ("a", "b")}, {"files": ["a", "b"]}) == []
+    teachers = [{"name": "x"}, {"name": "y"}]
+    assert resume.differences({"t": teachers}, {"t": teachers[::-1]}) == ["t: the same in another order"]
+    assert resume.differences({"t": teachers}, {"t": [{"name": "x"}, {"name": "z"}]}) == ["t[1].name: y -> z"]

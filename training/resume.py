@@ -342,26 +342,44 @@ def check_same_run(checkpoint, config, provenance, path, full=True):
     saved = options.defaults(type(config)) | checkpoint["config"]
     if isinstance(saved.get("shape"), dict):
         saved["shape"] = options.defaults(type(provenance.shape)) | saved["shape"]
-    conditions = provenance.conditions(config)
-    differing = []
-    for key in sorted((saved.keys() | conditions.keys()) - options.may_change(type(config))):
-        there, now = saved.get(key), conditions.get(key)
-        if key not in conditions and not there:
-            continue  # an option of a later version, which was left out
-        if key == "shape" and isinstance(there, dict):
-            changed = [f for f in now if there.get(f) != now[f]]
-            differing += [f"shape: {f} ({there.get(f)} there, {now[f]} now)" for f in changed]
-        elif there != now and key == "teacher_digests" and isinstance(there, list):
-            reordered = sorted(map(str, there)) == sorted(now)
-            differing.append("teachers (the same in another order)" if reordered else key)
-        elif there != now:
-            short = max(len(str(there)), len(str(now))) < 40  # a digest says nothing to a reader
-            differing.append(f"{key} ({there} there, {now} now)" if short else key)
+    differing = differences(saved, provenance.conditions(config), options.may_change(type(config)))
     if differing:
         finished = whole and is_finished(progress, config.patience)
-        longer = finished and {text.split(" ")[0] for text in differing} <= {"steps", "epochs"}
+        longer = finished and {text.split(":")[0] for text in differing} <= {"steps", "epochs"}
         more = f", with --init {path} to train these weights on" if longer else ""
         raise UserError(
-            f"{path} is of another run: {', '.join(differing)}; give the same options, or another "
+            f"{path} is of another run ({', '.join(differing)}): give the same options, or another "
             f"--out for a new run{more}"
         )
+
+
+def differences(saved, current, ignore=()):
+    """One short text, "key: saved -> current", for each setting that differs between two runs.
+
+    Dicts and lists of dicts are compared key by key: "shape.hidden_size: 64 -> 128". A key that
+    `current` lacks is an option that no longer exists: it differs unless its saved value is empty.
+    A key that `saved` lacks counts as None. `ignore` holds keys of the outermost dict.
+    """
+    texts = []
+    for key in sorted((saved.keys() | current.keys()) - set(ignore), key=str):
+        before, now = saved.get(key), current.get(key)
+        if key in current or before:
+            texts += _value_differences(key, before, now)
+    return texts
+
+
+def _value_differences(key, before, now):
+    before, now = (list(value) if isinstance(value, tuple) else value for value in (before, now))
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [f"{key}.{text}" for text in differences(before, now)]
+    if isinstance(before, list) and isinstance(now, list):
+        if sorted(map(str, before)) == sorted(map(str, now)):
+            return [f"{key}: the same in another order"]
+        if len(before) == len(now) and all(isinstance(value, dict) for value in before + now):
+            pairs = enumerate(zip(before, now))
+            return [f"{key}[{i}].{text}" for i, pair in pairs for text in differences(*pair)]
+    if max(len(str(before)), len(str(now))) > 40:  # a digest says nothing to a reader
+        return [f"{key} changed"]
+    return [f"{key}: {before} -> {now}"]
