@@ -61,6 +61,8 @@ class FinetuneConfig(TrainConfig):
     task: str = option("", "name of the task")
     head: str = option("linear", "see classifier.py", choices=HEADS)
     chosen_by: str = option("f1", "which number on valid chooses best.pt")
+    eval_only_every: bool = option(False, "skip the evaluation at the end of each epoch")
+    least_gain: float = option(0.0, "smallest improvement that resets the patience", may_change=True)
 
 
 # ---- what `fit` is given: objective, stream, evaluation

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import distill
 import model as models
 import train
 from conftest import interrupt_after, save_model, step_of, train_tokenizer, write_split, write_text
@@ -23,6 +24,7 @@ from model import with_hyperparameters
 from train import CrossEntropyObjective, TrainConfig, build_optimizer, learning_rate
 from training.checkpoint import read_checkpoint
 from training.io import UserError, run_program
+from training.options import GROUPS, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -444,6 +446,30 @@ def test_help_lists_presets_and_defaults(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(name in text for name in models.PRESETS) and "(default: 128)" in text
+
+
+def test_help_lists_each_option_once_in_the_order_of_the_groups(capsys):
+    with pytest.raises(SystemExit):
+        distill.main(["--help"])
+    text = capsys.readouterr().out
+    headings = [line[:-1] for line in text.splitlines() if line[:-1] in GROUPS]
+    assert headings == [group for group in GROUPS if group in headings] and len(headings) > 3
+    for field in dataclasses.fields(DistillConfig):
+        assert text.count(f"\n  --{field.name.replace('_', '-')}") >= 1, field.name
+
+
+@pytest.mark.parametrize(
+    "arguments, nearest",
+    [(["--batchsize", "2"], "--batch-size"), (["--eval-evry=3"], "--eval-every"), (["--fdsp"], "--fsdp")],
+)
+def test_an_unknown_option_suggests_the_nearest(capsys, arguments, nearest):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2 and f"did you mean {nearest}?" in capsys.readouterr().err
+
+
+def test_an_alias_is_the_same_option():
+    assert parse(TrainConfig, "", ["--fsdp"]) == parse(TrainConfig, "", ["--shard"])
 
 
 @pytest.mark.parametrize(

@@ -1,118 +1,178 @@
-"""A dataclass becomes a command line: each option is a field, with its default beside its help."""
+"""A dataclass becomes a command line: each field is an option, with its default and help beside it."""
 
 import argparse
 import dataclasses
+import difflib
+import sys
 import types
 import typing
 
 from training.io import UserError
 
 REQUIRED = dataclasses.MISSING
+GROUPS = (  # of --help, in the order in which a user needs them
+    "what to train",
+    "recipe",
+    "distillation",
+    "evaluate and save",
+    "speed and memory",
+    "several GPUs",
+    "stop and inspect",
+)
 
 
-def option(default, help, **details):
-    """A dataclass field that is also a command-line option.
+def option(default, help, group=GROUPS[0], **details):
+    """Returns a dataclass field that is also a command-line option, listed under `group` in --help.
 
-    A default of None means that the value is decided later, as the help says; `REQUIRED` that there
-    is none. Details: `minimum`, `maximum` and `above` bound a number, for which `word` may stand;
-    `choices` lists the values; options with `exclusive=True` exclude each other; `may_change=True`
-    marks what may differ when a run is continued.
+    A default of None means that the program chooses the value later; `REQUIRED` that the user must.
+    Details: `alias` is a second name, such as "--lr"; `minimum`, `maximum` and `above` bound a
+    number; `word` may be given instead of a number; `choices` lists the values; options of a group
+    with `exclusive=True` exclude each other; `may_change=True` allows another value when a run is
+    continued.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **details})
+    assert group in GROUPS, group
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, **details})
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The options of any run, whatever it trains: where to, how often, on what device."""
+    """The options that any run has, whatever it trains."""
+
+    # Only fine-tuning makes these two options (finetune.py).
+    eval_only_every = False  # skip the evaluation at the end of each epoch
+    least_gain = 0.0  # smallest improvement that resets the patience
 
     out: str | None = option(
-        None, "folder of the run; default: runs/PRESET, or runs/distilled-PRESET", may_change=True
+        None, "folder of the run (default: runs/PRESET, or runs/distilled-PRESET)", may_change=True
     )
-    resume: str = option(
-        "auto",
-        "auto: continue if there is a run; never; or the path of a checkpoint to continue from",
-        may_change=True,
+    seed: int = option(0, "random seed of initialisation, batch order and dropout", group="recipe", minimum=0)
+    eval_every: int = option(
+        0,
+        "steps between evaluations on dev; 0: only after each epoch and at the end",
+        group="evaluate and save",
+        minimum=0,
     )
-    seed: int = option(0, "random seed for initialisation, batch order and dropout", minimum=0)
+    log_every: int = option(
+        20, "steps between lines of log.jsonl", group="evaluate and save", minimum=1, may_change=True
+    )
     save_every: int = option(
-        500, "steps between checkpoints; the last step has one", minimum=1, may_change=True
+        500,
+        "steps between checkpoints; the last step always saves one",
+        group="evaluate and save",
+        minimum=1,
+        may_change=True,
     )
     save_at_words: list[str] | None = option(
         None,
-        "write the weights as chck_1M.pt and so on when that many words have been seen: numbers "
-        "such as 500k or 1M, or babylm (1M to 10M by 1M, then every 10M)",
-        may_change=True,
-    )
-    log_every: int = option(20, "steps between lines of log.jsonl", minimum=1, may_change=True)
-    eval_every: int = option(0, "steps between dev evaluations besides each epoch's; 0: none", minimum=0)
-    eval_only_every: bool = option(False, "leave out the dev evaluation where an epoch ends")
-    patience: int = option(
-        0,
-        "stop after so many evaluations in a row without a better one; 0: never",
-        minimum=0,
-        may_change=True,
-    )
-    least_gain: float = option(
-        0.0,
-        "gain up to which patience counts an evaluation as no better",
-        minimum=0,
-        may_change=True,
-    )
-    stop_after: float | None = option(
-        None, "minutes after which to save and stop; default: never", minimum=0, may_change=True
-    )
-    device: str = option("auto", "auto, cuda, mps or cpu", may_change=True)
-    precision: str = option(
-        "auto",
-        "precision of matrix products; auto: bf16 where the chip multiplies it natively",
-        choices=("auto", "fp32", "bf16"),
-    )
-    compile: bool | None = option(None, "torch.compile the layers; default: on CUDA only", may_change=True)
-    cuda_graph: bool | None = option(
-        None,
-        "replay the training step as one CUDA graph, once a replay was seen to do what a plain "
-        "step does; default: on CUDA, where a step has at most 8,192 tokens",
-        may_change=True,
-    )
-    shard: bool = option(
-        False,
-        "under torchrun: each process keeps a part of the model in training, of its gradients and "
-        "of its moments, instead of all",
-        may_change=True,
-    )
-    checkpoint_activations: bool = option(
-        False,
-        "keep no layer's inner activations for the backward pass, and compute them again there: "
-        "less memory, about a third more time",
-        may_change=True,
-    )
-    profile: int = option(
-        0,
-        "write a trace of so many steps, after the first ten, as OUT/trace.json; 0: none",
-        minimum=0,
+        "also keep the weights, as chck_1M.pt and so on, after this many words of training: numbers "
+        "such as 500k or 1M, or babylm for 1M to 10M by 1M, then every 10M",
+        group="evaluate and save",
         may_change=True,
     )
     tensorboard: bool = option(
         False,
-        "write what log.jsonl gets for TensorBoard as well, into OUT/tensorboard",
+        "also write the values of log.jsonl for TensorBoard, to OUT/tensorboard",
+        group="evaluate and save",
         may_change=True,
     )
-    dry_run: bool = option(False, "print the arithmetic of the run and stop", may_change=True)
+    device: str = option("auto", "auto, cuda, mps or cpu", group="speed and memory", may_change=True)
+    precision: str = option(
+        "auto",
+        "precision of matrix products; auto: bf16 where the hardware has it, else fp32",
+        group="speed and memory",
+        choices=("auto", "fp32", "bf16"),
+    )
+    compile: bool | None = option(
+        None,
+        "compile the layers with torch.compile (default: on CUDA only)",
+        group="speed and memory",
+        may_change=True,
+    )
+    cuda_graph: bool | None = option(
+        None,
+        "replay each training step as one CUDA graph, after checking it against a plain step "
+        "(default: on CUDA, for steps of at most 8,192 tokens)",
+        group="speed and memory",
+        may_change=True,
+    )
+    checkpoint_activations: bool = option(
+        False,
+        "recompute the layers' activations in the backward pass: less memory, a third more time",
+        group="speed and memory",
+        may_change=True,
+    )
+    shard: bool = option(
+        False,
+        "FSDP: shard parameters, gradients and optimizer state across the processes of torchrun",
+        group="several GPUs",
+        alias="--fsdp",
+        may_change=True,
+    )
+    resume: str = option(
+        "auto",
+        "auto: continue the run in --out if there is one; never: refuse to; or the path of a checkpoint "
+        "to continue from",
+        group="stop and inspect",
+        may_change=True,
+    )
+    stop_after: float | None = option(
+        None,
+        "save and stop after this many minutes (default: never)",
+        group="stop and inspect",
+        minimum=0,
+        may_change=True,
+    )
+    patience: int = option(
+        0,
+        "early stopping: stop after this many evaluations in a row without improvement; 0: never",
+        group="stop and inspect",
+        minimum=0,
+        may_change=True,
+    )
+    profile: int = option(
+        0,
+        "write a torch.profiler trace of this many steps, after the first ten, to OUT/trace.json",
+        group="stop and inspect",
+        minimum=0,
+        may_change=True,
+    )
+    dry_run: bool = option(
+        False,
+        "print the run's steps, words, memory and disk space, and stop",
+        group="stop and inspect",
+        may_change=True,
+    )
 
 
 def may_change(config_class):
-    """The names of the options that may differ when a run is continued."""
+    """Returns the names of the options that may have another value when a run is continued."""
     return {f.name for f in dataclasses.fields(config_class) if f.metadata.get("may_change")}
 
 
 def defaults(config_class):
-    """{name: default}: what an option of today means for a run that was written before it."""
+    """Returns {name: default}: the values of a run from before an option existed."""
     fields = dataclasses.fields(config_class)
     return {f.name: None if f.default is REQUIRED else f.default for f in fields}
 
 
-class Strict(argparse.ArgumentParser):
-    """A parser for options that come from elsewhere: wrong ones raise `UserError`."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser that suggests the nearest option for an unknown one."""
+
+    def parse_args(self, args=None, namespace=None):
+        known = [name for action in self._actions for name in action.option_strings]
+        for argument in sys.argv[1:] if args is None else args:
+            name = argument.partition("=")[0]
+            if name == "--":
+                break
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                nearest = difflib.get_close_matches(name, known, n=1)
+                suggestion = f"did you mean {nearest[0]}?" if nearest else "--help lists all options"
+                self.error(f"unknown option {name}: {suggestion}")
+        return super().parse_args(args, namespace)
+
+
+class Strict(Parser):
+    """A parser for options that do not come from the command line: it raises `UserError`."""
 
     def __init__(self, **details):
         super().__init__(**details, allow_abbrev=False, add_help=False)
@@ -121,35 +181,37 @@ class Strict(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(
-    config_class,
-    description,
-    argv=None,
-    epilog="",
-    check=lambda config: None,
-    parser_class=argparse.ArgumentParser,
-):
-    """The config that the command line describes; wrong usage ends the program with exit code 2.
+def parse(config_class, description, argv=None, epilog="", check=None, parser_class=Parser):
+    """Returns the config that the command line describes; wrong usage exits with code 2.
 
-    `check(config)` returns what is wrong with options that are right one by one, or None.
+    `check(config)` returns an error message, or None, for options that are only wrong together.
     `parser_class` may be `Strict`.
     """
+    hints = typing.get_type_hints(config_class)
+    of_any_run = {field.name for field in dataclasses.fields(RunConfig)}  # last in their group
+    fields = sorted(dataclasses.fields(config_class), key=lambda field: field.name in of_any_run)
+    required = [f"{_flag(f.name)} {f.name.upper()} ..." for f in fields if f.default is REQUIRED]
     parser = parser_class(
+        usage=" ".join(["%(prog)s", *required, "[options]"]),
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    exclusive = parser.add_mutually_exclusive_group()
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        place = exclusive if field.metadata.get("exclusive") else parser
-        place.add_argument(_flag(field.name), **_argument(field, hints[field.name]))
+    for group in GROUPS:
+        section = parser.add_argument_group(group)
+        exclusive = section.add_mutually_exclusive_group()
+        for field in fields:
+            if field.metadata["group"] == group:
+                names = [_flag(field.name), field.metadata.get("alias")]
+                target = exclusive if field.metadata.get("exclusive") else section
+                target.add_argument(*filter(None, names), **_argument(field, hints[field.name]))
     config = config_class(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(config):
-        problem = _out_of_range(getattr(config, field.name), **field.metadata)
+    for field in fields:
+        value = getattr(config, field.name)
+        problem = _out_of_range(value, **field.metadata) if isinstance(value, (int, float)) else None
         if problem:
             parser.error(f"{_flag(field.name)} must be {problem}")
-    if problem := check(config):
+    if check and (problem := check(config)):
         parser.error(problem)
     return config
 
@@ -159,25 +221,23 @@ def _flag(name):
 
 
 def _argument(field, hint):
-    """How argparse is told of a field whose type is `hint`."""
+    """Returns the keywords of argparse's `add_argument` for a field of the type `hint`."""
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    help = field.metadata["help"].replace("%", "%%")
+    argument = {"help": field.metadata["help"].replace("%", "%%")}
     if field.default is REQUIRED:
-        argument = {"required": True}
+        argument["required"] = True
     else:
-        argument = {"default": field.default}
-        if field.default is not None and hint is not bool:
-            help += f" (default: {field.default})"
+        argument["default"] = field.default
     if hint is bool:
         undecided = field.default is None
-        return argument | {
-            "help": help,
-            "action": argparse.BooleanOptionalAction if undecided else "store_true",
-        }
-    choices = field.metadata.get("choices")
-    argument |= {"help": help, "metavar": None if choices else field.name.upper()}
-    if typing.get_origin(hint) in (list, tuple):
+        return argument | {"action": argparse.BooleanOptionalAction if undecided else "store_true"}
+    if field.default not in (None, REQUIRED):
+        argument["help"] += f" (default: {field.default})"
+    if choices := field.metadata.get("choices"):
+        return argument | {"choices": choices}
+    argument["metavar"] = {int: "N", float: "X"}.get(hint, field.name.upper())
+    if typing.get_origin(hint) is list:
         return argument | {"nargs": "+", "type": typing.get_args(hint)[0]}
     if word := field.metadata.get("word"):
 
@@ -185,14 +245,12 @@ def _argument(field, hint):
             return word if text == word else hint(text)
 
         return argument | {"type": number, "metavar": f"N|{word}"}
-    return argument | {"type": hint, "choices": choices}
+    return argument | {"type": hint}
 
 
 def _out_of_range(value, minimum=None, above=None, maximum=None, **_):
-    """What a number must be and is not, or None."""
-    if not isinstance(value, (int, float)):
-        return None
-    if not abs(value) < 1 << 63:
+    """Returns what a number must be if it is not, or None."""
+    if not abs(value) < 1 << 63:  # nan and infinity too
         return "a number of reasonable size"
     if minimum is not None and value < minimum:
         return f"at least {minimum}"
