@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import TokenShard
 from evaluation.scoring import CONVENTIONS, Ensemble, context_length, encoded, token_losses
-from evaluation.statistics import comparison_rows, read_losses, write_losses
+from evaluation.statistics import comparison_table, read_losses, write_losses
 from evaluation.surprisal import write_surprisals
 from loss import BLOCK_ROWS
 from model import check_weights, count_parameters, load_checkpoint
@@ -573,7 +573,7 @@ def text_scores(entry, text, losses_path):
 def compare_files(args):
     """Prints how the models of --compare differ from those of --against; returns exit code 0."""
     ones, others = ([read_losses(path) for path in paths] for paths in (args.compare, args.against))
-    print("\n".join(aligned(comparison_rows(ones, others))))
+    print("\n".join(aligned(comparison_table(ones, others))))
     print("nats per token, below 0 where the first is better; intervals of 95 %")
     print("train: sub-corpora weighted by their shares of the training text; plain: by their tokens")
     return 0

@@ -19,7 +19,13 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluation.statistics import interval, mean_over_clusters, read_losses, t_interval, ways
+from evaluation.statistics import (
+    cluster_bootstrap,
+    compare_variants,
+    format_interval,
+    read_losses,
+    t_interval,
+)
 
 LEAST_GAIN = 0.02  # nats: a smaller mean difference to the control is not called an effect
 CONCLUSIONS = {True: "shown", False: "not shown", None: "not decided: seeds or models are missing"}
@@ -93,7 +99,7 @@ class Study:
 
     @functools.cached_property
     def comparisons(self):
-        """{(one, other): {way: Difference}}, as `compare.ways` has it.
+        """{(one, other): {way: Difference}}, as `compare_variants` has it.
 
         Each student and the control, with `control_gain` added; a student and its teachers and
         their ensemble; the student of the study and the other students; whoever taught and the
@@ -111,8 +117,8 @@ class Study:
                 losses = self.losses(one, other)
                 taken = self.control_gain if one in self.teachers and other == self.control else 0.0
                 if losses[0]:
-                    every = ways(*losses).items()
-                    found[one, other] = {way: difference.plus(taken) for way, difference in every}
+                    every = compare_variants(*losses).items()
+                    found[one, other] = {way: difference.shifted(taken) for way, difference in every}
         return found
 
     def strangers(self):
@@ -215,7 +221,7 @@ def advantage(study, measure):
 
 
 def verdict(difference, least_gain=LEAST_GAIN, least_seeds=2):
-    """HOLDS, REVERSED or UNDECIDED: what seeds and text say of a `compare.Difference`.
+    """HOLDS, REVERSED or UNDECIDED: what seeds and text say of a `Difference`.
 
     HOLDS: below 0 with every seed, by `least_gain` or more on average, and both 95 % intervals
     below 0. REVERSED: both above 0. With fewer than `least_seeds` seeds nothing is decided.
@@ -268,7 +274,7 @@ def pair_difference(study, one, other, folder):
     def accuracies(result):
         return result["report"]["pairs"][folder]["per_file"]
 
-    return mean_over_clusters(
+    return cluster_bootstrap(
         [
             statistics.fmean(100 * (accuracies(a)[name] - accuracies(b)[name]) for a, b in rows)
             for name in accuracies(rows[0][0])
@@ -333,7 +339,7 @@ def lead_sentences(study):
 def difference_text(study, one, other):
     """A difference with both intervals and its verdict."""
     found = next(iter(study.comparisons[one, other].values()))
-    seeds, text = (minus(interval(bounds, 3)) for bounds in (found.over_seeds, found.over_text))
+    seeds, text = (minus(format_interval(bounds, 3)) for bounds in (found.over_seeds, found.over_text))
     intervals = f"95 % intervals {seeds} over {len(found.per_seed)} seeds and {text} over text"
     if found.over_seeds is None:
         intervals = f"95 % interval {text} over text, none over seeds"

@@ -2,7 +2,7 @@
 
 import statistics
 
-from evaluation.statistics import interval
+from evaluation.statistics import format_interval
 from experiments.findings import (
     cross_entropy,
     judged,
@@ -74,8 +74,8 @@ def comparison_rows(study):
             [
                 f"{study.models[one]} minus {study.models[other]}",
                 minus(f"{first.mean:+.4f}"),
-                minus(interval(first.over_seeds)),
-                minus(interval(first.over_text)),
+                minus(format_interval(first.over_seeds)),
+                minus(format_interval(first.over_text)),
                 " ".join(minus(f"{value:+.3f}") for value in first.per_seed),
                 minus(f"{found['plain'].mean:+.4f}"),
                 "-" if scaled is None else minus(f"{scaled.mean:+.4f}"),
@@ -93,7 +93,7 @@ def pair_rows(study):
         cells = []
         for folder in folders:
             mean, bounds = pair_difference(study, one, other, folder)
-            cells.append(minus(f"{mean:+.1f} {interval(bounds, 1)}"))
+            cells.append(minus(f"{mean:+.1f} {format_interval(bounds, 1)}"))
         rows.append([f"{study.models[one]} minus {study.models[other]}", *cells])
     return rows
 

@@ -33,7 +33,7 @@ from corpus import token_shards
 from corpus.token_shards import FIRST_LINE_BYTES
 from corpus.token_shards import MAGIC as SHARD_MAGIC
 from data import Batch, TokenShard
-from evaluation.statistics import comparison_rows, read_losses
+from evaluation.statistics import comparison_table, read_losses
 from finetuning import classifier, tasks
 from llama import Llama, LlamaConfig
 from tokenizer import Tokenizer
@@ -215,7 +215,7 @@ class Files:
     def compare(self, path):
         """A file of losses as evaluate.py --compare uses it."""
         losses = read_losses(path)
-        comparison_rows([losses], [losses])
+        comparison_table([losses], [losses])
 
     def read_pairs(self, path):
         return evaluate.read_pairs(path.parent)
