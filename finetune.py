@@ -31,9 +31,9 @@ from torch import nn
 
 from evaluation.statistics import t_interval
 from experiments.results import read_result
-from experiments.tables import task_rows
 from finetuning import tasks
 from finetuning.classifier import HEADS, as_classifier, class_logits, load_classifier
+from finetuning.tables import task_rows
 from model import load_checkpoint
 from tokenizer import Tokenizer
 from train import TrainConfig, fit

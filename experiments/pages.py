@@ -28,8 +28,8 @@ from experiments.tables import (
     record_key,
     result_rows,
     sub_corpus_rows,
-    task_rows,
 )
+from finetuning.tables import task_rows
 from training.io import aligned, atomic_write, markdown, write_json, write_text
 from training.logger import commit
 

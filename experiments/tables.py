@@ -1,7 +1,5 @@
 """The tables of a report: rows of strings, the first of them the heading."""
 
-import statistics
-
 from evaluation.statistics import format_interval
 from experiments.findings import (
     cross_entropy,
@@ -145,36 +143,3 @@ def field_rows(study, folder):
         lambda result, name: 100 * result["report"]["pairs"][folder]["per_field"][name],
         digits=1,
     )
-
-
-def task_rows(data, titles=None):
-    """Heading and rows of what finetune.py found (`finetune.described`): a row for each task.
-
-    In percent: the mean, with several seeds its standard deviation, and the interval. `titles` are
-    {model: title}.
-    """
-    rows = [["task", "metric", "texts", "majority"]]
-    rows[0] += [(titles or {}).get(model, model) for model in data["models"]]
-    for name, task in data["tasks"].items():
-        cells = [score_text(found[name]) if name in found else "-" for found in data["models"].values()]
-        majority = f"{100 * task['majority']:.1f}"
-        rows.append([name, task["metric"], f"{task['texts']:,}", majority, *cells])
-    for of_msgs, which in ((False, ""), (True, " of MSGS")):
-        names = [name for name, task in data["tasks"].items() if task["msgs"] == of_msgs]
-        if len(names) > 1:
-            majority = statistics.fmean(data["tasks"][name]["majority"] for name in names)
-            cells = [f"{100 * majority:.1f}"]
-            for found in data["models"].values():
-                means = [found[name]["mean"] for name in names if name in found]
-                whole = len(means) == len(names)
-                cells.append(minus(f"{100 * statistics.fmean(means):.1f}") if whole else "-")
-            rows.append([f"mean of {len(names)}{which}", "", "", *cells])
-    return rows
-
-
-def score_text(found):
-    """A score in percent, such as 62.3 ± 1.2 [59.3, 65.3]."""
-    deviation = found["deviation"]
-    spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-    low, high = found["interval"]
-    return minus(f"{100 * found['mean']:.1f}{spread} [{100 * low:.1f}, {100 * high:.1f}]")
