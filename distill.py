@@ -62,11 +62,12 @@ class DistillationObjective(nn.Module):
         """
         if batch.teacher_states:
             return batch
-        states = self.cache.read(batch.chunk_ids) if self.cache else None
+        cache = None if batch.chunk_ids is None else self.cache  # None in a trial of the memory
+        states = cache.read(batch.chunk_ids) if cache else None
         if states is None:
             states = [teacher.hidden_states(batch.tokens) for teacher in self.teachers]
-            if self.cache:
-                states = self.cache.write(batch.chunk_ids, states)
+            if cache:
+                states = cache.write(batch.chunk_ids, states)
         device = batch.tokens.device
         states = tuple(s.to(device, matmul_dtype(s), non_blocking=True) for s in states)
         return dataclasses.replace(batch, teacher_states=states)

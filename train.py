@@ -17,9 +17,17 @@ from torch import nn
 import model as models
 from data import BatchStream, dev_subset, open_corpus, prefetch
 from loss import linear_cross_entropy
-from training import distributed, memory, resume
+from training import distributed, resume
 from training.cuda_graph import GraphedStep, should_capture
-from training.device import choose_compute, choose_device, skips_on_device, wrap_layers
+from training.device import (
+    checkpoint_activations,
+    choose_compute,
+    choose_device,
+    compile_blocks,
+    compiles,
+    largest_micro_batch,
+    skips_on_device,
+)
 from training.io import locked, log, run_program
 from training.logger import StopSignal, TrainingLogger, exit_code
 from training.options import RunConfig, option, parse
@@ -51,7 +59,7 @@ class TrainConfig(RunConfig):
     batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
     micro_batch_size: int | None = option(
         None,
-        "sequences at a time; auto: as many as fit in memory; default: all",
+        "sequences a rank computes at a time; auto: as many as fit in a GPU's memory (default: all)",
         word="auto",
         minimum=1,
         may_change=True,
@@ -251,11 +259,15 @@ def fit(objective, config, stream, evaluate, provenance):
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
     resume.check_start(config, provenance)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
-    config = memory.choose_micro_batch(config, objective, compute)
     if config.dry_run:
         return resume.new_progress(plan.steps)
-    module = distributed.wrap_ddp(objective, compute.device, config.shard)
     objective.train()
+    if config.checkpoint_activations:
+        checkpoint_activations(objective.model, compute)
+    if config.micro_batch_size == "auto":
+        sequences = largest_micro_batch(objective, stream(0), compute, config.shard)
+        config = dataclasses.replace(config, micro_batch_size=sequences)
+    module = distributed.wrap_ddp(objective, compute.device, config.shard)
     recipe = config.weight_decay, config.optimizer, config.beta2, config.no_decay
     optimizers = build_optimizer(objective, *recipe)
     limits = config.micro_batch_size, config.clip
@@ -266,7 +278,8 @@ def fit(objective, config, stream, evaluate, provenance):
         progress, found = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):
             return progress
-        wrap_layers(objective, config, compute, plan.operations(objective))
+        if compiles(config.compile, compute, plan.operations(objective)):
+            compile_blocks(objective)
         take_step = GraphedStep(train_step) if graphed else train_step
         recorder = TrainingLogger(train_step, config, plan, provenance, progress, found)
         with recorder, StopSignal() as stop:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from training.plan import GIB
+from training.io import GIB
 
 MARK = "@contest "  # begins what a contestant says to the referee, among whatever else it prints
 

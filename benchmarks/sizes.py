@@ -2,28 +2,91 @@
 
     python -m benchmarks.sizes
 
-Memory is the estimate of `training/memory.py` for bf16 and compiled layers. Hours are the step's
+Memory is traced on tensors that have no memory, for bf16 and compiled layers. Hours are the step's
 arithmetic at 40 % of what the data sheet promises (165 TFLOP/s for a card of 24 GB, an RTX 4090;
 989 for one of 141 GB, an H200), over the epochs of the preset's recipe on ten million words. Both
 are those of the preset alone: a student's teachers come on top.
 """
 
 import argparse
+import dataclasses
 import sys
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.findings import print_table
 from benchmarks.steps import flops_per_token
 from model import PRESETS, build
 from train import CrossEntropyObjective
-from training.io import run_program
-from training.memory import estimate
-from training.plan import GIB
+from training.io import GIB, run_program
 
 TOKENS = 13_700_000  # of ten million words, at 16,000 pieces
 LENGTH = 128
 SHARE = 0.4  # of the data sheet's operations
 CARDS = {24: 165e12, 141: 989e12}  # {gigabytes: operations per second in bf16}
 LEAST_PARAMETERS = 10_000_000  # smaller ones are for a CPU
+# Of what eager layers keep for the backward pass, AOTAutograd's partition of llama-58m, llama-360m
+# and gpt2-705m keeps 0.71, 0.71 and 0.69: it computes again what costs no product.
+COMPILED_SHARE = 0.7
+LOSS_TOKENS = 4096  # whose logits the loss has at a time, in eight bytes each: bf16 and rows
+USABLE_SHARE = 0.9  # of free memory: the rest is for what the allocator cannot use
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """An estimate in bytes: what any step needs, and what each sequence adds."""
+
+    fixed: int
+    per_sequence: int
+
+    def of(self, sequences):
+        """Returns the bytes of a step with this micro-batch size."""
+        return self.fixed + sequences * self.per_sequence
+
+    def sequences(self, batch_size, free):
+        """Returns the largest micro-batch size that divides the batch and fits; 0 if none does."""
+        divisors = (n for n in range(batch_size, 0, -1) if batch_size % n == 0)
+        return next((n for n in divisors if self.of(n) <= USABLE_SHARE * free), 0)
+
+
+def activation_bytes(model, sequences, length):
+    """Returns the bytes that a forward pass in bf16 keeps for the backward pass.
+
+    The pass is traced with fake tensors, which have no memory. Weights do not count, but their
+    copies in bfloat16 do.
+    """
+    mode, kept = FakeTensorMode(), {}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    fakes = {name: mode.from_tensor(tensor.detach()) for name, tensor in tensors}
+    for name, parameter in model.named_parameters():
+        fakes[name].requires_grad_(parameter.requires_grad)
+    own = {fake.untyped_storage()._cdata for fake in fakes.values()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    training = model.training
+    model.eval()  # a CPU has no FlashAttention with dropout, whose masks are few bytes anyway
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with mode, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tokens = torch.zeros(sequences, length, dtype=torch.int64)
+        torch.func.functional_call(model, fakes, (tokens,))
+    model.train(training)
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+
+def estimate(objective, length):
+    """Returns the `Memory` of a step in bf16 with compiled layers, for sequences of `length` tokens.
+
+    It counts weights, gradients and two moments in float32, frozen models as they are, activations
+    as FlashAttention keeps them, and the loss.
+    """
+    one, two = (activation_bytes(objective.model, n, length) for n in (1, 2))
+    state = sum(16 * p.numel() if p.requires_grad else p.nbytes for p in objective.parameters())
+    loss = 8 * LOSS_TOKENS * len(objective.model.head)
+    return Memory(state + max(2 * one - two, 0) + loss, round(COMPILED_SHARE * (two - one)))
 
 
 def rows_of(name, preset):
@@ -33,7 +96,7 @@ def rows_of(name, preset):
     if parameters < LEAST_PARAMETERS:
         return []
     batch = preset.recipe.batch_size
-    memory = estimate(CrossEntropyObjective(model), LENGTH, "bf16", compiled=True)
+    memory = estimate(CrossEntropyObjective(model), LENGTH)
     cells = [name, f"{16 * parameters / GIB:.1f}", f"{memory.of(batch) / GIB:.1f} at {batch}"]
     flops = flops_per_token(preset.config, LENGTH, True) * TOKENS * preset.recipe.epochs
     for size, speed in CARDS.items():

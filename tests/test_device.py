@@ -21,7 +21,7 @@ from train import CrossEntropyObjective
 from training.cuda_graph import GraphedStep, should_capture
 from training.device import (
     Compute,
-    checkpoint_activations_of,
+    checkpoint_activations,
     choose_device,
     compiles,
 )
@@ -314,13 +314,14 @@ def test_layers_of_a_frozen_teacher_are_kept_in_the_bits_that_autocast_makes_of_
 
 
 @objectives()
-def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind):
-    """With dropout, whose masks are drawn again."""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind, precision):
+    """With dropout, whose masks are drawn again, and with the attention kernel of the precision."""
     stream, ends = BatchStream(train_shard, 8, 32, seed=0), []
     for checkpointed in (False, True):
-        step = full_step(kind, "cpu", "fp32")
+        step = full_step(kind, "cpu", precision)
         if checkpointed:
-            checkpoint_activations_of(step.objective.model)
+            checkpoint_activations(step.objective.model, Compute(torch.device("cpu"), precision))
         torch.manual_seed(3)
         losses = [step(stream(i), 1e-3)["loss"] for i in range(4)]
         ends.append([*losses, *(p.detach() for p in step.parameters.values())])

@@ -1,33 +1,108 @@
-"""What a step is said to take of memory is what it takes."""
-
-import dataclasses
+"""How many sequences fit in memory: tried before a run, and estimated without a device."""
 
 import pytest
 import torch
 
 import model as models
 import train
+from benchmarks.sizes import COMPILED_SHARE, Memory, activation_bytes, estimate
 from conftest import step_of
-from data import open_corpus
+from data import BatchStream, open_corpus
 from distill import DistillConfig, FusedDistillationObjective
+from model import GPT2
 from test_train import config_for, trained
 from train import CrossEntropyObjective
-from training import memory
 from training.checkpoint import read_checkpoint
+from training.device import choose_compute, largest_micro_batch
 from training.io import UserError
-from training.memory import COMPILED_SHARE, Memory, estimate, kept_bytes
+from training.teacher_cache import Layout, TeacherCache
+
+# ---- the trial
 
 
-def really_kept(model, function, *inputs):
-    """Bytes of what `function(*inputs)` keeps for the backward pass, the model's weights aside."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    own |= {buffer.untyped_storage()._cdata for buffer in model.buffers()}
+@pytest.fixture
+def memory_for(monkeypatch):
+    """Lets a GPT-2's forward pass run out of memory above a number of sequences; lists the tried."""
+    tried = []
+
+    def limit(sequences):
+        hidden_states = GPT2.hidden_states
+
+        def limited(self, tokens):
+            tried.append(len(tokens))
+            if self.training and len(tokens) > sequences:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return hidden_states(self, tokens)
+
+        monkeypatch.setattr(GPT2, "hidden_states", limited)
+        return tried
+
+    return limit
+
+
+def test_a_trial_halves_the_batch_until_it_fits_and_changes_nothing(train_shard, memory_for):
+    objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300)).train()
+    before = [p.detach().clone() for p in objective.parameters()]
+    random, batch = torch.get_rng_state(), BatchStream(train_shard, 12, 32, seed=0)(0)
+    tried, compute = memory_for(3), choose_compute("cpu")
+    assert largest_micro_batch(objective, batch, compute) == 3 and tried == [12, 6, 3]
+    assert torch.equal(random, torch.get_rng_state())
+    for parameter, value in zip(objective.parameters(), before):
+        assert torch.equal(parameter, value) and parameter.grad is None
+    memory_for(0)
+    with pytest.raises(UserError, match="one sequence does not fit"):
+        largest_micro_batch(objective, batch, compute)
+
+
+def test_a_trial_fills_no_teacher_cache(train_shard):
+    student, teacher = (models.build_model(name, 300) for name in ("llama-tiny-student", "gpt2-tiny"))
+    cache = TeacherCache.in_memory(Layout(525, 32, (96,), torch.float32), "cpu")
+    objective = FusedDistillationObjective(student, [teacher], DistillConfig(teachers=[]), cache)
+    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
+    assert largest_micro_batch(objective, batch, choose_compute("cpu", "fp32")) == 4
+    assert not cache.filled.any()
+
+
+def test_auto_trains_as_the_number_that_it_chooses_and_keeps_it(data_folder, tmp_path, memory_for, capsys):
+    def run(name, micro_batch_size):
+        options = {"model": "gpt2-tiny", "steps": 2, "micro_batch_size": micro_batch_size}
+        trained(config_for(data_folder, tmp_path / name, **options))
+        return read_checkpoint(tmp_path / name / "checkpoint.pt")
+
+    by_number = run("number", 2)
+    memory_for(3)
+    by_trial = run("auto", "auto")
+    assert "2 sequences at a time fit" in capsys.readouterr().out
+    assert by_trial["config"]["micro_batch_size"] == 2
+    assert all(torch.equal(by_number["weights"][k], w) for k, w in by_trial["weights"].items())
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_what_the_trial_says(data_folder):
+    """Another tensor takes memory away, so that the batch as a whole does not fit."""
+    objective = CrossEntropyObjective(models.build_model("llama-58m", 300)).train()
+    stream = BatchStream(open_corpus(data_folder).train, 256, 128, seed=0, device="cuda")
+    torch.cuda.set_per_process_memory_fraction(6e9 / torch.cuda.mem_get_info()[1])
+    try:
+        sequences = largest_micro_batch(objective, stream(0), choose_compute("cuda", "bf16"))
+        assert 1 <= sequences < 256
+        step = step_of(objective, sequences, device="cuda", precision="bf16")
+        for i in range(3):
+            step(stream(i), 1e-3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# ---- the estimate
+
+
+def bytes_kept(model, function, *inputs):
+    """Returns the bytes that `function(*inputs)` keeps for the backward pass, weights aside."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes(), tensor
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with (
@@ -35,67 +110,30 @@ def really_kept(model, function, *inputs):
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         function(*inputs)
-    return sum(size for size, _ in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
-def test_what_is_traced_is_what_is_kept(name):
+def test_traced_activations_are_those_that_a_forward_pass_keeps(name):
     model = models.build_model(name, 300, dropout=0.1)
-    found = [kept_bytes(model, n, 64, "bf16") for n in (1, 2, 3)]
-    tokens = [torch.zeros(n, 64, dtype=torch.int64) for n in (1, 2, 3)]
-    assert model.training
+    traced = [activation_bytes(model, n, 64) for n in (1, 2, 3)]
     model.eval()  # a GPU has FlashAttention with dropout, which keeps no scores
-    assert found == [really_kept(model, model, t) for t in tokens]
-    assert found[2] - found[1] == found[1] - found[0] > 0
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert traced == [bytes_kept(model, model, torch.zeros(n, 64, dtype=torch.int64)) for n in (1, 2, 3)]
+    assert traced[2] - traced[1] == traced[1] - traced[0] > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
-def test_checkpointed_layers_keep_their_input_and_one_of_them_the_rest(name):
-    layers, one = (models.build_model(name, 300, num_hidden_layers=n) for n in (5, 1))
-    inputs = 2 * 64 * layers.config.hidden_size * 4
-    kept = kept_bytes(layers, 2, 64, "bf16", checkpointed=True)
-    assert kept == kept_bytes(one, 2, 64, "bf16") + 5 * inputs
-    assert kept < kept_bytes(layers, 2, 64, "bf16")
-
-
-def test_an_estimate_counts_state_teachers_and_loss():
-    student, *teachers = (models.build_model(n, 300) for n in ("llama-tiny-student", "gpt2-tiny"))
-    alone = estimate(CrossEntropyObjective(student), 32, "fp32", compiled=False)
-    taught = FusedDistillationObjective(student, teachers, DistillConfig(teachers=[]))
-    distilled = estimate(taught, 32, "fp32", compiled=False)
+def test_an_estimate_counts_state_and_teachers():
+    student, teacher = (models.build_model(n, 300) for n in ("llama-tiny-student", "gpt2-tiny"))
+    alone = estimate(CrossEntropyObjective(student), 32)
+    distilled = estimate(FusedDistillationObjective(student, [teacher], DistillConfig(teachers=[])), 32)
     assert distilled.per_sequence == alone.per_sequence
-    assert distilled.fixed - alone.fixed == 4 * models.count_parameters(teachers[0])
+    assert distilled.fixed - alone.fixed == 4 * models.count_parameters(teacher)
     assert alone.fixed >= 16 * models.count_parameters(student)
-    compiled = estimate(CrossEntropyObjective(student), 32, "fp32", compiled=True)
-    assert compiled.per_sequence == round(COMPILED_SHARE * alone.per_sequence)
 
 
-def test_as_many_sequences_as_fit_divide_the_batch():
-    needed = Memory(fixed=1000, per_sequence=10)
-    assert [needed.sequences(12, room / 0.9) for room in (1130, 1120, 1119, 1010, 1009)] == [12, 12, 6, 1, 0]
-
-
-def test_auto_takes_what_fits_and_keeps_the_choice(data_folder, tmp_path, monkeypatch, capsys):
-    config = config_for(data_folder, tmp_path / "run", steps=2, micro_batch_size="auto")
-    model = models.build_model(config.model, 300)
-    needed = estimate(CrossEntropyObjective(model), 32, "fp32", compiled=False)
-    monkeypatch.setattr(memory, "free_bytes", lambda *_: needed.of(3) / 0.9)
-    trained(config)
-    assert read_checkpoint(tmp_path / "run" / "best.pt")["config"]["micro_batch_size"] == 2
-    assert "2 sequences at a time" in capsys.readouterr().out
-    monkeypatch.setattr(memory, "free_bytes", lambda *_: needed.of(0))
-    with pytest.raises(UserError, match="smaller model"):
-        trained(dataclasses.replace(config, out=str(tmp_path / "other")))
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_dry_run_advises_for_gpus_of_several_sizes(data_folder, tmp_path, capsys):
-    options = ["--data", str(data_folder), "--out", str(tmp_path / "run"), "--device", "cpu"]
-    options += ["--model", "gpt2-tiny", "--dry-run", "--sequence-length", "32"]
-    assert train.main(options) == 0
-    printed = capsys.readouterr().out
-    assert "estimate   0." in printed and "16 on a GPU of 24 GB" in printed
+def test_the_largest_micro_batch_that_fits_divides_the_batch():
+    memory = Memory(fixed=1000, per_sequence=10)
+    assert [memory.sequences(12, free / 0.9) for free in (1130, 1120, 1119, 1010, 1009)] == [12, 12, 6, 1, 0]
 
 
 @pytest.mark.faults
@@ -108,7 +146,7 @@ def test_compiled_layers_keep_the_share_that_is_said(name):
     def of_a_sequence(function):
         inputs = [torch.randn(n, 128, 256, requires_grad=True) for n in (1, 2)]
         tables = (model.cos[:128], model.sin[:128]) if name == "llama-tiny" else ()
-        one, two = (really_kept(model, function, x, *tables) for x in inputs)
+        one, two = (bytes_kept(model, function, x, *tables) for x in inputs)
         return two - one
 
     assert abs(of_a_sequence(compiled) / of_a_sequence(block) - COMPILED_SHARE) < 0.1
@@ -118,11 +156,11 @@ def test_compiled_layers_keep_the_share_that_is_said(name):
 @pytest.mark.parametrize("name", ["gpt2-97m", "llama-58m"])
 def test_a_step_on_a_gpu_takes_about_what_is_estimated(data_folder, name):
     objective = CrossEntropyObjective(models.build_model(name, 300, dropout=0.1)).cuda().train()
-    shard = open_corpus(data_folder).train
-    stream = train.BatchStream(shard, 32, 128, seed=0, device="cuda")
+    stream = train.BatchStream(open_corpus(data_folder).train, 32, 128, seed=0, device="cuda")
     step = step_of(objective, device="cuda", precision="bf16")
     torch.cuda.reset_peak_memory_stats()
     for i in range(2):
         step(stream(i), 1e-3)
-    taken = torch.cuda.max_memory_allocated()
-    assert 0.6 < taken / estimate(objective.cpu(), 128, "bf16", compiled=False).of(32) < 1.1
+    memory = estimate(objective.cpu(), 128)
+    expected = memory.fixed + 32 * memory.per_sequence / COMPILED_SHARE  # these layers are not compiled
+    assert 0.6 < torch.cuda.max_memory_allocated() / expected < 1.1

@@ -1,5 +1,7 @@
 """Where and how to compute: device, precision, compiled layers."""
 
+import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -138,21 +140,68 @@ def compile_blocks(objective):
             block.compile(options=options, dynamic=False)
 
 
-def wrap_layers(objective, config, compute, operations):
-    """What --checkpoint-activations and --compile do to an objective's layers."""
-    if config.checkpoint_activations:
-        checkpoint_activations_of(objective.model)
-    if compiles(config.compile, compute, operations):
-        compile_blocks(objective)
+def checkpoint_activations(model, compute):
+    """Makes the model's layers keep only their input, and recompute the rest in the backward pass.
 
-
-def checkpoint_activations_of(model):
-    """Makes the model's layers compute their inner activations again in the backward pass.
-
-    What is kept of a layer is its input. Dropout draws the same masks again.
+    Dropout draws the same masks again.
     """
+
+    def contexts():  # for the forward pass, and for the recomputation
+        # Torch restores autocast for the recomputation, but not the choice of an attention kernel.
+        return contextlib.nullcontext(), compute.autocast
+
+    def checkpointed(forward, *inputs):
+        # torch.compile recomputes within its graph, and takes no contexts.
+        options = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
     for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(checkpointed, block.forward)
+
+
+def largest_micro_batch(objective, batch, compute, shard=False):
+    """Returns the most sequences of a rank's part of `batch` that a step can take at a time.
+
+    Tries it before the objective is wrapped: one forward and backward pass beside gradients and
+    AdamW's two moments, with half of the sequences each time that memory runs out. Layers are not
+    compiled yet, which takes more memory than later; a sharded model is tried whole. Weights and random state
+    stay as they are. Raises `UserError` if not even one sequence fits.
+    """
+    sequences = -(-batch.num_sequences // distributed.world_size())
+    while sequences and not _fits(objective, batch.split(sequences)[0], compute, shard):
+        sequences //= 2
+    # No rank waits for another before all have tried.
+    sequences = min(distributed.all_gather(sequences))
+    if not sequences:
+        raise UserError(
+            "--micro-batch-size auto: one sequence does not fit in memory: choose a smaller model, or try "
+            "--checkpoint-activations"
+        )
+    log(f"memory     {sequences} sequences at a time fit (--micro-batch-size {sequences})")
+    return sequences
+
+
+def _fits(objective, batch, compute, shard):
+    """Returns whether a step's forward and backward pass of `batch` fit in memory."""
+    device = compute.device
+    batch = dataclasses.replace(batch, chunk_ids=None)  # no teacher cache keeps these states
+    moments = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            objective.to(device)
+            for parameter in objective.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+                    size = 2 * parameter.numel() // (distributed.world_size() if shard else 1)
+                    moments.append(torch.empty(size, device=device))
+            with compute.autocast:
+                terms = objective(objective.prepare(batch.to(device)))
+            terms["loss"].backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            objective.zero_grad(set_to_none=True)
 
 
 def skips_on_device(optimizer):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+GIB = 1 << 30
 PAGE_BYTES = 4096
 rank_prefix = ""  # how errors name this process, where it is one of several and not the first
 

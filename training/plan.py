@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training import distributed
-from training.io import UserError, log, warn
+from training.io import GIB, UserError, log, warn
 from training.resume import CHECKPOINT_NAMES
 
-GIB = 1 << 30
 MILLION = 1_000_000
 SPARE_BYTES = 64 << 20  # at most: room on the disk for what is small, such as log and tokenizer
 

@@ -25,8 +25,7 @@ import torch
 from tqdm import tqdm
 
 from training import distributed
-from training.io import UserError, log, pack_header, warn
-from training.plan import GIB
+from training.io import GIB, UserError, log, pack_header, warn
 
 MAGIC = "babyllama-cache"
 VERSION = 1
