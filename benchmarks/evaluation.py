@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import make_toy_corpus
 from benchmarks.findings import Findings, benchmark_parser, print_table
 from data import Tokenizer
-from evaluate import read_pairs, sentence_scores
+from evaluation.minimal_pairs import read_pairs, sentence_scores
 from model import PRESETS, build_model
 from tokenize_corpus import read_folder, train_tokenizer
 from training.device import choose_device

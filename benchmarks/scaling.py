@@ -20,7 +20,8 @@ import make_toy_corpus
 import tokenize_corpus
 from benchmarks.findings import Findings, benchmark_parser, print_table
 from data import TokenShard
-from evaluate import sentence_scores, shard_losses
+from evaluation.minimal_pairs import sentence_scores
+from evaluation.perplexity import shard_losses
 from loss import distillation_loss
 from model import build_model
 from tokenizer import Tokenizer

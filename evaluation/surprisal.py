@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.scoring import CONVENTIONS, context_length, encoded, token_losses
+from evaluation.scoring import context_length, prefix_ids, scored_text, token_losses
 from training.io import UserError, warn, write_text
 
 COLUMNS = ("line", "position", "word", "bits", "tokens", "token_bits")
@@ -53,9 +53,9 @@ def word_surprisals(model, tokenizer, line, convention="newline"):
 
     Bits are None where nothing precedes: the first token under convention 2025, and its word.
     """
-    text = CONVENTIONS[convention].blank + line
-    (ids,) = encoded(tokenizer, [line], convention)
+    text = scored_text(line, convention)
     own = tokenizer.encode(text)
+    ids = prefix_ids(tokenizer, convention) + own
     pieces, numbers = words_of_tokens(tokenizer.processor, own, text)
     bits = [None, *token_bits(model, ids)][-len(own) :]  # without what precedes the line
     found = []

@@ -9,7 +9,7 @@ import torch
 import evaluate
 import model as models
 from conftest import save_model, write_text
-from evaluate import sentence_scores
+from evaluation.minimal_pairs import sentence_scores
 from evaluation.surprisal import token_bits, word_surprisals, words_of_tokens
 from training.io import run_program
 
@@ -78,11 +78,3 @@ def test_the_table_has_a_row_for_each_word(model, tokenizer, tmp_path):
     for row in rows:
         total = sum(map(float, row["token_bits"].split()))
         assert float(row["bits"]) == pytest.approx(total, abs=1e-5)
-
-
-def test_options_that_belong_together_are_asked_for():
-    alone = ["a.pt", "--surprisals", "x"]
-    for options in (alone, ["b.pt", *alone, "--text", "y"]):
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main(options)
-        assert stop.value.code == 2
