@@ -35,8 +35,9 @@ def read_pairs(folder, convention="newline"):
         raise UserError(f"{folder} holds no *.jsonl: give a folder of BLiMP-style minimal pairs")
     pairs = {}
     for path in paths:
-        lines = enumerate(path.read_bytes().split(b"\n"), 1)
-        pairs[path.stem] = [_pair(line, path, number, convention) for number, line in lines if line.strip()]
+        with open(path, "rb") as file:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        pairs[path.stem] = [_pair(line, path, number, convention) for number, line in lines]
         if not pairs[path.stem]:
             raise UserError(f"{path} holds no pair")
     return pairs

@@ -567,12 +567,6 @@ def bombs(files, folder):
     path = folder / "hf" / "config.json"
     path.write_bytes(empty)
     yield path, files.import_folder
-    (folder / "pairs").mkdir()
-    path = folder / "pairs" / "a.jsonl"
-    path.write_bytes(b"ab\n" * 8_000_000)
-    yield path, files.read_pairs
-    path.write_text((json.dumps({"sentence_good": "a", "sentence_bad": "b"}) + "\n") * 300_000 + "x")
-    yield path, files.read_pairs
     (folder / "tasks").mkdir()
     path = folder / "tasks" / "a.train.jsonl"
     (folder / "tasks" / "a.valid.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
@@ -595,9 +589,6 @@ def bombs(files, folder):
     path = folder / "tokenizer.model"
     path.write_bytes(b"\x0a\x00" * 4_000_000)
     yield path, Tokenizer.load
-    path = folder / "a.npz"
-    np.savez_compressed(path, nats=np.zeros(50_000_000))
-    yield path, read_losses
 
 
 def test_a_file_costs_no_more_memory_than_64_mib_and_eight_times_its_size(files, tmp_path):
