@@ -7,6 +7,7 @@ The run's folder holds checkpoint.pt (full state), previous.pt (the one before),
 the best dev cross-entropy) and log.jsonl. The same command continues a run that was stopped.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -165,7 +166,7 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
 class TrainStep:
     """`train_step(batch, learning_rate)`: forward, backward, clip, update, all on the device.
 
-    `module` is the objective, or what `distributed.wrap_ddp` made of it.
+    `module` is the objective, perhaps wrapped for several ranks (`training/distributed.py`).
     Returns the objective's terms and the gradient's norm before clipping, as tensors on the device.
     A gradient that is not finite changes nothing, and is counted, in a row and in all. Fused
     optimizers skip such a step on the device, others at the cost of waiting for it.
@@ -238,7 +239,7 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
             loss = linear_cross_entropy(hidden, model.head, targets.to(device), 1)[1].item()
         total += loss if len(mine) else 0.0
     model.train(training)
-    return distributed.sum_across_ranks(total) / (len(starts) * sequence_length)
+    return sum(distributed.all_gather(total)) / (len(starts) * sequence_length)
 
 
 # ---- the loop
@@ -267,14 +268,14 @@ def fit(objective, config, stream, evaluate, provenance):
     if config.micro_batch_size == "auto":
         sequences = largest_micro_batch(objective, stream(0), compute, config.shard)
         config = dataclasses.replace(config, micro_batch_size=sequences)
-    module = distributed.wrap_ddp(objective, compute.device, config.shard)
+    wrap = distributed.wrap_fsdp if config.shard else distributed.wrap_ddp
+    module = wrap(objective, compute.device)
     recipe = config.weight_decay, config.optimizer, config.beta2, config.no_decay
     optimizers = build_optimizer(objective, *recipe)
-    limits = config.micro_batch_size, config.clip
-    train_step = TrainStep(module, optimizers, compute.autocast, *limits)
+    train_step = TrainStep(module, optimizers, compute.autocast, config.micro_batch_size, config.clip)
     graphed = should_capture(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
     schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio, config.schedule
-    with distributed.rank_zero_only(lambda: locked(config.out)):
+    with locked(config.out) if distributed.rank() == 0 else contextlib.nullcontext():
         progress, found = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):
             return progress

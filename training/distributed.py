@@ -1,11 +1,10 @@
-"""One run on several processes: who this one is, and what they tell each other.
+"""One run on several processes that torchrun starts: ranks, what they exchange, DDP and FSDP.
 
     torchrun --nproc-per-node=2 train.py --model llama-58m
 
-torchrun starts the processes and names them in environment variables. All of them take the same
-steps: each computes its share of the batch, and gradients are summed, for losses divide by counts
-of the whole batch. So N processes compute the run of one. The first process alone prints and
-writes. Without torchrun there is one process, and nothing here changes anything.
+Each rank computes its part of every batch, and gradients are summed, because losses divide by the
+counts of the whole batch: N ranks compute the run of one process. Rank 0 alone prints and writes.
+Without torchrun there is one rank, and nothing here has an effect.
 """
 
 import atexit
@@ -23,20 +22,17 @@ from training.io import UserError
 
 
 def init_distributed(device):
-    """Joins the processes that torchrun has started, where it has; the first one is to print.
-
-    Numbers of the host travel by gloo, gradients by NCCL where they are on a GPU.
-    """
+    """Joins the process group of torchrun, if there is one; `io.log` then prints on rank 0 alone."""
     if not is_torchrun() or dist.is_initialized():
         return
-    # When a process ends, nothing may keep its group: gloo's threads would outlive it, and abort
-    # the process if they want the interpreter after its end. These functions keep the group that
-    # there is when they are imported, as DistributedDataParallel does.
+    # gloo's threads abort a process that ends before they do. These modules keep a reference to the
+    # group that exists when they are imported, so they are imported before; a last garbage
+    # collection, after `_destroy`, frees what else refers to it.
     import torch.distributed.nn  # noqa: F401
 
-    atexit.register(gc.collect)  # last, after `_leave`
+    atexit.register(gc.collect)
     try:
-        if device.type == "cuda":
+        if device.type == "cuda":  # numbers of the host by gloo, gradients by NCCL
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
@@ -47,76 +43,71 @@ def init_distributed(device):
 
 
 def destroy_when_done():
-    """Leaves the other processes when this one ends.
+    """Leaves the process group when this process ends, before all else that runs at exit.
 
-    Not before all is done: NCCL would wait for the others, and torchrun not learn of a failure.
+    A rank that failed does not leave: NCCL would wait for the others, and torchrun would not notice.
     """
-    atexit.unregister(_leave)
-    atexit.register(_leave)
+    atexit.unregister(_destroy)
+    atexit.register(_destroy)
 
 
-def _leave():
+def _destroy():
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank():
-    """This process's number, from 0."""
+    """Returns the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    """How many processes there are."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_torchrun():
-    """Whether torchrun has started this process, even if it is the only one."""
+    """Returns whether torchrun has started this process, even as the only one."""
     return "WORLD_SIZE" in os.environ
 
 
 def local_rank():
-    """This process's number among those of its machine, from 0, whether it has joined or not."""
+    """Returns the number of this process among those of its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def node_rank():
-    """This process's machine among several, from 0; None where there is one."""
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
-    return int(os.environ.get("GROUP_RANK", "0")) if together < world_size() else None
+    """Returns the number of this machine, from 0, or None if all processes are on one."""
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+    return int(os.environ.get("GROUP_RANK", "0")) if on_this_machine < world_size() else None
 
 
-# ---- what the processes tell each other, on the host
+# ---- what ranks exchange on the host; all of them have to call these functions
 
 
 def all_gather(value):
-    """The value that each process gives, a list in the order of ranks: the same on all of them."""
+    """Returns the list of all ranks' values, in the order of ranks, the same on each of them."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def sum_across_ranks(number):
-    """The sum of the processes' numbers, added in the order of ranks."""
-    return sum(all_gather(number))
-
-
 def rank_zero_first(action, is_first):
-    """`action()`, done by the first processes before the others begin; what it returns here."""
+    """Returns `action()`, which ranks with `is_first` finish before the others begin."""
     if not is_first:
         all_gather(None)
-    outcome = action()
+    result = action()
     if is_first:
         all_gather(None)
-    return outcome
+    return result
 
 
-def check_same_on_all_ranks(facts):
-    """Raises `UserError` on all processes unless {name: value} is the same on each of them."""
-    everyone = all_gather(facts)
-    for number, theirs in enumerate(everyone):
-        differing = [key for key in facts if theirs.get(key) != everyone[0].get(key)]
+def check_same_on_all_ranks(values):
+    """Raises `UserError` on all ranks unless each has the same {name: value}."""
+    first, *others = all_gather(values)
+    for number, other in enumerate(others, start=1):
+        differing = [name for name in first if other.get(name) != first[name]]
         if differing:
             raise UserError(
                 f"process {number} has another {', '.join(differing)} than process 0: give the "
@@ -124,70 +115,66 @@ def check_same_on_all_ranks(facts):
             )
 
 
-def rank_zero_only(context):
-    """`context()` on the first process; on the others one in which nothing happens."""
-    return context() if rank() == 0 else contextlib.nullcontext()
+# ---- one model on several ranks
 
 
-# ---- one model on several processes
+def wrap_ddp(objective, device):
+    """Returns the objective on `device`; with several ranks a DDP module that sums its gradients."""
+    objective.to(device)
+    if not dist.is_initialized():
+        return objective
+    # Buffers never change, so they need no broadcast. Torch 2.13 renamed the option.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    module = DistributedDataParallel(objective, gradient_as_bucket_view=True, **{name: False})
+
+    def sum_gradients(_state, bucket):  # without this hook DDP takes the mean
+        summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return summed.then(lambda future: future.value()[0])
+
+    module.register_comm_hook(None, sum_gradients)
+    return module
 
 
-def wrap_ddp(objective, device, shard=False):
-    """The objective on the device, and what is to be called in its stead: it sums gradients.
+def wrap_fsdp(objective, device):
+    """Returns the objective on `device`, with its trained parameters sharded over all ranks (FSDP2).
 
-    With `shard` each process keeps a part of every parameter of the model in training, and of its
-    gradient and moments (FSDP2): layers are put together when they are needed, embedding and head
-    for the whole step. Frozen models stay whole.
+    A rank keeps its shard of every parameter, gradient and moment. A layer is gathered when it is
+    needed; the embedding and the head stay gathered for the whole step. Frozen models are not sharded.
     """
     if not dist.is_initialized():
-        if shard:
-            raise UserError("--shard needs several processes: start them with torchrun")
-        return objective.to(device)
-    if not shard:
-        objective.to(device)
-        # Buffers are the same everywhere and never change; torch 2.13 has renamed the option.
-        accepted = inspect.signature(DistributedDataParallel).parameters
-        option = {"forward_sync_buffers", "broadcast_buffers"} & accepted.keys()
-        module = DistributedDataParallel(objective, gradient_as_bucket_view=True, **{max(option): False})
-        module.register_comm_hook(None, _sum_gradients)
-        return module
-    from torch.distributed.fsdp import fully_shard  # here, because it takes seconds
+        raise UserError("--shard needs several processes: start them with torchrun")
+    from torch.distributed.fsdp import fully_shard  # here, because the import takes seconds
 
     mesh = dist.init_device_mesh(device.type, (world_size(),))
-    # DTensor's caches keep the mesh, which keeps the group: see `join`.
+    # DTensor's caches keep the mesh, and with it the process group: see `init_distributed`.
     atexit.register(getattr(mesh, "_pg_registry", {}).clear)
     frozen = {p for p in objective.parameters() if not p.requires_grad}
     for block in objective.model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh, ignored_params=frozen)
     for module in objective.modules():
-        if is_sharded(module):
+        if is_sharded(module):  # sum gradients, in place of the mean
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     return objective.to(device)
 
 
 def unwrap(module):
-    """The objective of which `spread` made the module."""
+    """Returns the objective in a module of `wrap_ddp` or `wrap_fsdp`."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-def _sum_gradients(_state, bucket):
-    """DistributedDataParallel's hook: it would divide by the number of processes otherwise."""
-    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return summed.then(lambda future: future.value()[0])
-
-
 def is_sharded(module):
-    """Whether each process has a part of the module's parameters."""
+    """Returns whether the module's parameters are sharded over ranks."""
     return hasattr(module, "set_gradient_divide_factor")
 
 
 def micro_batch_sizes(sequences, batch_size, largest):
-    """Sequences of each micro-batch of a process that has so many of the batch: a number, or each.
+    """Returns the micro-batch sizes of a rank that has `sequences` of the batch: a number, or a list.
 
-    All processes take as many micro-batches, because sharded layers are put together by all at the
-    same time. None is empty: one may have a sequence more than `largest`.
+    With several ranks all take the same number of micro-batches, because FSDP gathers layers on all
+    of them at the same time. So a micro-batch may have one sequence more than `largest`.
     """
     if world_size() == 1 or not largest:
         return largest or sequences
@@ -196,17 +183,17 @@ def micro_batch_sizes(sequences, batch_size, largest):
     return [sequences // count + (i < sequences % count) for i in range(count)]
 
 
-def set_gradient_sync(module, wanted):
-    """Whether the next backward pass of `spread`'s module ends with the sum of all gradients.
+def set_gradient_sync(module, sync):
+    """Sets whether the next backward pass of a DDP module ends with the all-reduce of gradients.
 
-    Sharded models sum them always: what is not summed is kept whole.
+    FSDP reduces after each micro-batch: gradients that wait would be whole on each rank.
     """
     if isinstance(module, DistributedDataParallel):
-        module.require_backward_grad_sync = wanted
+        module.require_backward_grad_sync = sync
 
 
 def all_reduce_sum(terms):
-    """{name: the sum of the processes' scalars on the device}."""
+    """Returns {name: sum over all ranks} of scalars on the device."""
     if not dist.is_initialized():
         return terms
     values = torch.stack(list(terms.values()))
@@ -216,7 +203,7 @@ def all_reduce_sum(terms):
 
 @contextlib.contextmanager
 def unsharded(objective):
-    """Within it the parameters outside of the layers are whole, as evaluations read them."""
+    """Gathers the parameters outside of the layers, for an evaluation that calls the model itself."""
     sharded = is_sharded(objective)
     if sharded:
         objective.unshard()
@@ -226,15 +213,15 @@ def unsharded(objective):
 
 
 def full_tensor(tensor):
-    """The whole of a tensor of which each process may have a part. All must ask for it."""
+    """Returns the whole of a tensor that may be sharded; all ranks have to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def copy_to(place, value):
-    """Copies `value`, the same on all processes, to a tensor of which each may have a part."""
-    if hasattr(place, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+def copy_to(target, value):
+    """Copies a whole `value` to a tensor that may be sharded; all ranks have to call it."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # seconds, as above
 
-        mesh, placements = place.device_mesh, place.placements
-        value = distribute_tensor(value.to(place.device), mesh, placements, src_data_rank=None)
-    place.copy_(value)
+        mesh, placements = target.device_mesh, target.placements
+        value = distribute_tensor(value.to(target.device), mesh, placements, src_data_rank=None)
+    target.copy_(value)
