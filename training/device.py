@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,6 +59,17 @@ def choose_precision(name, device):
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = device.type == "cpu" and any(getattr(torch.cpu, c)() for c in checks)
     return "bf16" if native else "fp32"
+
+
+def free_bytes(device):
+    """Returns the free bytes of a GPU's memory or of the host's, or None if that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
 
 
 def autocast_for(device, precision):
