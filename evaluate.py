@@ -91,6 +91,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("other tasks, in place of scores").add_argument
     add("--surprisals", metavar="FILE", help="write a table with the bits of each word and token of --text")
     add("--text", metavar="FILE", help="text for --surprisals; each line is scored alone")
+    add("--bow-correction", action="store_true", help="also bits corrected for the blank after each word")
     add("--compare", nargs="+", metavar="FILE", help="compare a model, by its --losses files, one per seed")
     add("--against", nargs="+", metavar="FILE", help="... with another, in the same order of seeds")
     add = parser.add_argument_group("speed").add_argument
@@ -119,9 +120,11 @@ def usage_errors(args):
         "--compare scores nothing: give it and --against alone": args.compare
         and (num_models or scores or args.surprisals),
         "give at least one checkpoint": not num_models and not args.compare,
-        "--surprisals scores nothing else: only --convention goes with it": args.surprisals and scores,
+        "--surprisals scores nothing else: of these options only --convention goes with it": args.surprisals
+        and scores,
         "--surprisals and --losses are of one model: give one checkpoint, or one --ensemble": num_models > 1
         and (args.surprisals or args.losses),
+        "--bow-correction needs --surprisals": args.bow_correction and not args.surprisals,
         "--pair-scores needs --pairs": args.pair_scores and not args.pairs,
         "--teacher-weights needs --ensemble": args.teacher_weights and not args.ensemble,
     }
@@ -283,7 +286,9 @@ def main(argv=None):
         return score(args, compute)
     (scored,), tokenizer, _ = load_models(args, compute.device)
     with compute.autocast:
-        return write_surprisals(args.surprisals, args.text, scored.model, tokenizer, args.convention)
+        write_surprisals(
+            args.surprisals, args.text, scored.model, tokenizer, args.convention, args.bow_correction
+        )
 
 
 if __name__ == "__main__":
