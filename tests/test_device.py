@@ -23,7 +23,6 @@ from training.device import (
     Compute,
     checkpoint_activations,
     choose_device,
-    compiles,
 )
 from training.io import UserError
 from training.resume import training_state
@@ -354,13 +353,6 @@ def test_what_a_checkpoint_keeps_has_left_the_gpu(train_shard):
     step(BatchStream(train_shard, 8, 32, seed=0, device="cuda")(0), 1e-3)
     kept = [t for t in tree_leaves(training_state(step)) if isinstance(t, torch.Tensor)]
     assert len(kept) > 50 and not any(tensor.is_cuda for tensor in kept)
-
-
-def test_a_long_run_on_a_cpu_is_advised_to_compile(capsys):
-    cpu, cuda = Compute(torch.device("cpu"), "fp32"), Compute(torch.device("cuda"), "bf16")
-    assert not compiles(None, cpu, 1e13) and compiles(None, cuda, 1e18) and compiles(True, cpu)
-    assert not compiles(False, cpu, 1e18) and "--compile" not in capsys.readouterr().out
-    assert not compiles(None, cpu, 1e15) and "--compile" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

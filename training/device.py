@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from training import distributed
 from training.io import UserError, log
 
-LONG_RUN = 1e14  # operations: a quarter of an hour of two CPU cores
 GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a whole batch and a ragged one
 
 
@@ -118,16 +117,6 @@ class CPUAutocast(torch.autocast):
         self.kernel.__exit__(*error)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(self.allowed)
         return super().__exit__(*error)
-
-
-def compiles(choice, compute, operations=0):
-    """Whether layers are compiled: as --compile says, else on CUDA alone.
-
-    A run of so many operations on a CPU is advised to ask for it.
-    """
-    if choice is None and compute.device.type == "cpu" and operations > LONG_RUN:
-        log("a run as long as this is faster with --compile, which takes about a minute at first")
-    return compute.device.type == "cuda" if choice is None else choice
 
 
 def compile_blocks(objective):

@@ -65,7 +65,7 @@ class RunConfig:
     save_at_words: list[str] | None = option(
         None,
         "also keep the weights, as chck_1M.pt and so on, after this many words of training: numbers "
-        "such as 500k or 1M, or babylm for 1M to 10M by 1M, then every 10M",
+        "such as 500k or 1M, or babylm for those that the BabyLM rules ask for",
         group="evaluate and save",
         may_change=True,
     )
