@@ -8,7 +8,7 @@ A `Study` has a result for each model and seed, which is what reproduce.py keeps
     curve             [(step, dev cross-entropy)], over the part of the dev text that training reads
     training          [(step, cross-entropy, KL or None)], of the training text
     samples           {prompt: how the model goes on}
-    finetuned         {"tasks", "scores"}: see finetune.py's `described`, of this model alone
+    finetuned         {"tasks", "scores"}: see finetune.py's `summarize`, of this model alone
     weights, taught_by       digests of its best.pt, and of those of its teachers
     commit, machine, torch   where it was scored
 """
@@ -283,7 +283,7 @@ def pair_difference(study, one, other, folder):
 
 
 def finetuned(study):
-    """What fine-tuning found, as finetune.py's `described` has it; None where nothing was.
+    """What fine-tuning found, as finetune.py's `summarize` has it; None where nothing was.
 
     What was found on other files or with other options than the first is left out. The interval is
     that of the mean over seeds, or with one seed that over texts.

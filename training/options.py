@@ -27,8 +27,8 @@ def option(default, help, group=GROUPS[0], **details):
     A default of None means that the program chooses the value later; `REQUIRED` that the user must.
     Details: `alias` is a second name, such as "--lr"; `minimum`, `maximum` and `above` bound a
     number; `word` may be given instead of a number; `choices` lists the values; options of a group
-    with `exclusive=True` exclude each other; `may_change=True` allows another value when a run is
-    continued.
+    with `exclusive=True` exclude each other; `positional=True` is given without a flag;
+    `may_change=True` allows another value when a run is continued.
     """
     assert group in GROUPS, group
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **details})
@@ -190,7 +190,7 @@ def parse(config_class, description, argv=None, epilog="", check=None, parser_cl
     hints = typing.get_type_hints(config_class)
     of_any_run = {field.name for field in dataclasses.fields(RunConfig)}  # last in their group
     fields = sorted(dataclasses.fields(config_class), key=lambda field: field.name in of_any_run)
-    required = [f"{_flag(f.name)} {f.name.upper()} ..." for f in fields if f.default is REQUIRED]
+    required = [" ".join([*_names(f), f.name.upper()]) for f in fields if f.default is REQUIRED]
     parser = parser_class(
         usage=" ".join(["%(prog)s", *required, "[options]"]),
         description=description,
@@ -202,9 +202,8 @@ def parse(config_class, description, argv=None, epilog="", check=None, parser_cl
         exclusive = section.add_mutually_exclusive_group()
         for field in fields:
             if field.metadata["group"] == group:
-                names = [_flag(field.name), field.metadata.get("alias")]
                 target = exclusive if field.metadata.get("exclusive") else section
-                target.add_argument(*filter(None, names), **_argument(field, hints[field.name]))
+                target.add_argument(*_names(field), **_argument(field, hints[field.name]))
     config = config_class(**vars(parser.parse_args(argv)))
     for field in fields:
         value = getattr(config, field.name)
@@ -220,12 +219,21 @@ def _flag(name):
     return "--" + name.replace("_", "-")
 
 
+def _names(field):
+    """Returns the names of an option on the command line: none of its own for a positional one."""
+    if field.metadata.get("positional"):
+        return []
+    return [name for name in (_flag(field.name), field.metadata.get("alias")) if name]
+
+
 def _argument(field, hint):
     """Returns the keywords of argparse's `add_argument` for a field of the type `hint`."""
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
     argument = {"help": field.metadata["help"].replace("%", "%%")}
-    if field.default is REQUIRED:
+    if field.metadata.get("positional"):
+        argument["dest"] = field.name
+    elif field.default is REQUIRED:
         argument["required"] = True
     else:
         argument["default"] = field.default
