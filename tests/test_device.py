@@ -82,7 +82,7 @@ def recorded(step, batches):
     for i, batch in enumerate(batches):
         step.load(batch, 1e-3 * i)
         with Recording() as recording:
-            step.train_step.update(step.parts)
+            step.train_step.update(step.micro_batches)
         operations.append(recording.operations)
     return operations
 
@@ -167,7 +167,7 @@ def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
     loading = GraphedStep(full_step(kind, "cpu", "fp32"))
     for i in range(3):
         loading.load(stream(i), 1e-3 * i)
-        loaded = loading.train_step.update(loading.parts)
+        loaded = loading.train_step.update(loading.micro_batches)
         torch.testing.assert_close(loaded["loss"], terms[i]["loss"], rtol=1e-6, atol=0)
     for a, b in zip(plain.parameters.values(), loading.train_step.parameters.values()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -181,7 +181,7 @@ class Replaying(GraphedStep):
     def capture(self):
         def replay():
             self.replays += 1
-            return self.train_step.update(self.parts)
+            return self.train_step.update(self.micro_batches)
 
         return replay
 
@@ -205,7 +205,7 @@ class Stale(Replaying):
     """One whose replay reads the input that it was captured with."""
 
     def capture(self):
-        parts = [part.clone() for part in self.parts]
+        parts = [part.clone() for part in self.micro_batches]
 
         def stale():
             self.replays += 1
