@@ -351,7 +351,7 @@ def test_the_checkpoint_that_taught_counts_for_lead_and_gap(study):
 
 def test_losses_that_were_not_kept_are_missed(study):
     (study.folder / "seed-1" / "control.losses.npz").unlink()
-    with pytest.raises(UserError, match=r"control\.losses\.npz holds no losses"):
+    with pytest.raises(UserError, match=r"control\.losses\.npz does not exist"):
         write(study)
 
 
