@@ -1,91 +1,11 @@
-"""The pictures of a report, as bytes of PNG, and a chart of letters where matplotlib is missing."""
+"""The pictures of a report, as bytes of PNG. They need matplotlib."""
 
 import io
 import statistics
 from collections import defaultdict
 
-from experiments.findings import advantage, measures
-
-# ---- learning curves
-
-
-def learning_curves(study):
-    """{name: (mean, singles)} of the models that were trained.
-
-    `mean` is the curve of the mean over seeds, `singles` has that of each seed. A curve is a list
-    of (epoch, dev cross-entropy). The mean stands where every seed has a value; a model of which
-    some seed has no curve is left out.
-    """
-    curves = {}
-    for name in study.models:
-        runs = study.results(name)
-        if runs and all(run.get("curve") for run in runs):
-            singles = [over_epochs(run, sorted(map(tuple, run["curve"]))) for run in runs]
-            curves[name] = (over_epochs(runs[0], mean_curve(runs)), singles)
-    return curves
-
-
-def mean_curve(runs):
-    """[(step, mean dev cross-entropy)], in order, of the steps at which every run has a value."""
-    by_step = defaultdict(list)
-    for run in runs:
-        for step, value in dict(map(tuple, run["curve"])).items():
-            by_step[step].append(value)
-    common = sorted(step for step, values in by_step.items() if len(values) == len(runs))
-    return [(step, statistics.fmean(by_step[step])) for step in common]
-
-
-def over_epochs(run, curve):
-    """A curve over steps of a run as one over epochs, [(epoch, value)]."""
-    return [(step * run["epochs"] / run["steps"], value) for step, value in curve]
-
-
-def value_range(curves):
-    """(low, high), in nats: the part of an axis in which the differences between curves show.
-
-    Each curve counts from the middle of its training on, because the steep start would leave no
-    room for the rest. There is at least one curve, and none is empty.
-    """
-    values = [v for curve in curves for epoch, v in curve if epoch >= curve[-1][0] / 2]
-    low, high = min(v for curve in curves for _, v in curve), max(values)
-    margin = 0.05 * (high - low) or 0.01
-    return low - margin, high + margin
-
-
-def text_chart(study, curves, width=64, height=16):
-    """Lines that draw the means of `learning_curves`, each by a letter of its own.
-
-    The chart has `height` lines of `width` characters beside its labels; what is above
-    `value_range` is not drawn. The last lines are the axis and the titles.
-    """
-    means = {study.models[name]: mean for name, (mean, _) in curves.items() if mean}
-    if not means:
-        return ["no learning curves"]
-    epochs = max(mean[-1][0] for mean in means.values()) or 1
-    low, high = value_range(means.values())
-    grid, legend = [[" "] * width for _ in range(height)], []
-    for letter, (title, mean) in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", means.items()):
-        plot(grid, letter, [(e / epochs, (high - value) / (high - low)) for e, value in mean])
-        legend.append(f"{letter}  {title}")
-    labels = [f"{high:.3f}", *[""] * (height - 2), f"{low:.3f}"]
-    lines = [f"{label:>8} |{''.join(cells)}" for label, cells in zip(labels, grid)]
-    lines += [" " * 10 + f"0{epochs:>{width - 1}.3g}", " " * 10 + "epochs".center(width)]
-    lines += ["", "dev cross-entropy (nats per token), mean over seeds:", *legend]
-    return [line.rstrip() for line in lines]
-
-
-def plot(grid, letter, points):
-    """Puts the letter into a grid of characters at the points, (to the right, down).
-
-    Both are parts of the grid's width and height, from 0 to 1; what is above it is left out.
-    """
-    for right, down in points:
-        row = round(down * (len(grid) - 1))
-        if 0 <= row < len(grid):
-            grid[row][round(right * (len(grid[0]) - 1))] = letter
-
-
-# ---- pictures
+from experiments.findings import measures
+from experiments.tables import mean_and_deviation, with_minus
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito); the student and its control
 # have one each, the others take what is left in order.
@@ -101,24 +21,15 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#E6E6E6",
     "text.color": "#222222",
+    "text.parse_math": False,  # a title may hold dollar signs
     "axes.labelcolor": "#222222",
     "xtick.color": "#444444",
     "ytick.color": "#222222",
 }
 
 
-def colours(study):
-    """{name: colour}."""
-    others = [name for name in study.models if name not in (study.student, study.control)]
-    found = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
-    return found | {study.student: STUDENT, study.control: CONTROL}
-
-
 def picture(width, height, paint):
-    """The bytes of a PNG of `width` x `height` inches on which `paint(figure)` has drawn.
-
-    None where matplotlib is not installed.
-    """
+    """The bytes of a PNG of `width` x `height` inches; `paint(figure)` draws it. None without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -133,18 +44,27 @@ def picture(width, height, paint):
     return file.getvalue()
 
 
-def overview(study):
-    """The picture of all models by dev cross-entropy and by the first folder's minimal pairs."""
-    shown = measures(study)[:2]
-    names = overview_order(study)
-    width, height = 5.6 + 3.9 * (len(shown) - 1), 1.5 + 0.45 * (len(names) + 1)
-    return picture(width, height, lambda figure: paint_overview(figure, study, names, shown))
+def colours(study):
+    """{name: colour}."""
+    others = [name for name in study.models if name not in (study.student, study.control)]
+    by_name = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
+    return by_name | {study.student: STUDENT, study.control: CONTROL}
 
 
-def overview_order(study):
-    """The names of the models from top to bottom: control and student last."""
+def model_order(study):
+    """The names of the models; control and student are the last."""
     last = [name for name in (study.control, study.student) if name]
     return [name for name in study.models if name not in last] + last
+
+
+# ---- overview
+
+
+def overview(study):
+    """The picture of all models by cross-entropy and by the first folder's minimal pairs."""
+    shown, names = measures(study)[:2], model_order(study)
+    width, height = 5.6 + 3.9 * (len(shown) - 1), 1.5 + 0.45 * (len(names) + 1)
+    return picture(width, height, lambda figure: paint_overview(figure, study, names, shown))
 
 
 def paint_overview(figure, study, names, shown):
@@ -152,7 +72,7 @@ def paint_overview(figure, study, names, shown):
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     heights = [float(i) for i in range(len(names))]
     if study.student and study.control:
-        heights[-1] += 0.5  # the arrow has its place between the last two
+        heights[-1] += 0.5  # room for the arrow between the last two rows
     for axes, measure in zip(panels, shown):
         paint_measure(axes, study, dict(zip(names, heights)), measure)
     panels[0].set_yticks(heights, [study.models[name] for name in names])
@@ -168,33 +88,30 @@ def paint_measure(axes, study, rows, measure):
     for name, height in rows.items():
         values = [measure.value(result) for result in study.results(name)]
         means[name] = statistics.fmean(values)
-        several = len(values) > 1
-        axes.errorbar(
-            means[name],
-            height,
-            xerr=statistics.stdev(values) if several else None,
-            fmt="o",
-            markersize=8,
-            capsize=4,
-            elinewidth=1.8,
-            color=colour[name],
-        )
-        if several:
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        style = {"fmt": "o", "markersize": 8, "capsize": 4, "elinewidth": 1.8}
+        axes.errorbar(means[name], height, xerr=deviation, color=colour[name], **style)
+        if len(values) > 1:
             beside = 0.27 if name == study.student else -0.27  # on the side away from the arrow
             axes.scatter(values, [height + beside] * len(values), s=11, color=colour[name])
     axes.set_xlabel(measure.axis)
-    last = max(rows.values())
-    axes.set_ylim(last + 0.6, -0.6)  # the first row is on top
+    axes.set_ylim(max(rows.values()) + 0.6, -0.6)  # the first row is on top
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     if study.student in means and study.control in means:
-        pairs = study.shared(study.student, study.control)
-        axes.set_title(
-            f"student beats its control in {measure.wins(pairs)} of {len(pairs)} seed{'s' * (len(pairs) > 1)}"
-        )
+        pairs = study.paired_results(study.student, study.control)
+        seeds = f"{len(pairs)} seed{'s' * (len(pairs) > 1)}"
+        axes.set_title(f"student better than control in {measure.wins(pairs)} of {seeds}")
         ends = [(means[name], rows[name]) for name in (study.control, study.student)]
         paint_arrow(axes, *ends, advantage(study, measure))
+
+
+def advantage(study, measure):
+    """The student's value minus that of its control: "−0.061 ± 0.006 nats"."""
+    pairs = study.paired_results(study.student, study.control)
+    differences = [measure.value(student) - measure.value(control) for student, control in pairs]
+    return f"{with_minus(mean_and_deviation(differences, measure.digits, sign='+'))} {measure.unit}"
 
 
 def paint_arrow(axes, start, end, label):
@@ -202,63 +119,99 @@ def paint_arrow(axes, start, end, label):
     between = (start[1] + end[1]) / 2 + 0.08
     for value, height in (start, end):
         axes.plot([value, value], [height, between], ":", color="#888888", linewidth=1.2, zorder=1)
-    shape = {"arrowstyle": "-|>", "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate(
-        "",
-        (end[0], between),
-        (start[0], between),
-        arrowprops=shape | {"color": "#222222", "linewidth": 1.6},
-    )
+    arrow = {"arrowstyle": "-|>", "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0}
+    arrow |= {"color": "#222222", "linewidth": 1.6}
+    axes.annotate("", (end[0], between), (start[0], between), arrowprops=arrow)
+    middle, box = (start[0] + end[0]) / 2, {"boxstyle": "square,pad=0", "facecolor": "white"}
     axes.annotate(
         label,
-        ((start[0] + end[0]) / 2, between),
+        (middle, between),
         (0, 7),
         textcoords="offset points",
         ha="center",
-        bbox={"boxstyle": "square,pad=0", "facecolor": "white", "edgecolor": "none"},
+        bbox=box | {"edgecolor": "none"},
     )
 
 
+# ---- curves
+
+
+def learning_curves(study):
+    """{name: (mean curve, [curve of each seed])} of the trained models.
+
+    A curve is [(epoch, cross-entropy on validation text)]. The mean has the steps at which every
+    seed has a value. A model is left out if a seed of it has no curve.
+    """
+    curves = {}
+    for name in study.models:
+        runs = study.results(name)
+        if runs and all(run.get("curve") for run in runs):
+            singles = [over_epochs(run, sorted(map(tuple, run["curve"]))) for run in runs]
+            curves[name] = (over_epochs(runs[0], mean_curve(runs)), singles)
+    return curves
+
+
+def mean_curve(runs):
+    """[(step, mean cross-entropy)], in order, at the steps at which every run has a value."""
+    by_step = defaultdict(list)
+    for run in runs:
+        for step, value in dict(map(tuple, run["curve"])).items():
+            by_step[step].append(value)
+    common = sorted(step for step, values in by_step.items() if len(values) == len(runs))
+    return [(step, statistics.fmean(by_step[step])) for step in common]
+
+
+def over_epochs(run, curve):
+    """[(epoch, value)] of a run's [(step, value)]."""
+    return [(step * run["epochs"] / run["steps"], value) for step, value in curve]
+
+
+def value_range(curves):
+    """(low, high), in nats: the limits of an axis that show the differences between curves.
+
+    The upper limit leaves out the steep start: each curve counts from the middle of its training.
+    """
+    values = [v for curve in curves for epoch, v in curve if epoch >= curve[-1][0] / 2]
+    low, high = min(v for curve in curves for _, v in curve), max(values)
+    margin = 0.05 * (high - low) or 0.01
+    return low - margin, high + margin
+
+
 def paint_curves(figure, study, curves):
-    """Draws the learning curves over epochs, with the dev cross-entropy as far as it is of use."""
+    """Draws the learning curves over epochs: thick for the mean, thin for single seeds."""
     axes, colour = figure.subplots(), colours(study)
     for name, (mean, singles) in curves.items():
-        if len(singles) > 1:
-            for single in singles:
-                axes.plot(*zip(*single), color=colour[name], linewidth=0.7, alpha=0.45)
+        for single in singles if len(singles) > 1 else ():
+            axes.plot(*zip(*single), color=colour[name], linewidth=0.7, alpha=0.45)
         if mean:
-            style = "--" if name not in (study.student, study.control) else "-"
+            style = "-" if name in (study.student, study.control) else "--"
             axes.plot(*zip(*mean), style, color=colour[name], linewidth=2, label=study.models[name])
-    if curves:
-        axes.set_ylim(value_range([single for _, singles in curves.values() for single in singles]))
-        axes.legend(frameon=False, fontsize=8.5)
+    axes.set_ylim(value_range([single for _, singles in curves.values() for single in singles]))
+    axes.legend(frameon=False, fontsize=8.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("epochs of training")
-    axes.set_ylabel("dev cross-entropy\n(nats per token, lower is better)")
+    axes.set_ylabel("cross-entropy on validation text\n(nats per token, lower is better)")
 
 
 def training_curves(study):
-    """{name: [(epoch, cross-entropy, KL or None)]} of the first seed, as far as it was logged."""
-    found = {}
+    """{name: (cross-entropy curve, KL curve)} of the first seed, over epochs, where it was logged."""
+    curves = {}
     for name in study.models:
         for run in study.results(name)[:1]:
-            if run.get("training"):
-                found[name] = [
-                    (step * run["epochs"] / run["steps"], *rest) for step, *rest in run["training"]
-                ]
-    return found
+            if points := run.get("training"):
+                curves[name] = (
+                    over_epochs(run, [(step, value) for step, value, _ in points]),
+                    over_epochs(run, [(step, kl) for step, _, kl in points if kl is not None]),
+                )
+    return curves
 
 
 def paint_training(figure, study, curves):
-    """Draws cross-entropy and KL on the training text, apart, over epochs."""
-    taught = {n: c for n, c in curves.items() if any(kl is not None for _, _, kl in c)}
-    panels = figure.subplots(1, 1 + bool(taught), squeeze=False)[0]
+    """Draws cross-entropy and KL on the training text over epochs, in a panel each."""
+    distilled = {name: kl for name, (_, kl) in curves.items() if kl}
+    panels = figure.subplots(1, 1 + bool(distilled), squeeze=False)[0]
     colour = colours(study)
-    for axes, chosen, column in zip(panels, (curves, taught), (1, 2)):
-        lines = {
-            n: [(point[0], point[column]) for point in c if point[column] is not None]
-            for n, c in chosen.items()
-        }
+    for axes, lines in zip(panels, ({name: curve for name, (curve, _) in curves.items()}, distilled)):
         for name, line in lines.items():
             axes.plot(*zip(*line), color=colour[name], linewidth=1.2, label=study.models[name])
         axes.set_xlabel("epochs of training")
@@ -266,65 +219,72 @@ def paint_training(figure, study, curves):
         axes.set_ylim(value_range(list(lines.values())))
     panels[0].set_ylabel("cross-entropy on the training text\n(nats per token)")
     panels[0].legend(frameon=False, fontsize=8.5)
-    if taught:
+    if distilled:
         panels[1].set_ylabel("KL to the teachers, as the loss has it")
 
 
-def paint_fields(figure, study, folder):
-    """Draws a group of bars for each field of a folder's minimal pairs."""
-    axes, colour = figure.subplots(), colours(study)
-    names = overview_order(study)
-    fields = study.results(names[0])[0]["report"]["pairs"][folder]["per_field"]
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        means = [
-            statistics.fmean(
-                100 * r["report"]["pairs"][folder]["per_field"][field] for r in study.results(name)
-            )
-            for field in fields
-        ]
-        places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(fields))]
-        axes.bar(places, means, width, color=colour[name], label=study.models[name])
-    axes.axhline(50, color="#888888", linewidth=1, linestyle=":")
-    axes.set_xticks(range(len(fields)), [f.replace("_", "\n") for f in fields], fontsize=7.5)
-    axes.set_ylabel(f"{folder}, pairs judged right (%)")
-    axes.set_ylim(bottom=0, top=100)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
-    axes.grid(axis="x", visible=False)
+# ---- bars
 
 
-def paint_tasks(figure, study, data):
-    """Draws a group of bars for each task of `study.finetuned`, with intervals.
+def paint_bars(axes, study, groups, values, errors=None):
+    """Draws a group of bars for each of `groups`, a bar for each model.
 
-    A dotted line across a group is the majority class.
+    `values` is {model: [height for each group]}, `errors` {model: [[below], [above]]}.
     """
-    axes, colour = figure.subplots(), colours(study)
-    names = [name for name in overview_order(study) if name in data["models"]]
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        found = list(data["models"][name].values())
-        means = [100 * score["mean"] for score in found]
-        ends = [[100 * end for end in score["interval"]] for score in found]
-        errors = [
-            [max(m - e[0], 0) for m, e in zip(means, ends)],
-            [max(e[1] - m, 0) for m, e in zip(means, ends)],
-        ]
-        places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(means))]
+    colour, width = colours(study), 0.8 / len(values)
+    for i, (name, heights) in enumerate(values.items()):
+        offset = (i - (len(values) - 1) / 2) * width
         axes.bar(
-            places,
-            means,
+            [group + offset for group in range(len(groups))],
+            heights,
             width,
-            yerr=errors,
+            yerr=errors and errors[name],
             color=colour[name],
             label=study.models[name],
             error_kw={"elinewidth": 1, "ecolor": "#222222"},
         )
-    for j, task in enumerate(data["tasks"].values()):
-        label = "majority class" if j == 0 else None
+    axes.set_xticks(range(len(groups)), groups, fontsize=7.5)
+    axes.grid(axis="x", visible=False)
+
+
+def paint_fields(figure, study, folder):
+    """Draws a group of bars for each field of a folder's minimal pairs."""
+    axes, names = figure.subplots(), model_order(study)
+    fields = study.results(names[0])[0]["report"]["pairs"][folder]["per_field"]
+
+    def accuracy(name, field):
+        runs = study.results(name)
+        return statistics.fmean(100 * r["report"]["pairs"][folder]["per_field"][field] for r in runs)
+
+    values = {name: [accuracy(name, field) for field in fields] for name in names}
+    paint_bars(axes, study, [field.replace("_", "\n") for field in fields], values)
+    axes.axhline(50, color="#888888", linewidth=1, linestyle=":")
+    axes.set_ylabel(f"{folder}, pairs judged right (%)")
+    axes.set_ylim(bottom=0, top=100)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+
+
+def paint_tasks(figure, study, scores):
+    """Draws a group of bars for each task of `finetuned_scores`, with intervals.
+
+    A dotted line across a group is the score of the majority class.
+    """
+    axes, values, errors = figure.subplots(), {}, {}
+    for name in model_order(study):
+        if name in scores["models"]:
+            of_tasks = scores["models"][name].values()
+            values[name] = [100 * score["mean"] for score in of_tasks]
+            ends = [[100 * end for end in score["interval"]] for score in of_tasks]
+            errors[name] = [
+                [max(mean - low, 0) for mean, (low, _) in zip(values[name], ends)],
+                [max(high - mean, 0) for mean, (_, high) in zip(values[name], ends)],
+            ]
+    tasks = scores["tasks"].items()
+    titles = [f"{name.replace('_', chr(10))}\n({task['metric']})" for name, task in tasks]
+    paint_bars(axes, study, titles, values, errors)
+    for i, (_, task) in enumerate(tasks):
+        label = "majority class" if i == 0 else None
         level = [100 * task["majority"]] * 2
-        axes.plot([j - 0.45, j + 0.45], level, ":", color="#444444", label=label)
-    titles = [f"{n.replace('_', chr(10))}\n({t['metric']})" for n, t in data["tasks"].items()]
-    axes.set_xticks(range(len(titles)), titles, fontsize=8)
+        axes.plot([i - 0.45, i + 0.45], level, ":", color="#444444", label=label)
     axes.set_ylabel("score on valid (%)")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-    axes.grid(axis="x", visible=False)

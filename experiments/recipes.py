@@ -1,30 +1,31 @@
-"""A recipe of a reproduction: which models are trained, on what, with which options.
+"""Reads the recipe of an experiment: which models are trained, on what, with which options.
 
-A recipe is a JSON file, one of `recipes/` or a user's own, which `reproduce.py --recipe` takes:
+A recipe is a JSON file, one of `recipes/` or a user's own, for `reproduce.py --recipe`:
 
-    about              what it is for
-    like               another recipe, a name or a file, from which it takes whatever it does not
-                       say itself, single options and models too; null takes one of them back
-    corpus             "toy": the invented corpus; without it --train and --dev name folders
-    clean              how the text is cleaned, as tokenize_corpus.py --clean (default: light)
+    about              its purpose
+    like               another recipe, a name or a file: gives whatever this one does not say, down
+                       to single options and models; a model that is null here is left out
+    corpus             "toy": the invented corpus; otherwise --train and --dev name folders
+    clean              cleaning, as tokenize_corpus.py --clean (default: light)
     vocabulary_size    pieces of the tokenizer
-    words, dev_words   of training text, and of each half of the dev text, to sample; else all
+    words, dev_words   words to sample of the training text, and of each half of the dev text
+                       (default: all)
     whole_epochs       true: an epoch has only whole batches, as the original's trainer counts steps
-    precision          in which models are scored: fp32 (default), bf16, or auto
+    precision          of scoring: fp32 (default), bf16, or auto
     scored             the checkpoint that is scored: best.pt (default) or checkpoint.pt, the last
     options            options of train.py and distill.py for all models
-    finetune           options of finetune.py, where models are fine-tuned (default: none)
-    models             {name: entry}, in the order of training
-    control, student   the names of the two that the report compares first
-    least_seeds        with fewer seeds the report decides nothing (default: 2)
-    control_gain       nats by which another tuning of the control was found to be better: taken
-                       off every student's lead on it (default: 0.0)
+    finetune           options of finetune.py for --finetune (default: none)
+    models             {name: table}, in the order of training
+    control, student   the names of the two models that the report compares first
+    least_seeds        seeds that a verdict needs (default: 2)
+    control_gain       nats that a better tuned control gained, found after the seeds: they are
+                       taken off each student's lead on the control (default: 0.0)
 
-An entry has the options of its run, with underscores (`weight_decay`), and besides them `model`
-(a preset), `teachers` (names of entries above it: then it is distilled), `like` (another entry,
-from which it takes everything that it does not say itself), `title` (for tables) and `seed_offset`
-(added to the seed, for a model that differs from another in nothing but its seed). An option that
-is null or false is as if it had not been given, so that an entry can take back what `like` gives.
+The table of a model has the options of its run, with underscores (`weight_decay`), and besides:
+`model` (a preset), `teachers` (names of models above it: then it is distilled), `like` (another
+model, which gives all options that this one does not say), `title` (its name in the report) and
+`seed_offset` (added to the seed, to train the same model with another seed). An option that is null
+or false counts as not given: so a table can undo an option of `like`.
 """
 
 import dataclasses
@@ -39,40 +40,30 @@ import model as models
 from corpus.cleaning import CLEANERS
 from data import count_chunks
 from distill import DistillConfig, check_cache
+from experiments.results import has_form, is_file_name
 from tokenizer import VOCABULARY_SIZE
 from train import TrainConfig
-from training.io import UserError
+from training.io import UserError, printable
 from training.options import Strict, may_change, parse
 from training.plan import plan_run
 
 FOLDER = Path(__file__).parent / "recipes"
-FIELDS = {
-    "about": str,
-    "like": str,
-    "corpus": str,
-    "clean": str,
-    "vocabulary_size": int,
-    "words": int,
-    "dev_words": int,
-    "scored": str,
-    "precision": str,
-    "options": dict,
-    "models": dict,
-    "control": str,
-    "student": str,
-    "whole_epochs": bool,
-    "finetune": dict,
-    "least_seeds": int,
-    "control_gain": float,
+CHOICES = {
+    "clean": tuple(CLEANERS),
+    "scored": ("best.pt", "checkpoint.pt"),
+    "precision": ("fp32", "bf16", "auto"),
+    "corpus": ("toy",),
 }
-FINETUNE = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
-UNDECIDED = ("compile", "cuda_graph")  # switches that are neither on nor off by default
-OURS = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
+FINETUNE_OPTIONS = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
+SWITCHES_WITHOUT_DEFAULT = ("compile", "cuda_graph")  # false is not the same as not given
+# Options that reproduce.py sets itself, and those that belong to the table of a single model.
+RESERVED = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
+OF_ONE_MODEL = {"model", "teachers", "like", "title", "seed_offset"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One model of a recipe; `options` are complete, those of all models among them."""
+class ModelSpec:
+    """A model of a recipe; `options` are complete, with those of all models."""
 
     name: str
     title: str
@@ -82,7 +73,7 @@ class Entry:
     options: dict
 
     def config(self):
-        """The config of its run, with the preset's recipe, and without what a run adds to it."""
+        """The config of its run, with the preset's hyperparameters."""
         arguments = self.arguments()
         if self.teachers:
             arguments += ["--teachers", *self.teachers]
@@ -92,22 +83,22 @@ class Entry:
         return models.with_hyperparameters(config)
 
     @property
-    def taught_by(self):
-        """Who taught it, as one: a teacher's name, that of an ensemble, or None."""
+    def teacher_or_ensemble(self):
+        """The name of its teacher, or of its teachers' ensemble; None without teachers."""
         return ensemble_name(self.teachers, self.options.get("teacher_weights")) or None
 
     def conditions(self):
-        """All that its weights depend on but for text, seed and teachers: the config as used.
+        """All options that decide its weights, besides text, seed and teachers.
 
-        Some may change when a run is continued, which gives another model all the same.
+        Some of them may change when a run is continued, but they lead to another model.
         """
         config = self.config()
-        kept = {f.name for f in dataclasses.fields(config)} - may_change(type(config))
-        kept |= {"dropout", "patience", "least_gain", "eval_every", "eval_only_every"}
-        return {name: getattr(config, name) for name in sorted(kept - OURS)}
+        names = {field.name for field in dataclasses.fields(config)}
+        deciding = (names - may_change(type(config))) | (names & {"dropout", "patience", "eval_every"})
+        return {name: getattr(config, name) for name in sorted(deciding - RESERVED)}
 
     def whole_steps(self, num_tokens):
-        """Its steps on so many tokens if each epoch, a last part too, has its whole batches."""
+        """Its steps on `num_tokens` tokens if each epoch has its whole batches alone."""
         config = self.config()
         if config.steps is not None:
             return config.steps
@@ -115,84 +106,98 @@ class Entry:
         return math.ceil(config.epochs) * max(chunks // config.batch_size, 1)
 
     def arguments(self, steps=None):
-        """Its options as train.py or distill.py take them, but for the teachers.
-
-        `steps`, if given, stands for its epochs.
-        """
+        """Its options for train.py or distill.py without the teachers; `steps` replaces epochs."""
         changes = {} if steps is None else {"epochs": None, "steps": steps}
         return ["--model", self.preset, *arguments_of(self.options | changes)]
 
 
 def ensemble_name(teachers, weights):
-    """The name of teachers as one, with their weights where these differ."""
+    """The name of an ensemble: its members, and their weights if these differ."""
     weights = weights if weights and len(set(weights)) > 1 else ()
     return "&".join(map(str, (*teachers, *weights)))
 
 
 def arguments_of(options):
-    """A table of options as the programs take them."""
+    """A dict of options as command-line arguments.
+
+    Raises `UserError` for a value that a command line would take for an option.
+    """
     arguments = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        if value is None or (value is False and name not in UNDECIDED):
-            continue  # as if it had not been given
+        if value is None or (value is False and name not in SWITCHES_WITHOUT_DEFAULT):
+            continue
         if isinstance(value, bool):
-            arguments += [flag if value else flag.replace("--", "--no-")]
-        else:
-            arguments += [flag, *map(str, value if isinstance(value, list) else [value])]
+            arguments.append(flag if value else flag.replace("--", "--no-"))
+            continue
+        values = value if isinstance(value, list) else [value]
+        for text in values:
+            if not has_form(text, (str, float)) or str(text) != printable(str(text)):
+                raise UserError(f"{name} cannot be {value!r}")
+            if isinstance(text, str) and text.startswith("-"):
+                raise UserError(f"{name} cannot be {text!r}: it would be an option of its own")
+        arguments += [flag, *map(str, values)]
     return arguments
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A recipe that was read; `entries` is {name: Entry}, in the order of training."""
+    """A recipe; `specs` is {name: ModelSpec}, in the order of training."""
 
     name: str
-    entries: dict
+    specs: dict
     control: str
     student: str
-    vocabulary_size: int = VOCABULARY_SIZE
-    corpus: str | None = None
+    about: str = ""
+    corpus: str = None
     clean: str = "light"
-    words: int | None = None
-    dev_words: int | None = None
-    scored: str = "best.pt"
-    precision: str = "fp32"
+    vocabulary_size: int = VOCABULARY_SIZE
+    words: int = None
+    dev_words: int = None
     whole_epochs: bool = False
+    precision: str = "fp32"
+    scored: str = "best.pt"
     finetune: dict = dataclasses.field(default_factory=dict)
     least_seeds: int = 2
-    control_gain: float = 0.0  # nats by which another tuning of the control was found to be better
-    about: str = ""
-    teaching: frozenset = frozenset()  # the names of all teachers, those that `only` leaves out too
+    control_gain: float = 0.0
+    teaching: frozenset = frozenset()  # the names of all teachers, of models that `only` drops too
 
     def ensembles(self):
-        """{name: (entries of its members, their weights or None)} of whoever teaches together."""
+        """{name: (specs of its members, their weights or None)} of all sets of several teachers."""
         return {
-            entry.taught_by: (
-                [self.entries[teacher] for teacher in entry.teachers],
-                entry.options.get("teacher_weights"),
+            spec.teacher_or_ensemble: (
+                [self.specs[teacher] for teacher in spec.teachers],
+                spec.options.get("teacher_weights"),
             )
-            for entry in self.entries.values()
-            if len(entry.teachers) > 1
+            for spec in self.specs.values()
+            if len(spec.teachers) > 1
         }
 
     def all_scored(self):
-        """[(name, entries, their weights or None)] of all that is scored, ensembles at the end."""
-        alone = [(name, [entry], None) for name, entry in self.entries.items()]
-        return alone + [(name, *members) for name, members in self.ensembles().items()]
+        """[(name, specs, weights or None)] of all that is scored, the ensembles last."""
+        single = [(name, [spec], None) for name, spec in self.specs.items()]
+        return single + [(name, *members) for name, members in self.ensembles().items()]
 
     def only(self, names):
-        """The experiment with these models, and whom they learn from, alone."""
-        if unknown := set(names) - set(self.entries):
+        """The experiment with these models and their teachers alone."""
+        if unknown := set(names) - set(self.specs):
             raise UserError(
                 f"no model of recipe {self.name} is called {sorted(unknown)[0]}: choose from "
-                f"{', '.join(self.entries)}"
+                f"{', '.join(self.specs)}"
             )
-        wanted = set(names)
-        while more := {t for name in wanted for t in self.entries[name].teachers} - wanted:
-            wanted |= more
-        entries = {name: e for name, e in self.entries.items() if name in wanted}
-        return dataclasses.replace(self, entries=entries)
+        chosen = set(names)
+        while teachers := {t for name in chosen for t in self.specs[name].teachers} - chosen:
+            chosen |= teachers
+        specs = {name: spec for name, spec in self.specs.items() if name in chosen}
+        return dataclasses.replace(self, specs=specs)
+
+
+# ---- reading
+
+FIELDS = {"like": str, "options": dict, "models": dict}  # of a recipe, with their types
+FIELDS |= {
+    f.name: f.type for f in dataclasses.fields(Experiment) if f.name not in ("name", "specs", "teaching")
+}
 
 
 def recipe_names():
@@ -203,8 +208,8 @@ def recipe_names():
 def read_experiment(recipe, vary=()):
     """The `Experiment` of a recipe: a name from `recipe_names`, or the path of a JSON file.
 
-    `vary` are texts "MODEL.OPTION=a,b,c": for each value, one more model like that one. Raises
-    `UserError` for what is not a recipe, or has an option that the programs do not have.
+    Each text "MODEL.OPTION=a,b,c" in `vary` adds, for each value, a model like MODEL. Raises
+    `UserError` for anything but a recipe, or an option that the programs do not have.
     """
     path = _path(recipe)
     try:
@@ -217,10 +222,18 @@ def _path(recipe):
     return FOLDER / f"{recipe}.json" if recipe in recipe_names() else Path(recipe)
 
 
+def _unique_keys(pairs):
+    """The dict of a JSON object. Raises `UserError` if a key appears twice."""
+    names = [key for key, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{sorted(twice)[0]!r} is there twice: one would be lost")
+    return dict(pairs)
+
+
 def _read_table(path, seen=()):
-    """The object in a recipe's file, with what it takes from the recipe that it is like."""
+    """The JSON object of a recipe, merged with the recipe that it is `like`."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise UserError(
             f"{error.strerror}: choose {', '.join(recipe_names())} or give a JSON file such as "
@@ -233,121 +246,129 @@ def _read_table(path, seen=()):
     for key, value in table.items():
         if key not in FIELDS:
             raise UserError(f"a recipe has no {key!r}: choose from {', '.join(FIELDS)}")
-        if type(value) is not FIELDS[key] or (FIELDS[key] is int and value < 1):
+        is_number = FIELDS[key] in (int, float)
+        least = 1 if FIELDS[key] is int else 0
+        if not has_form(value, FIELDS[key]) or (is_number and value < least):
             raise UserError(f"{key} cannot be {value!r}")
+        if value not in CHOICES.get(key, (value,)):
+            raise UserError(f"{key} cannot be {value!r}: choose from {', '.join(CHOICES[key])}")
     if (like := table.pop("like", None)) is None:
         return table
-    if (other_path := _path(like)) in (path, *seen):
+    if (base_path := _path(like)) in (path, *seen):
         raise UserError(f"it cannot be like {like}")
     try:
-        other = _read_table(other_path, (path, *seen))
+        base = _read_table(base_path, (path, *seen))
     except UserError as error:
         raise UserError(f"like {like}: {error}") from error
     for key in ("options", "models"):
-        table[key] = {**other.get(key, {}), **table.get(key, {})}
+        table[key] = {**base.get(key, {}), **table.get(key, {})}
     table["models"] = {name: entry for name, entry in table["models"].items() if entry is not None}
-    return {**other, **table}
+    return {**base, **table}
 
 
 def _experiment(name, table, vary):
-    known = dict(table["models"])
+    tables = dict(table["models"])
     for text in vary:
-        known |= _variations(known, text)
-    entries = {}
-    for key, entry in known.items():
-        entries[key] = _entry(key, entry, known, entries, table.get("options", {}))
-    found = {key: table[key] for key in FIELDS if key in table and key not in ("options", "models")}
+        variations = _variations(tables, text)
+        if twice := variations.keys() & tables.keys():
+            raise UserError(f"--vary {text}: {sorted(twice)[0]} is there twice")
+        tables |= variations
+    if wrong := OF_ONE_MODEL & table.get("options", {}).keys():
+        raise UserError(f'"options" cannot have {sorted(wrong)[0]}: give it to single models')
+    specs = {}
+    for key in tables:
+        specs[key] = _model_spec(key, tables, specs, table.get("options", {}))
+    fields = {key: table[key] for key in FIELDS if key in table and key not in ("options", "models")}
     for key in ("control", "student"):
-        if found.get(key) not in entries:
+        if fields.get(key) not in specs:
             raise UserError(f'"{key}" must be the name of a model')
-    if not entries[found["student"]].teachers:
+    if not specs[fields["student"]].teachers:
         raise UserError("the student has no teachers")
-    if found.get("clean", "light") not in CLEANERS:
-        raise UserError(f'"clean" must be one of {", ".join(CLEANERS)}')
-    if found.get("scored", "best.pt") not in ("best.pt", "checkpoint.pt"):
-        raise UserError('"scored" must be best.pt or checkpoint.pt')
-    if found.get("precision", "fp32") not in ("fp32", "bf16", "auto"):
-        raise UserError('"precision" must be fp32, bf16 or auto')
-    if wrong := set(found.get("finetune", {})) - set(FINETUNE):
-        raise UserError(f'"finetune" has no {sorted(wrong)[0]}: choose from {", ".join(FINETUNE)}')
-    given = ["-", "--tasks", "-", *arguments_of(found.get("finetune", {}))]
-    finetune.parse_arguments(given, Strict)  # for what is wrong with a value
-    if found.get("corpus", "toy") != "toy":
-        raise UserError('"corpus" can only be toy: other text is given by --train and --dev')
-    teaching = frozenset(teacher for entry in entries.values() for teacher in entry.teachers)
-    return Experiment(name, entries, teaching=teaching, **found)
+    if wrong := set(fields.get("finetune", {})) - set(FINETUNE_OPTIONS):
+        raise UserError(f'"finetune" has no {sorted(wrong)[0]}: choose from {", ".join(FINETUNE_OPTIONS)}')
+    finetune.parse_arguments(["-", "--tasks", "-", *arguments_of(fields.get("finetune", {}))], Strict)
+    teaching = frozenset(teacher for spec in specs.values() for teacher in spec.teachers)
+    return Experiment(name, specs, teaching=teaching, **fields)
 
 
-def _variations(known, text):
-    """{name: entry} of one --vary."""
-    place, _, values = text.partition("=")
-    role, _, option = place.rpartition(".")
-    if role not in known or not option or not values:
-        raise UserError(f"--vary {text}: give MODEL.OPTION=a,b,c with one of {', '.join(known)}")
+def _variations(tables, text):
+    """{name: table} of the models that one --vary adds."""
+    target, _, values = text.partition("=")
+    name, _, option = target.rpartition(".")
+    if name not in tables or not option or not values:
+        raise UserError(f"--vary {text}: give MODEL.OPTION=a,b,c with one of {', '.join(tables)}")
+    if option == "shape" and not values.startswith("["):
+        raise UserError(f"--vary {text}: a shape has commas itself: give a list in JSON")
     try:
-        found = json.loads(values) if values.startswith("[") else values.split(",")
+        parsed = json.loads(values) if values.startswith("[") else values.split(",")
     except ValueError as error:
         raise UserError(f"--vary {text}: {values} is no list in JSON") from error
-    return {
-        f"{role}.{option}={value if isinstance(value, str) else json.dumps(value)}": {
-            "like": role,
-            option.replace("-", "_"): _value(value) if isinstance(value, str) else value,
-        }
-        for value in found
-    }
+    variations = {}
+    for value in parsed:
+        label = value if isinstance(value, str) else json.dumps(value)
+        if label and f"{target}={label}" in variations:
+            raise UserError(f"--vary {text}: {label} is there twice")
+        value = _number_or_text(value) if isinstance(value, str) else value
+        variations[f"{target}={label}"] = {"like": name, option.replace("-", "_"): value}
+    return variations
 
 
-def _value(text):
+def _number_or_text(text):
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _entry(name, entry, known, entries, shared):
-    """The `Entry` of a table's model; `entries` are those above it."""
-    merged = _merged(name, known, {name})
-    title = entry.get("title", name)  # the one thing besides `like` that is not taken over
-    for key in ("like", "title"):
-        merged.pop(key, None)
-    preset, teachers = merged.pop("model", None), merged.pop("teachers", [])
-    offset = merged.pop("seed_offset", 0)
-    if not name.strip() or name != Path(name).name or name.startswith(".") or "&" in name:
+def _model_spec(name, tables, specs, shared_options):
+    """The `ModelSpec` of a table; `specs` are those of the tables above it."""
+    table = _merged_table(name, tables)
+    title = tables[name].get("title", name)  # `like` does not give its title
+    table.pop("title", None)
+    preset, teachers = table.pop("model", None), table.pop("teachers", [])
+    offset = table.pop("seed_offset", 0)
+    if not is_file_name(name) or "&" in name:
         raise UserError(f"{name!r} cannot be the name of a model: it names a folder, without &")
-    if not isinstance(teachers, list) or not set(map(str, teachers)) <= set(entries):
+    if not has_form(teachers, [str]) or not set(teachers) <= set(specs):
         raise UserError(f"{name}: its teachers must be models above it in the table")
+    if len(set(teachers)) < len(teachers):
+        raise UserError(f"{name}: a teacher is there twice: use teacher_weights")
+    if not isinstance(preset, str):
+        raise UserError(f"{name}: model must be a preset: {models.preset_names()}")
     if type(offset) is not int or offset < 0 or not isinstance(title, str):
         raise UserError(f"{name}: seed_offset must be a whole number, title a text")
-    options = {**shared, **merged}
-    if wrong := OURS & set(options):
-        raise UserError(f"{name}: {sorted(wrong)[0]} is not for a recipe to say")
-    found = Entry(name, title, preset, tuple(teachers), offset, options)
+    options = {**shared_options, **table}
+    if wrong := RESERVED & set(options):
+        raise UserError(f"{name}: a recipe cannot set {sorted(wrong)[0]}: reproduce.py does")
+    spec = ModelSpec(name, title, preset, tuple(teachers), offset, options)
     try:
-        found.config()
+        spec.config()
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    return found
+    return spec
 
 
-def _merged(name, known, seen):
-    """A table's model with what it takes from those that it is like."""
-    entry = known.get(name)
-    if not isinstance(entry, dict):
-        raise UserError(f"{name}: a model is an object, {{option: value}}")
-    like = entry.get("like")
-    if like is None:
-        return dict(entry)
-    if not isinstance(like, str) or like not in known or like in seen:
-        raise UserError(f"{name}: it cannot be like {like}")
-    return {**_merged(like, known, seen | {like}), **entry}
+def _merged_table(name, tables):
+    """The table of a model, with what it takes from those that it is `like`."""
+    merged, seen, like = {}, set(), name
+    while like is not None:
+        if not isinstance(like, str) or like not in tables or like in seen:
+            raise UserError(f"{name}: it cannot be like {like}")
+        if not isinstance(tables[like], dict):
+            raise UserError(f"{like}: a model is an object, {{option: value}}")
+        seen.add(like)
+        merged = {**tables[like], **merged}
+        like = tables[like].get("like")
+    merged.pop("like", None)
+    return merged
 
 
-# ---- the arithmetic, before anything is trained
+# ---- arithmetic before training
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a model will take."""
+    """What the training of a model takes."""
 
     parameters: int
     epochs: float
@@ -364,26 +385,26 @@ def costs(experiment, num_tokens, words):
     embeddings), and 2 in a teacher (Kaplan et al., arXiv 2001.08361). A cached teacher's layers are
     run once, its head at every step, and its states are kept in two bytes a value.
     """
-    found, bodies, heads, widths = {}, {}, {}, {}
-    for name, entry in experiment.entries.items():
-        config = entry.config()
+    result, blocks, heads, widths = {}, {}, {}, {}
+    for name, spec in experiment.specs.items():
+        config = spec.config()
         changes = models.parse_shape(config.shape)
         if config.dropout is not None:
             changes |= {"dropout": config.dropout}
-        shape = models.with_overrides(models.preset(entry.preset).config, changes)
+        shape = models.with_overrides(models.preset(spec.preset).config, changes)
         with torch.device("meta"):
             model = models.build(dataclasses.replace(shape, vocab_size=experiment.vocabulary_size))
         parameters = models.count_parameters(model)
-        bodies[name] = sum(p.numel() for b in model.blocks for p in b.parameters())
+        blocks[name] = sum(p.numel() for b in model.blocks for p in b.parameters())
         heads[name], widths[name] = model.head.numel(), shape.hidden_size
         chunks = count_chunks(num_tokens, config.sequence_length, config.random_offset)
         plan = plan_run(config, max(chunks, 1), words)
         tokens = plan.tokens_seen(plan.steps)
         cached = getattr(config, "cache_teachers", "off") != "off"
-        taught = min(tokens, num_tokens) if cached else tokens
-        flops = 6 * (bodies[name] + heads[name]) * tokens
-        flops += sum(2 * bodies[t] * taught + 2 * heads[t] * tokens for t in entry.teachers)
-        memory = 16 * parameters + sum(4 * found[t].parameters for t in entry.teachers)
-        memory += cached * 2 * num_tokens * sum(widths[t] for t in entry.teachers)
-        found[name] = Cost(parameters, plan.epochs(plan.steps), tokens, flops, 40 * parameters, memory)
-    return found
+        teacher_tokens = min(tokens, num_tokens) if cached else tokens
+        flops = 6 * (blocks[name] + heads[name]) * tokens
+        flops += sum(2 * blocks[t] * teacher_tokens + 2 * heads[t] * tokens for t in spec.teachers)
+        memory = 16 * parameters + sum(4 * result[t].parameters for t in spec.teachers)
+        memory += cached * 2 * num_tokens * sum(widths[t] for t in spec.teachers)
+        result[name] = Cost(parameters, plan.epochs(plan.steps), tokens, flops, 40 * parameters, memory)
+    return result

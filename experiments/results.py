@@ -1,67 +1,177 @@
-"""What is kept of runs, read: a run's log, trials, and the `Study` in a folder of results."""
+"""Reads what an experiment keeps: the logs of its runs, its results, and the `Study` of a folder.
 
+All of it is JSON that somebody may have edited or sent: each file is checked before it is used.
+"""
+
+import dataclasses
 import json
-import math
 import statistics
 
 from experiments.findings import Study
-from training.io import UserError, aligned, markdown, write_text
+from training.io import UserError, aligned, markdown, printable, sha256, write_text
 
 LOGGED_POINTS, LAST_LINES = 150, 10
+MAX_NUMBER = 1e15  # anything larger overflows in a sum or a picture
+
+# ---- forms of JSON: a type; (form, form) for either; [form] for a list; {key: form} for an object,
+# where "key?" may be missing, str stands for any key and other keys may be there
+
+TEXT_SCORES = {"cross_entropy": float, "weighted_cross_entropy?": float}
+PAIR_SCORES = {
+    "accuracy_over_files": float,
+    "accuracy_over_fields": float,
+    "per_file": {str: float},
+    "per_field": {str: float},
+}
+REPORT = TEXT_SCORES | {
+    "parameters": int,
+    "per_file": {str: TEXT_SCORES},
+    "temperature_scaled?": {"temperature": float},
+    "pairs": {str: PAIR_SCORES},
+}
+TASK = {"metric": str, "texts": int, "majority": float, "msgs": bool}
+FINETUNED = {
+    "files": dict,
+    "options": dict,
+    "tasks": {str: TASK},
+    "scores": {str: {"mean": float, "interval": [float]}},
+}
+RESULT = {
+    "name": str,
+    "preset?": str,
+    "options?": dict,
+    "conditions?": dict,
+    "teachers?": [dict],
+    "shards?": dict,
+    "scoring?": {"precision": str, "pairs": dict},
+    "losses?": str,
+    "dev?": TEXT_SCORES,
+    "report?": REPORT,
+    "teaching?": TEXT_SCORES,
+    "samples?": {str: str},
+    "seconds?": float,
+    "epochs?": float,
+    "steps?": float,
+    "train_cross_entropy?": (float, None),
+    "curve?": [[float]],
+    "training?": [[(float, None)]],
+    "weights?": (str, [float], None),
+    "taught_by?": [str],
+    "finetuned?": FINETUNED,
+}
+STUDY = {
+    "name": str,
+    "about": str,
+    "text": str,
+    "models": {str: str},
+    "teachers": {str: [str]},
+    "ensembles": {str: str},
+    "control": (str, None),
+    "student": (str, None),
+    "least_seeds?": int,
+    "control_gain?": float,
+}
+
+
+def has_form(value, form):
+    """Whether a JSON value has a form; `float` is any finite number."""
+    if isinstance(form, tuple):
+        return any(has_form(value, alternative) for alternative in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(element, form[0]) for element in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in form:
+            return all(has_form(element, form[str]) for element in value.values())
+        return all(
+            has_form(value[name], element_form) if (name := key.rstrip("?")) in value else name != key
+            for key, element_form in form.items()
+        )
+    if form in (int, float):
+        return type(value) in (int, form) and abs(value) < MAX_NUMBER
+    return value is None if form is None else type(value) is form
+
+
+def read_object(path, form=dict):
+    """The JSON object in a file. Raises `UserError` unless it is one and has the form."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not has_form(value, form):
+        raise UserError(f"{path} is damaged, or not from this program: move it away")
+    return value
+
+
+def is_file_name(text):
+    """Whether a text can name a file or folder, and is no option of a command."""
+    is_short = 0 < len(text.encode("utf-8", "replace")) < 200
+    return (
+        is_short and text == printable(text) and "/" not in text and text.strip(" ")[:1] not in (".", "-", "")
+    )
+
+
+# ---- logs and results
 
 
 def read_log(path):
-    """What a run's log says of its training, a dict.
+    """A dict of what a run's log says about its training.
 
-    "seconds", "epochs" and "steps" of the last training line; "curve": [(step, dev cross-entropy in
-    nats per token)]; "training": [(step, cross-entropy, KL or None)], at most `LOGGED_POINTS`;
-    "train_cross_entropy": the mean of the last `LAST_LINES` of it. Damaged lines are passed over;
-    the lists are empty where no training line is left, for then nothing tells the length of an
-    epoch.
+    "seconds", "epochs" and "steps" of the last training line; "curve": [(step, cross-entropy on
+    validation text)]; "training": [(step, cross-entropy, KL or None)], at most `LOGGED_POINTS`;
+    "train_cross_entropy": the mean of the last `LAST_LINES` of it. Damaged lines are passed over.
+    Without a training line the lists are empty, as nothing tells the length of an epoch.
     """
-    found = {"seconds": 0.0, "epochs": 0.0, "steps": 0, "curve": []}
+    log = {"seconds": 0.0, "epochs": 0.0, "steps": 0, "curve": []}
     tokens, training = 0, []
     for line in path.read_bytes().split(b"\n"):
         entry = read_numbers(line)
         if {"step", "epoch", "tokens", "tokens_per_second"} <= entry.keys():
             if entry["tokens_per_second"] > 0:
-                found["seconds"] += (entry["tokens"] - tokens) / entry["tokens_per_second"]
+                log["seconds"] += (entry["tokens"] - tokens) / entry["tokens_per_second"]
             tokens = entry["tokens"]
-            found |= {"epochs": entry["epoch"], "steps": entry["step"]}
+            log |= {"epochs": entry["epoch"], "steps": entry["step"]}
             if "cross_entropy" in entry:
                 training.append((entry["step"], entry["cross_entropy"], entry.get("kl")))
         elif {"step", "dev_cross_entropy"} <= entry.keys():
-            found["curve"].append((entry["step"], entry["dev_cross_entropy"]))
-    if not found["steps"]:
-        found["curve"] = []
+            log["curve"].append((entry["step"], entry["dev_cross_entropy"]))
+    if log["steps"] < 1:
+        log["curve"], training = [], []
     last = [cross_entropy for _, cross_entropy, _ in training[-LAST_LINES:]]
-    found["train_cross_entropy"] = statistics.fmean(last) if last else None
-    found["training"] = training[:: 1 + len(training) // LOGGED_POINTS]
-    return found
+    log["train_cross_entropy"] = statistics.fmean(last) if last else None
+    log["training"] = training[:: 1 + len(training) // LOGGED_POINTS]
+    return log
 
 
 def read_numbers(line):
-    """The finite numbers of a line of JSON, {key: number}: none where it is no JSON object."""
+    """{key: number} of the finite numbers in a line of JSON; empty if it is no JSON object."""
     try:
         entry = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return {}
     if not isinstance(entry, dict):
         return {}
-    return {
-        key: value for key, value in entry.items() if type(value) in (int, float) and abs(value) < math.inf
-    }
+    return {key: value for key, value in entry.items() if has_form(value, float)}
 
 
 def read_result(path):
-    """The result in a file, a dict. Raises `UserError` where it is none."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no result of this program: move it away") from error
-    if not isinstance(result, dict) or not isinstance(result.get("dev", {}), dict):
-        raise UserError(f"{path} is no result of this program: move it away")
-    return result
+    """The result in a file, a dict as `findings` describes it. Raises `UserError` if it is none."""
+    result = read_object(path, RESULT)
+    curve, training = result.get("curve", []), result.get("training", [])
+    pairs = result.get("report", {}).get("pairs", {})
+    tasks = result.get("finetuned", {"tasks": {}, "scores": {}})
+    if (
+        all(len(point) == 2 for point in curve)
+        and all(len(point) == 3 and None not in point[:2] for point in training)
+        and (not curve + training or (result.get("steps", 0) >= 1 and "epochs" in result))
+        and all(is_file_name(folder) for folder in pairs)
+        and all(scores["per_file"] and scores["per_field"] for scores in pairs.values())
+        and tasks["tasks"].keys() == tasks["scores"].keys()
+        and all(len(score["interval"]) == 2 for score in tasks["scores"].values())
+    ):
+        return result
+    raise UserError(f"{path} is damaged, or not from this program: move it away")
 
 
 def trial_lines(results, seeds, shards):
@@ -69,19 +179,21 @@ def trial_lines(results, seeds, shards):
 
     `shards` are the digests of that text. Ensembles, which have no options, are among them.
     """
-    found = [
-        read_result(path) for seed in seeds for path in sorted((results / f"seed-{seed}").glob("*.json"))
-    ]
-    found = [trial for trial in found if trial.get("shards") == shards and "dev" in trial]
-    rows = [["model", "seed", "dev CE", "plain", "epochs", "train CE", "minutes", "options"]]
-    for trial in sorted(found, key=lambda trial: trial["dev"]["weighted_cross_entropy"]):
+    paths = [path for seed in seeds for path in sorted((results / f"seed-{seed}").glob("*.json"))]
+    trials = [trial for trial in map(read_result, paths) if trial.get("shards") == shards and "dev" in trial]
+    rows = [["model", "seed", "validation CE", "plain", "epochs", "train CE", "minutes", "options"]]
+
+    def score(trial):
+        return trial["dev"].get("weighted_cross_entropy", trial["dev"]["cross_entropy"])
+
+    for trial in sorted(trials, key=score):
         options = " ".join(f"{key}={value}" for key, value in trial.get("options", {}).items())
         train = trial.get("train_cross_entropy")
         rows.append(
             [
                 trial["name"],
                 str(trial.get("seed", "-")),
-                f"{trial['dev']['weighted_cross_entropy']:.4f}",
+                f"{score(trial):.4f}",
                 f"{trial['dev']['cross_entropy']:.4f}",
                 f"{trial.get('epochs', 0):.3g}",
                 "-" if train is None else f"{train:.3f}",
@@ -93,24 +205,27 @@ def trial_lines(results, seeds, shards):
     return aligned(rows)
 
 
+# ---- a folder of results
+
+
 def study_fields(recipe):
-    """The fields of the `Study` of a recipe that hold before anything is trained."""
+    """The fields of a recipe's `Study` that are known before training: experiment.json."""
     ensembles = recipe.ensembles()
     title = "ensemble" if len(ensembles) == 1 else "ensemble of {}"
-    titles = {name: entry.title for name, entry in recipe.entries.items()}
+    titles = {name: spec.title for name, spec in recipe.specs.items()}
     titles |= {
         name: title.format(", ".join(titles[member.name] for member in members))
         for name, (members, _) in ensembles.items()
     }
-    students = [name for name, entry in recipe.entries.items() if entry.teachers]
+    students = [name for name, spec in recipe.specs.items() if spec.teachers]
     alone = [name for name in titles if name not in students and name != recipe.control]
     return {
         "name": recipe.name,
         "about": recipe.about,
-        "text": "the second halves of the dev files, on which nothing was chosen",
+        "text": "the test text (the second halves of the dev files, on which nothing was chosen)",
         "models": {name: titles[name] for name in dict.fromkeys((*alone, recipe.control, *students))},
-        "teachers": {name: list(recipe.entries[name].teachers) for name in students},
-        "ensembles": {name: recipe.entries[name].taught_by for name in students},
+        "teachers": {name: list(recipe.specs[name].teachers) for name in students},
+        "ensembles": {name: recipe.specs[name].teacher_or_ensemble for name in students},
         "control": recipe.control,
         "student": recipe.student,
         "least_seeds": recipe.least_seeds,
@@ -119,37 +234,81 @@ def study_fields(recipe):
 
 
 def seed_folders(folder):
-    """The folders seed-N in a folder of results; what has been moved away has another name."""
-    return [path for path in folder.glob("seed-*") if path.name[5:].isdecimal()]
-
-
-def seed_of(folder):
-    """The N of a folder seed-N."""
-    return int(folder.name.removeprefix("seed-"))
+    """{N: path} of the folders seed-N. Raises `UserError` for a second name of a seed, as seed-00."""
+    folders = {}
+    for path in folder.glob("seed-*"):
+        if path.is_dir() and path.name[5:].isdecimal():
+            seed = int(path.name[5:])
+            if path.name != f"seed-{seed}":
+                raise UserError(f"{path} is seed {seed}: call it seed-{seed}, or move it away")
+            folders[seed] = path
+    return dict(sorted(folders.items()))
 
 
 def read_study(folder):
-    """The `Study` of the reported results in the folder of an experiment.
+    """The `Study` of a folder's results on the reported text; models without results are left out.
 
-    What was scored for tuning alone is no part of it, and neither is a model without a result.
-    Raises `UserError` where there is nothing to report.
+    Raises `UserError` if there is nothing to report, or results do not belong together.
     """
+    if not (folder / "experiment.json").exists():
+        raise UserError(f"{folder} is no folder of an experiment: it has no experiment.json")
+    fields = read_object(folder / "experiment.json", STUDY)
+    roles = {"control": fields["control"], "student": fields["student"]}
+    names = {*fields["models"], *filter(None, roles.values())}
+    if fields["teachers"].keys() != fields["ensembles"].keys() or not all(map(is_file_name, names)):
+        raise UserError(f"{folder / 'experiment.json'} is damaged: move it away")
     seeds = {}
-    try:
-        fields = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
-        for path in seed_folders(folder):
-            files = {name: path / f"{name}.json" for name in fields["models"]}
-            results = {name: read_result(file) for name, file in files.items() if file.exists()}
-            results = {name: result for name, result in results.items() if "report" in result}
-            if results:
-                seeds[seed_of(path)] = results
-        there = {name for results in seeds.values() for name in results}
-        fields["models"] = {n: title for n, title in fields["models"].items() if n in there}
-        for role in ("control", "student"):
-            fields[role] = fields[role] if fields[role] in there else None
-        study = Study(**fields, seeds=dict(sorted(seeds.items())), folder=folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder} holds no results of an experiment that can be read") from error
+    for seed, path in seed_folders(folder).items():
+        files = {name: path / f"{name}.json" for name in fields["models"]}
+        results = {name: read_result(file) for name, file in files.items() if file.exists()}
+        results = {name: result for name, result in results.items() if "report" in result}
+        if results:
+            check_losses(path, results)
+            seeds[seed] = results
     if not seeds:
         raise UserError(f"{folder} holds no result yet that could be reported")
-    return study
+    check_same_text(folder, seeds)
+    present = {name for results in seeds.values() for name in results}
+    fields["models"] = {name: printable(title) for name, title in fields["models"].items() if name in present}
+    fields |= {role: name if name in present else None for role, name in roles.items()}
+    known = {field.name for field in dataclasses.fields(Study)} & fields.keys()
+    return Study(**{key: fields[key] for key in known}, seeds=seeds, folder=folder)
+
+
+def check_losses(folder, results):
+    """Raises `UserError` if the losses beside a result are not those that were written with it."""
+    for name, result in results.items():
+        path = folder / f"{name}.losses.npz"
+        if "losses" in result and (not path.exists() or sha256(path.read_bytes()) != result["losses"]):
+            raise UserError(f"{path} was not written with {name}.json: move both away and score again")
+
+
+def scored_on(result):
+    """{fact: value or None if unknown} of what a result was scored on."""
+    report, scoring = result["report"], result.get("scoring", {})
+    facts = {
+        "text": result.get("shards", {}).get("report"),
+        "list of sub-corpora": sorted(report["per_file"]),
+        "scoring precision": scoring.get("precision"),
+    }
+    for folder, scores in report["pairs"].items():
+        facts[f"content of {folder}"] = scoring.get("pairs", {}).get(folder)
+        facts[f"list of files and fields in {folder}"] = [
+            sorted(scores["per_file"]),
+            sorted(scores["per_field"]),
+        ]
+    return facts
+
+
+def check_same_text(folder, seeds):
+    """Raises `UserError` unless all results are of the same text, pairs and scoring precision."""
+    first = {}
+    for seed, results in seeds.items():
+        for name, result in results.items():
+            path = folder / f"seed-{seed}" / f"{name}.json"
+            for fact, value in scored_on(result).items():
+                first_value, first_path = first.setdefault(fact, (value, path))
+                if first_value is None:
+                    first[fact] = (value, path)
+                elif value is not None and value != first_value:
+                    raise UserError(f"{path} has another {fact} than {first_path}: score both on the same")

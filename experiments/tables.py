@@ -1,13 +1,14 @@
 """The tables of a report: rows of strings, the first of them the heading."""
 
+import statistics
+
 from evaluation.statistics import format_interval
 from experiments.findings import (
     cross_entropy,
-    judged,
-    minus,
+    outperforms,
     pair_difference,
     pair_folders,
-    spread,
+    verdict_of,
 )
 
 # BLiMP (mean over files) that others measured at these sizes on ten million words, by preset and
@@ -19,16 +20,66 @@ PUBLISHED_BLIMP = {
     ("llama-58m", False): "66.6",
     ("llama-58m", True): "67.6 to 69.8",
 }
+CONCLUSIONS = {True: "shown", False: "not shown", None: "UNDECIDED (seeds or models are missing)"}
+
+
+def with_minus(text):
+    """The text with a minus sign in place of each hyphen."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def mean_and_deviation(values, digits, sign=""):
+    """The mean, with the standard deviation of several values; "-" without values.
+
+    With `sign="+"`, a mean above zero is written with its sign.
+    """
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def versus(study, name, baseline):
+    """The name of a difference."""
+    return f"{study.models[name]} minus {study.models[baseline]}"
+
+
+def conclusion_rows(study):
+    """Heading and rows: the verdict on each student, and on the claims about the study's own."""
+    rows = [["conclusion", "test CE", "verdict"]]
+    shown = outperforms(study, study.student, [study.control])
+    for name in sorted(study.students, key=lambda name: name != study.student):
+        if difference := study.difference(name, study.control):
+            # The rules test the study's own student; only if it is shown do the others confirm it.
+            exploratory = "" if name == study.student or shown else ", exploratory"
+            answer = verdict_of(study, name, study.control) + exploratory
+            gain = with_minus(f"{difference.mean:+.3f}")
+            rows.append([versus(study, name, study.control), gain, answer])
+    if study.student not in study.models:
+        return rows
+    teachers = study.teachers[study.student]
+    claims = [
+        (name, f"{study.models[name]} is better than each of its teachers", teachers)
+        for name in study.students
+        if study.teachers[name] == teachers
+    ]
+    if study.single_teacher_students and len(teachers) > 1:
+        names = ", ".join(study.models.get(name, name) for name in study.single_teacher_students)
+        claim = f"an ensemble teaches more than one teacher: better than {names}"
+        claims.append((study.student, claim, study.single_teacher_students))
+    for name, claim, baselines in claims:
+        rows.append([claim, "", CONCLUSIONS[outperforms(study, name, baselines)]])
+    return rows
 
 
 def result_rows(study):
     """Heading and rows of the main table: one row for each model, over all seeds."""
     folders = pair_folders(study)
-    record = any(record_key(study, name) in PUBLISHED_BLIMP for name in study.models)
-    heading = ["model", "parameters", "epochs", "seconds", "train CE", "dev CE", "plain"]
+    published = any(published_key(study, name) in PUBLISHED_BLIMP for name in study.models)
+    heading = ["model", "parameters", "epochs", "seconds", "train CE", "test CE", "plain"]
     heading += ["temperature"] * any_scaled(study)
     heading += [f"{f}, {kind} (%)" for f in folders for kind in ("files", "fields")]
-    rows = [[*heading, *["BLiMP on record"] * record]]
+    rows = [[*heading, *["BLiMP on record"] * published]]
     for name, title in study.models.items():
         runs = study.results(name)
         if not runs:
@@ -36,17 +87,17 @@ def result_rows(study):
         row = [title, f"{runs[0]['report']['parameters']:,}"]
         row.append("-" if "epochs" not in runs[0] else f"{runs[0]['epochs']:.3g}")
         for key, digits in (("seconds", 0), ("train_cross_entropy", 3)):
-            row.append(spread([r[key] for r in runs if r.get(key) is not None], digits))
-        row.append(spread([cross_entropy(r) for r in runs], 3))
-        row.append(spread([r["report"]["cross_entropy"] for r in runs], 3))
+            row.append(mean_and_deviation([r[key] for r in runs if r.get(key) is not None], digits))
+        row.append(mean_and_deviation([cross_entropy(r) for r in runs], 3))
+        row.append(mean_and_deviation([r["report"]["cross_entropy"] for r in runs], 3))
         if any_scaled(study):
             scaled = [r["report"].get("temperature_scaled") for r in runs]
-            row.append(spread([s["temperature"] for s in scaled if s], 3))
+            row.append(mean_and_deviation([s["temperature"] for s in scaled if s], 3))
         for folder in folders:
             for key in ("accuracy_over_files", "accuracy_over_fields"):
-                row.append(spread([100 * r["report"]["pairs"][folder][key] for r in runs], 1))
-        if record:
-            row.append(PUBLISHED_BLIMP.get(record_key(study, name), "-"))
+                row.append(mean_and_deviation([100 * r["report"]["pairs"][folder][key] for r in runs], 1))
+        if published:
+            row.append(PUBLISHED_BLIMP.get(published_key(study, name), "-"))
         rows.append(row)
     return rows
 
@@ -56,43 +107,40 @@ def any_scaled(study):
     return any("temperature_scaled" in result["report"] for result in study.every_result())
 
 
-def record_key(study, name):
-    """What `PUBLISHED_BLIMP` knows a model by."""
+def published_key(study, name):
+    """The key of a model in `PUBLISHED_BLIMP`."""
     runs = study.results(name)
     return (runs[0].get("preset") if runs else None, bool(study.teachers.get(name)))
 
 
-def comparison_rows(study):
-    """Heading and rows: the study's comparisons in dev cross-entropy."""
-    rows = [["difference", "dev CE", "over seeds", "over text", "by seed", "plain", "scaled"]]
-    rows[0].append("verdict")
-    for (one, other), found in study.comparisons.items():
-        first, scaled = next(iter(found.values())), found.get("temperature-scaled")
-        rows.append(
-            [
-                f"{study.models[one]} minus {study.models[other]}",
-                minus(f"{first.mean:+.4f}"),
-                minus(format_interval(first.over_seeds)),
-                minus(format_interval(first.over_text)),
-                " ".join(minus(f"{value:+.3f}") for value in first.per_seed),
-                minus(f"{found['plain'].mean:+.4f}"),
-                "-" if scaled is None else minus(f"{scaled.mean:+.4f}"),
-                judged(study, one, other),
-            ]
-        )
+def difference_rows(study):
+    """Heading and rows: all compared pairs in cross-entropy."""
+    rows = [["difference", "test CE", "over seeds", "over text", "by seed", "plain", "scaled", "verdict"]]
+    for (name, baseline), variants in study.comparisons.items():
+        main, scaled = study.difference(name, baseline), variants.get("temperature-scaled")
+        cells = [
+            f"{main.mean:+.4f}",
+            format_interval(main.over_seeds),
+            format_interval(main.over_text),
+            " ".join(f"{value:+.3f}" for value in main.per_seed),
+            f"{variants['plain'].mean:+.4f}",
+        ]
+        rows.append([versus(study, name, baseline), *map(with_minus, cells)])
+        rows[-1].append("-" if scaled is None else with_minus(f"{scaled.mean:+.4f}"))
+        rows[-1].append(verdict_of(study, name, baseline))
     return rows
 
 
-def pair_rows(study):
+def pair_difference_rows(study):
     """Heading and rows: the same in minimal pairs, in points, with intervals over their files."""
     folders = pair_folders(study)
     rows = [["difference (points)", *folders]]
-    for one, other in study.comparisons if folders else ():
+    for name, baseline in study.comparisons if folders else ():
         cells = []
         for folder in folders:
-            mean, bounds = pair_difference(study, one, other, folder)
-            cells.append(minus(f"{mean:+.1f} {format_interval(bounds, 1)}"))
-        rows.append([f"{study.models[one]} minus {study.models[other]}", *cells])
+            mean, bounds = pair_difference(study, name, baseline, folder)
+            cells.append(with_minus(f"{mean:+.1f} {format_interval(bounds, 1)}"))
+        rows.append([versus(study, name, baseline), *cells])
     return rows
 
 
@@ -100,29 +148,28 @@ def lead_rows(study):
     """Heading and rows: student - control = gap - lead, for each student and seed."""
     rows = [["student", "seed", "lead", "gap", "student - control"]]
     for name in study.students:
-        teacher = study.ensembles[name]
-        for seed, found in study.seeds.items():
-            if not {name, teacher, study.control} <= found.keys():
-                continue
-            one, control = cross_entropy(found[name]), cross_entropy(found[study.control])
-            taught_by = cross_entropy(found[teacher], "teaching")
-            values = (control - taught_by, one - taught_by, one - control)
-            rows.append([study.models[name], str(seed), *(minus(f"{value:+.3f}") for value in values)])
+        for seed, results in study.seeds.items():
+            if {name, study.ensembles[name], study.control} <= results.keys():
+                student, control = (cross_entropy(results[n]) for n in (name, study.control))
+                teacher = cross_entropy(results[study.ensembles[name]], "teaching")
+                values = (control - teacher, student - teacher, student - control)
+                cells = [with_minus(f"{value:+.3f}") for value in values]
+                rows.append([study.models[name], str(seed), *cells])
     return rows
 
 
 def detail_rows(study, title, names, value, digits):
-    """Heading and rows with a row for each name; `value(result, name)` is what is in it."""
+    """Heading and one row for each of `names`; `value(result, name)` is the number of a cell."""
     models = [name for name in study.models if study.results(name)]
     rows = [[title, *(study.models[name] for name in models)]]
     for name in names:
-        cells = [spread([value(r, name) for r in study.results(m)], digits) for m in models]
+        cells = [mean_and_deviation([value(r, name) for r in study.results(m)], digits) for m in models]
         rows.append([name, *cells])
     return rows
 
 
 def sub_corpus_rows(study):
-    """Dev cross-entropy by sub-corpus."""
+    """Cross-entropy by sub-corpus."""
     first = study.every_result()[0]
     return detail_rows(
         study,

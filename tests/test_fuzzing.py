@@ -29,6 +29,7 @@ import generate
 import model as models
 import train
 from conftest import FIGURES, provenance_of, save_model, step_of
+from corpus import token_shards
 from corpus.token_shards import FIRST_LINE_BYTES
 from corpus.token_shards import MAGIC as SHARD_MAGIC
 from data import Batch, TokenShard
@@ -155,6 +156,11 @@ class Files:
         self.layout = Layout(4, 3, (2,), torch.float32)
         TeacherCache.in_file(folder / "cache", self.layout, {"teachers": ["a"]})
         self.cache = (folder / "cache").read_bytes()
+        (folder / "several").mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_shards, "SHARD_TOKENS", 5)
+            texts = [(name, [1, 2, 3], 2, 9) for name in "aabb"]
+            self.index = token_shards.write_split(folder / "several" / "a.bin", texts, tokenizer, "1")
 
     @staticmethod
     def step():
@@ -223,8 +229,11 @@ class Files:
         content = json.dumps(header).encode()
         path.write_bytes(pack_header(SHARD_MAGIC, 1, content) + self.shard[PAGE_BYTES:])
 
-    def read_shard(self, path):
-        """All ids of a shard, so that all its blocks are checked."""
+    def sign_index(self, path, header):
+        path.write_bytes(pack_header(token_shards.INDEX_MAGIC, 1, json.dumps(header).encode()))
+
+    def read_split(self, path):
+        """All ids of a split, so that all its files are read."""
         return TokenShard(path).tokens
 
     def sign_cache(self, path, header):
@@ -290,7 +299,8 @@ def headers(files):
 
     json_of, checkpoint = files.write_json, files.sign_checkpoint
     return [
-        ("shards", files.header, folder / "a.bin", files.sign_shard, files.read_shard),
+        ("shards", files.header, folder / "a.bin", files.sign_shard, TokenShard),
+        ("indices of shards", files.index, folder / "several" / "a.bin", files.sign_index, files.read_split),
         (
             "teacher caches",
             json.loads(files.cache[first_line_bytes(MAGIC) : PAGE_BYTES]),
@@ -340,7 +350,7 @@ def told(totals):
 
 def test_a_changed_field_crashes_no_program(files):
     totals = change_every_field(files, 47)
-    assert len(totals) == 10 and all(total for total, _ in totals.values())
+    assert len(totals) == 11 and all(total for total, _ in totals.values())
 
 
 @pytest.mark.faults
@@ -441,8 +451,15 @@ def kinds(files):
     load, sign = models.load_checkpoint, files.sign_checkpoint
     small = (folder / "best.pt").read_bytes()
     return [
-        ("shards", shard, files.read_shard, damaged(files.shard) | ANYTHING, write),
-        ("shards", shard, files.read_shard, fields_changed(files.header), files.sign_shard),
+        ("shards", shard, TokenShard, damaged(files.shard) | ANYTHING, write),
+        ("shards", shard, TokenShard, fields_changed(files.header), files.sign_shard),
+        (
+            "indices of shards",
+            folder / "several" / "a.bin",
+            files.read_split,
+            fields_changed(files.index),
+            files.sign_index,
+        ),
         ("checkpoints", weights, load, damaged(small) | ANYTHING, write),
         ("checkpoints", weights, files.use, fields_changed(files.best), sign),
         ("resume points", weights, files.resume, fields_changed(files.full), sign),
@@ -535,6 +552,10 @@ def bombs(files, folder):
         files.sign_checkpoint(path, content | {"model": model})
         yield path, models.load_checkpoint
     empty = b"[" + b"{}," * (1 << 23) + b"0]"
+    path = folder / "a.bin"
+    header = b'{"files": ' + empty + b"}\n"
+    path.write_bytes(pack_header(SHARD_MAGIC, 1, header))
+    yield path, TokenShard
     path = folder / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(empty)) + empty)
     yield path, export_hf.read_safetensors
@@ -559,6 +580,12 @@ def bombs(files, folder):
             is_pickle = name.endswith("data.pkl")
             changed_archive.writestr(name, pickled if is_pickle else archive.read(name))
     yield folder / "d.pt", models.load_checkpoint
+    objects = b",".join(b'{"k%d":0}' % i for i in range(430_000))
+    path = folder / "b.bin"
+    for padding in (0, 40 << 20):
+        header = b'{"files":[' + objects + b"]" + b" " * padding + b"}\n"
+        path.write_bytes(pack_header(SHARD_MAGIC, 1, header))
+        yield path, TokenShard
     path = folder / "tokenizer.model"
     path.write_bytes(b"\x0a\x00" * 4_000_000)
     yield path, Tokenizer.load

@@ -25,17 +25,17 @@ def written(tmp_path, **changes):
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_recipes_of_the_project_are_complete(name):
     recipe = read_experiment(name)
-    assert recipe.about and recipe.student in recipe.entries
+    assert recipe.about and recipe.student in recipe.specs
     assert all(cost.flops > 0 for cost in costs(recipe, 1_000_000, 500_000).values())
 
 
 def test_a_model_takes_from_another_what_it_does_not_say_itself(tmp_path):
     recipe = read_experiment(written(tmp_path, options={"log_every": 7}))
-    student = recipe.entries["student"]
+    student = recipe.specs["student"]
     assert student.options == {"log_every": 7, "weight_decay": 0.5, "alpha": 0.25}
     config = student.config()
     assert (config.alpha, config.weight_decay, config.epochs) == (0.25, 0.5, 14)
-    assert recipe.entries["control"].arguments() == [
+    assert recipe.specs["control"].arguments() == [
         "--model",
         "llama-tiny-student",
         "--log-every",
@@ -47,7 +47,7 @@ def test_a_model_takes_from_another_what_it_does_not_say_itself(tmp_path):
 
 def test_the_papers_steps_are_those_of_the_original():
     """Trainer of transformers: whole batches an epoch. 107,392 chunks is the rebuilt corpus."""
-    entries = read_experiment("paper").entries
+    entries = read_experiment("paper").specs
     steps = [entries[name].whole_steps(107_392 * 128 + 1) for name in entries]
     assert steps == [2514, 3356, 20136, 20136]
     assert entries["gpt2-teacher"].arguments(2514)[-2:] == ["--steps", "2514"]
@@ -57,16 +57,16 @@ def test_switches_and_lists_become_flags(tmp_path):
     models = MODELS | {"control": {"model": "llama-tiny", "compile": False, "random_offset": True}}
     models["student"] = {"model": "llama-tiny", "teachers": ["teacher"], "teacher_weights": [2]}
     recipe = read_experiment(written(tmp_path, models=models))
-    assert recipe.entries["control"].arguments()[2:] == ["--no-compile", "--random-offset"]
-    assert recipe.entries["student"].config().teacher_weights == [2.0]
+    assert recipe.specs["control"].arguments()[2:] == ["--no-compile", "--random-offset"]
+    assert recipe.specs["student"].config().teacher_weights == [2.0]
 
 
 def test_a_factor_is_varied_one_model_a_value(tmp_path):
     recipe = read_experiment(written(tmp_path), ["student.alpha=0,1", "student.kl-reduction=token"])
-    assert recipe.entries["student.alpha=1"].config().alpha == 1
-    assert recipe.entries["student.alpha=1"].config().weight_decay == 0.5
-    assert recipe.entries["student.kl-reduction=token"].config().kl_reduction == "token"
-    assert len(recipe.entries) == 6
+    assert recipe.specs["student.alpha=1"].config().alpha == 1
+    assert recipe.specs["student.alpha=1"].config().weight_decay == 0.5
+    assert recipe.specs["student.kl-reduction=token"].config().kl_reduction == "token"
+    assert len(recipe.specs) == 6
 
 
 def test_an_entry_can_take_back_what_another_gives_it(tmp_path):
@@ -74,7 +74,7 @@ def test_an_entry_can_take_back_what_another_gives_it(tmp_path):
         "control": {"model": "llama-tiny-student", "epochs": 4, "random_offset": True},
         "short": {"like": "control", "epochs": None, "steps": 9, "random_offset": False},
     }
-    config = read_experiment(written(tmp_path, models=models)).entries["short"].config()
+    config = read_experiment(written(tmp_path, models=models)).specs["short"].config()
     assert (config.epochs, config.steps, config.random_offset) == (None, 9, False)
 
 
@@ -93,13 +93,13 @@ def test_ensembles_of_other_weights_are_others(tmp_path):
 def test_a_list_is_varied_in_json(tmp_path):
     vary = ['student.teachers=[["teacher"],["teacher","control"]]']
     vary += ["control.no_decay=norms,norms+embeddings"]
-    entries = read_experiment(written(tmp_path), vary).entries
+    entries = read_experiment(written(tmp_path), vary).specs
     assert entries['student.teachers=["teacher", "control"]'].teachers == ("teacher", "control")
     assert entries["control.no_decay=norms+embeddings"].config().no_decay == "norms+embeddings"
 
 
 def test_some_models_bring_their_teachers_along(tmp_path):
-    assert list(read_experiment(written(tmp_path)).only(["student"]).entries) == [
+    assert list(read_experiment(written(tmp_path)).only(["student"]).specs) == [
         "teacher",
         "student",
     ]
@@ -136,12 +136,12 @@ def test_the_costs_are_the_arithmetic(tmp_path):
         ({"wrods": 5}, "a recipe has no 'wrods'"),
         ({"student": "nobody"}, "must be the name of a model"),
         ({"student": "control"}, "the student has no teachers"),
-        ({"scored": "previous.pt"}, "scored"),
+        ({"scored": "previous.pt"}, "choose from best.pt"),
         ({"corpus": "mine"}, "corpus"),
         ({"models": MODELS | {"control": {"model": "llama-tiny", "alpha": 1}}}, "control: .*alpha"),
         ({"models": MODELS | {"control": {"model": "lama"}}}, "control: no preset is called lama"),
         ({"models": MODELS | {"control": {"model": "llama-tiny", "epochs": "x"}}}, "control:"),
-        ({"models": MODELS | {"control": {"model": "llama-tiny", "seed": 1}}}, "seed is not for"),
+        ({"models": MODELS | {"control": {"model": "llama-tiny", "seed": 1}}}, "cannot set seed"),
         ({"models": MODELS | {"control": {"like": "control"}}}, "cannot be like control"),
         ({"models": MODELS | {"control": 5}}, "a model is an object"),
         ({"models": MODELS | {"control": {"model": "llama-tiny", "epoch": 5}}}, "control:.*epoch"),
@@ -180,9 +180,9 @@ def test_a_recipe_takes_from_another_what_it_does_not_say_itself(tmp_path):
     second.write_text(json.dumps(table | {"student": "taught"}))
     recipe = read_experiment(second)
     assert (recipe.name, recipe.words, recipe.student) == ("second", 5000, "taught")
-    assert list(recipe.entries) == ["control", "other", "taught"]
+    assert list(recipe.specs) == ["control", "other", "taught"]
     options = {"log_every": 8, "save_every": 9, "weight_decay": 0.5}
-    assert recipe.entries["taught"].options == options
+    assert recipe.specs["taught"].options == options
     first.write_text("{")
     with pytest.raises(UserError, match=r"second.json: like .*mine.json: it is not JSON"):
         read_experiment(second)

@@ -1,4 +1,4 @@
-"""The report: what it says and draws is what the results log, with matplotlib and without."""
+"""The report: its rows and pictures are those of the results, with matplotlib and without."""
 
 import copy
 import dataclasses
@@ -11,8 +11,9 @@ import pytest
 from benchmarks import ablations
 from evaluation.statistics import Difference, write_losses
 from experiments import pages, plots
-from experiments.findings import Study, findings, judged, measures, pair_difference, verdict
+from experiments.findings import Study, measures, outperforms, pair_difference, verdict, verdict_of
 from experiments.results import read_log
+from experiments.tables import conclusion_rows
 from training.io import UserError, aligned, markdown, write_json
 
 FOLDER = "blimp_filtered"
@@ -125,26 +126,34 @@ def one_seed(study):
     return dataclasses.replace(study, seeds={0: study.seeds[0]})
 
 
-def test_the_report_begins_with_what_came_out_and_shows_the_curves(study, figure):
+def test_the_report_begins_with_the_verdicts_and_shows_the_curves(study, figure):
     text, screen = write(study)
-    assert text.startswith("# Recipe demo, 2 seeds\n\nAbout.\n\n- The ensemble is +0.285")
-    assert "```" not in text
+    assert text.startswith("# Recipe demo, 2 seeds\n\nAbout.\n\n| conclusion | test CE | verdict |")
     for name in ("overview", "curves", "training", f"fields-{FOLDER}"):
         assert f"({name}.png)" in text
         assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "Report: `python x.py`, commit " in text
+    assert "Report: python x.py, commit " in text
     assert "Models, commit: abc. Models, machine: a large one." in text
     row = next(line for line in text.split("\n") if line.startswith("| student (distilled) | 1,"))
     assert "| 1.550 ± 0.000 | 1.850 ± 0.000 |" in row and row.endswith("| 67.6 to 69.8 |")
     assert "student (distilled)" in screen and str(study.folder / "report.md") in screen
 
 
-def test_the_page_needs_nothing_else_and_escapes_what_models_wrote(study, figure):
+def test_the_page_needs_no_other_file(study, figure):
     write(study)
     page = (study.folder / "report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 4
     assert not re.search(r"https?://|<script|<link", page)
-    assert "sat / on &lt;b&gt;it&lt;/b&gt;" in page
+
+
+def test_markup_in_titles_and_samples_is_shown_as_it_is(study, monkeypatch):
+    monkeypatch.setattr(plots, "picture", lambda *_: None)
+    study.models["student"] = "![x](y) <img src=x> \x1b[31m"
+    text, screen = write(study)
+    page = (study.folder / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in text + page and "<b>" not in text + page
+    assert "](y)" not in text and "sat &#124; on &lt;b>it" in text
+    assert "\x1b" not in text + page + screen
 
 
 def test_the_json_holds_every_value_and_difference(study):
@@ -157,17 +166,11 @@ def test_the_json_holds_every_value_and_difference(study):
     assert first["per_seed"] == pytest.approx([-0.15, -0.17])
 
 
-def test_without_matplotlib_the_curves_are_text(study, monkeypatch):
+def test_without_matplotlib_the_report_has_no_pictures_and_says_so(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text, _ = write(study)
+    text, screen = write(study)
     assert ".png" not in text and not list(study.folder.glob("*.png"))
-    chart = text.split("```")[1]
-    drawing, axis = chart.split("\n          0 ")
-    # Epochs 2, 3 and 4. The teachers' means are the student's, which is drawn over them.
-    assert [drawing.count(letter) for letter in "ABCD"] == [0, 0, 3, 3]
-    assert axis.split()[:2] == ["4", "epochs"]
-    for role, title in TITLES.items():
-        assert (title in chart) == (role != ENSEMBLE)
+    assert "pip install matplotlib" in screen
 
 
 def test_sub_corpora_and_fields_have_tables_of_their_own(study):
@@ -181,25 +184,6 @@ def test_lead_and_gap_add_up(study):
     m = "\N{MINUS SIGN}"
     assert f"| student (distilled) | 0 | +0.300 | +0.150 | {m}0.150 |" in text
     assert f"| student (distilled) | 1 | +0.270 | +0.100 | {m}0.170 |" in text
-
-
-def test_findings_say_what_the_rules_ask_for(study):
-    lines = findings(study)
-    m = "\N{MINUS SIGN}"
-    assert "is +0.285 ± 0.021 nats per token ahead of the control" in lines[0]
-    assert lines[1] == (
-        f"student (distilled) minus control (alone): {m}0.160 nats, 95 % intervals "
-        f"[{m}0.287, {m}0.033] over 2 seeds and [{m}0.160, {m}0.160] over text: **HOLDS**."
-    )
-    assert lines[2].startswith("student (distilled) minus GPT-2 teacher: +0.000 nats")
-    assert (
-        "dev cross-entropy: the student (distilled) beats the control (alone) in 2 of 2, "
-        "the GPT-2 teacher in 1 of 2, the LLaMA teacher in 1 of 2 seeds."
-    ) in lines
-    assert lines[-1].startswith(
-        f"minimal pairs of {FOLDER} (mean over files): the student (distilled) beats the "
-        "control (alone) in 1 of 2"
-    )
 
 
 def rewrite(study, role, values, scaled=None):
@@ -216,16 +200,10 @@ def rewrite(study, role, values, scaled=None):
         )
 
 
-def test_a_teacher_behind_the_control_is_named_as_such(study):
-    rewrite(study, "gpt2-teacher", (1.8, 1.8))
-    (line,) = [li for li in findings(study) if "beating it proves nothing" in li]
-    assert "minus GPT-2 teacher" in line
-
-
 def test_a_gain_that_goes_away_with_the_temperature_is_called_calibration(study):
     rewrite(study, "student", (1.55, 1.55), scaled=(1.5, 1.5))
     rewrite(study, "control", (1.7, 1.72), scaled=(1.5, 1.48))
-    assert judged(study, "student", "control") == "CALIBRATION"
+    assert verdict_of(study, "student", "control") == "CALIBRATION"
 
 
 def add_student(study, name, title, teachers, values, seeds=(0, 1)):
@@ -238,51 +216,42 @@ def add_student(study, name, title, teachers, values, seeds=(0, 1)):
     rewrite(study, name, values)
 
 
-def test_another_student_is_compared_with_its_share_of_the_gain(study):
-    add_student(study, "other", "born again", ["control"], (1.62, 1.64))
-    line = next(li for li in findings(study) if "minus born again" in li)
-    assert line.endswith("the latter has 50% of the former's gain on the control.")
-
-
-def test_a_share_of_other_seeds_is_not_told(study):
-    add_student(study, "other", "born again", ["control"], (1.62,), seeds=(0,))
-    line = next(li for li in findings(study) if "minus born again" in li)
-    assert line.endswith("**UNDECIDED (1 of 2 seeds)**.")
+def verdicts(study):
+    """{first words of a conclusion: verdict}."""
+    return {row[0]: row[2] for row in conclusion_rows(study)[1:]}
 
 
 @pytest.mark.parametrize(
-    "values, seeds, said",
+    "values, seeds, expected",
     [
         ((1.65, 1.65), (0, 1), "shown"),
         ((1.56, 1.54), (0, 1), "not shown"),
-        ((1.62,), (0,), "not decided: seeds or models are missing"),
+        ((1.62,), (0,), "UNDECIDED (seeds or models are missing)"),
     ],
 )
-def test_an_ensemble_is_more_than_its_parts_or_soft_targets(study, values, seeds, said):
+def test_the_ensemble_must_teach_more_than_one_teacher(study, values, seeds, expected):
     add_student(study, "other", "born again", ["control"], values, seeds)
-    line = "than soft targets alone (student (distilled) against born again): "
-    assert any(li.endswith(f"{line}**{said}**.") for li in findings(study))
+    assert verdicts(study)["an ensemble teaches more than one teacher: better than born again"] == expected
 
 
-def test_what_an_ensemble_taught_or_other_options_did_is_no_rival(study):
+def test_students_of_ensembles_or_with_other_options_are_no_single_teacher_students(study):
     add_student(study, "four", "more teachers", [*TEACHERS, "control"], (1.65, 1.65))
     add_student(study, "L", "other options", ["llama-teacher"], (1.65, 1.65))
     for results in study.seeds.values():
         results["L"]["conditions"] = {"alpha": 0.25}
-    assert not study.rivals
-    assert not any("soft targets alone" in line for line in findings(study))
+    assert not study.single_teacher_students
+    assert not any("an ensemble teaches more" in claim for claim in verdicts(study))
 
 
-def test_what_another_control_gained_is_taken_off_the_lead_on_it(study):
-    def line(study):
-        return next(li for li in findings(study) if "minus control" in li)
-
-    assert "\N{MINUS SIGN}0.160 nats" in line(study) and "**HOLDS**" in line(study)
-    again = dataclasses.replace(study, control_gain=0.15)
-    assert "\N{MINUS SIGN}0.010 nats" in line(again) and "**UNDECIDED**" in line(again)
-    assert any("0.1500 nats better: they are taken off" in li for li in findings(again))
+def test_the_gain_of_a_better_control_is_taken_off_each_students_lead(study):
+    lead = "student (distilled) minus control (alone)"
+    m = "\N{MINUS SIGN}"
+    assert [lead, f"{m}0.160", "HOLDS"] in conclusion_rows(study)
+    changed = dataclasses.replace(study, control_gain=0.15)
+    assert [lead, f"{m}0.010", "UNDECIDED"] in conclusion_rows(changed)
+    assert "gains 0.1500 nats: they are taken off" in write(changed)[0]
     teacher = ("student", "gpt2-teacher")
-    assert again.comparisons[teacher] == study.comparisons[teacher]
+    assert changed.comparisons[teacher] == study.comparisons[teacher]
 
 
 def test_a_report_does_not_need_its_own_student(study):
@@ -290,56 +259,42 @@ def test_a_report_does_not_need_its_own_student(study):
     for results in study.seeds.values():
         del results["student"]
     del study.models["student"]
-    lines = findings(dataclasses.replace(study, student=None))
-    assert any(li.endswith("as the study's own student was not shown to be ahead.") for li in lines)
+    without = dataclasses.replace(study, student=None)
+    assert verdicts(without) == {"the paper's loss minus control (alone)": "HOLDS, exploratory"}
 
 
-def test_a_rival_without_results_leaves_it_open(study):
-    study.teachers["other"] = ["control"]
-    assert any(
-        li.endswith("against other): **not decided: seeds or models are missing**.") for li in findings(study)
-    )
-
-
-def test_students_beat_their_teachers_if_they_beat_each(study):
+def test_a_student_outperforms_its_teachers_if_it_is_better_than_each(study):
     add_student(study, "P", "the paper's loss", TEACHERS, (1.55, 1.55))
-    for line in (
-        "student (distilled) beats each of its teachers: **not shown**.",
-        "the paper's loss beats each of its teachers: **not shown**.",
-    ):
-        assert line in findings(study)
+    for title in ("student (distilled)", "the paper's loss"):
+        assert verdicts(study)[f"{title} is better than each of its teachers"] == "not shown"
     for teacher in TEACHERS:
         rewrite(study, teacher, (1.6, 1.6))
-    again = dataclasses.replace(study)
-    assert "student (distilled) beats each of its teachers: **shown**." in findings(again)
+    assert outperforms(dataclasses.replace(study), "student", TEACHERS) is True
+    assert outperforms(study, "student", ["nobody"]) is None
 
 
-def test_what_the_first_student_did_not_show_another_cannot_confirm(study):
+def test_other_students_are_exploratory_unless_the_studys_own_is_shown(study):
     add_student(study, "P", "the paper's loss", TEACHERS, (1.55, 1.55))
-    ends = "exploratory, as the student (distilled) was not shown to be ahead."
-
-    def line(study):
-        return next(li for li in findings(study) if "the paper's loss minus control" in li)
-
-    assert not line(study).endswith(ends)
+    lead = "the paper's loss minus control (alone)"
+    assert verdicts(study)[lead] == "HOLDS"
     rewrite(study, "student", (1.7, 1.73))
-    assert "**HOLDS**" in line(again := dataclasses.replace(study)) and line(again).endswith(ends)
+    assert verdicts(dataclasses.replace(study))[lead] == "HOLDS, exploratory"
 
 
 def test_fewer_seeds_than_the_rules_ask_for_decide_nothing(study):
-    lines = findings(dataclasses.replace(study, least_seeds=3))
-    assert "**UNDECIDED (2 of 3 seeds)**" in lines[1]
-    assert any(line.endswith("teachers: **not decided: seeds or models are missing**.") for line in lines)
+    answers = verdicts(dataclasses.replace(study, least_seeds=3))
+    assert answers["student (distilled) minus control (alone)"] == "UNDECIDED (2 of 3 seeds)"
+    claim = "student (distilled) is better than each of its teachers"
+    assert answers[claim] == "UNDECIDED (seeds or models are missing)"
 
 
 def test_teachers_that_were_trained_again_are_named(study):
-    assert not study.strangers()
+    assert not study.mismatched_teachers()
     llama = study.seeds[1].pop("llama-teacher")  # is not in the table
-    assert not study.strangers()
-    study.seeds[1]["llama-teacher"] = llama
-    study.seeds[1]["llama-teacher"]["weights"] = "another"
-    assert study.strangers() == [("student", 1)]
-    assert "seed 1 learned from other instances" in findings(study)[-1]
+    assert not study.mismatched_teachers()
+    study.seeds[1]["llama-teacher"] = llama | {"weights": "another"}
+    assert study.mismatched_teachers() == [("student", 1)]
+    assert "seed 1: its teachers were trained again" in write(study)[0]
 
 
 def test_the_checkpoint_that_taught_counts_for_lead_and_gap(study):
@@ -349,9 +304,9 @@ def test_the_checkpoint_that_taught_counts_for_lead_and_gap(study):
     assert f"| student (distilled) | 0 | +0.700 | +0.550 | {m}0.150 |" in text
 
 
-def test_losses_that_were_not_kept_are_missed(study):
+def test_missing_losses_are_an_error(study):
     (study.folder / "seed-1" / "control.losses.npz").unlink()
-    with pytest.raises(UserError, match=r"control\.losses\.npz does not exist"):
+    with pytest.raises(UserError, match=r"control\.losses\.npz holds no losses"):
         write(study)
 
 
@@ -379,7 +334,7 @@ def test_the_verdict_follows_the_rules(per_seed, over_seeds, over_text, expected
 
 
 def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(study, figure):
-    names = plots.overview_order(study)
+    names = plots.model_order(study)
     assert names[-2:] == ["control", "student"]
     plots.paint_overview(figure, study, names, measures(study))
     labels = ("\N{MINUS SIGN}0.160 ± 0.014 nats", "+1.0 ± 2.8 points")
@@ -388,8 +343,8 @@ def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(
         assert (arrow.xyann[0], arrow.xy[0]) == pytest.approx(ends)
         assert label in [text.get_text() for text in axes.texts]
     assert [axes.get_title() for axes in figure.axes] == [
-        "student beats its control in 2 of 2 seeds",
-        "student beats its control in 1 of 2 seeds",
+        "student better than control in 2 of 2 seeds",
+        "student better than control in 1 of 2 seeds",
     ]
     low, high = figure.axes[0].get_xlim()
     assert 1.3 < low < 1.4 and 1.72 < high < 1.85
@@ -397,20 +352,19 @@ def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(
 
 def test_pairs_are_left_out_where_some_model_has_none(study):
     study.seeds[1]["student"]["report"]["pairs"] = {}
-    assert [m.name for m in measures(study)] == ["dev cross-entropy"]
+    assert [m.unit for m in measures(study)] == ["nats"]
     assert FOLDER not in write(study)[0]
 
 
 def test_a_single_seed_has_no_spread(study, figure):
     text, _ = write(one_seed(study))
     assert text.startswith("# Recipe demo, 1 seed\n") and "0.150 ±" not in text
-    assert "0.150] over text, none over seeds: **UNDECIDED (1 of 2 seeds)**." in text
+    assert "| UNDECIDED (1 of 2 seeds) |" in text
 
 
 def test_a_model_that_some_seeds_lack_is_compared_in_the_others(study):
     del study.seeds[0]["student"]
     text, _ = write(study)
-    assert "beats the control (alone) in 1 of 1" in text
     assert "| student (distilled) | 1,000 | 4 | 60 | 1.550 | 1.550 |" in text
 
 
@@ -442,31 +396,26 @@ def test_cross_entropy_and_kl_are_drawn_apart(study, figure):
     assert list(figure.axes[1].lines[0].get_ydata()) == [0.5] * 4
 
 
-def test_logs_without_curves_do_not_stop_the_report(study, monkeypatch):
-    bare = copy.deepcopy(study)
+def test_logs_without_curves_do_not_stop_the_report(study):
     for role in CROSS_ENTROPY.keys() - {ENSEMBLE}:
-        bare.seeds[0][role] |= {"curve": [], "epochs": 0.0, "steps": 0, "training": []}
-    assert "| student (distilled) |" in write(bare)[0]
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "no learning curves" in write(bare)[0]
+        study.seeds[0][role] |= {"curve": [], "epochs": 0.0, "steps": 0, "training": []}
+    text, _ = write(study)
+    assert "| student (distilled) |" in text and "curves.png" not in text
 
 
 def test_one_value_for_all_can_be_drawn(study, figure):
-    curves = {"student": ([(0.5, 2.0)], [[(0.5, 2.0)]])}
-    assert any("A" in line for line in plots.text_chart(study, curves)[:16])
-    plots.paint_curves(figure, study, curves)
+    plots.paint_curves(figure, study, {"student": ([(0.5, 2.0)], [[(0.5, 2.0)]])})
+
+
+def test_the_limits_of_an_axis_hold_a_curve_that_rises_again():
+    low, high = plots.value_range([[(1, 3.0), (2, 1.0), (3, 1.5), (4, 2.0)]])
+    assert low < 1.0 and 2.0 < high < 3.0
 
 
 def test_rows_become_aligned_columns_or_markdown():
     rows = [["model", "score"], ["a", "10.5"], ["longer name", "9"]]
     assert aligned(rows) == ["model        score", "a             10.5", "longer name      9"]
     assert markdown(rows)[:3] == ["| model | score |", "|---|---|", "| a | 10.5 |"]
-
-
-def test_a_curve_that_rises_in_its_second_half_is_drawn(study):
-    """As that of a teacher that overfits."""
-    curves = {"gpt2-teacher": ([(1, 3.0), (2, 1.0), (3, 1.5), (4, 2.0)], [])}
-    assert any("A" in line for line in plots.text_chart(study, curves))
 
 
 # ---- logs

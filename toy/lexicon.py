@@ -20,7 +20,7 @@ THINGS = (
     "ball book apple stone box cup leaf knife hat key lamp rope loaf coin drum shoe basket letter "
     "candle brush kite spoon shelf bell"
 ).split(" ")
-PATH_OPTIONS = (
+PLACES = (
     "house garden river road hill forest school market bridge kitchen field tower lake church barn "
     "harbour mill valley"
 ).split(" ")
@@ -91,7 +91,7 @@ CATEGORIES = {
     "person": (PEOPLE, ADJECTIVES),
     "animal": (ANIMALS, ADJECTIVES),
     "thing": (THINGS, THING_ADJECTIVES),
-    "place": (PATH_OPTIONS, THING_ADJECTIVES),
+    "place": (PLACES, THING_ADJECTIVES),
 }
 
 

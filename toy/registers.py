@@ -81,9 +81,9 @@ def continuation(grammar, cast, tense):
     return f" {joint} {grammar.clause(other, tense)}"
 
 
-def aside(grammar, rank_prefix, tense):
-    """A clause about someone who is not in the story; sometimes the rank_prefix says it."""
-    says = f"{rank_prefix.words} {grammar.finite('say', rank_prefix, tense)} that "
+def aside(grammar, speaker, tense):
+    """A clause about someone who is not in the story; sometimes the speaker says it."""
+    says = f"{speaker.words} {grammar.finite('say', speaker, tense)} that "
     words = grammar.clause(grammar.being(), tense)
     return (says if grammar.chance(0.2) else "") + words
 
