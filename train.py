@@ -276,32 +276,32 @@ def fit(objective, config, stream, evaluate, provenance):
     graphed = should_capture(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
     schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio, config.schedule
     with locked(config.out) if distributed.rank() == 0 else contextlib.nullcontext():
-        progress, found = resume.start_or_resume(train_step, config, provenance, plan.steps)
+        progress = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):
             return progress
         if compiles(config.compile, compute, plan.operations(objective)):
             compile_blocks(objective)
         take_step = GraphedStep(train_step) if graphed else train_step
-        recorder = TrainingLogger(train_step, config, plan, provenance, progress, found)
-        with recorder, StopSignal() as stop:
+        logger = TrainingLogger(train_step, config, plan, provenance, progress)
+        with logger, StopSignal(config.stop_after) as stop:
             for step in range(progress["step"] + 1, plan.steps + 1):
                 rate = learning_rate(step - 1, plan.steps, *schedule)
                 batch = stream(step - 1).rank_slice(distributed.rank(), distributed.world_size())
                 terms = take_step(batch.to(compute.device), rate)
-                recorder.count(step)
+                logger.count(step)
                 last = step == plan.steps
                 if last or step % config.log_every == 0:
-                    recorder.log_step(terms, rate)
+                    logger.log_step(terms, rate)
                 if last or plan.evaluates_at(step):
-                    recorder.evaluate(evaluate)
+                    logger.evaluate(evaluate)
                     last = resume.is_finished(progress, config.patience)
-                stopping = recorder.asked_to_stop(stop)
+                stopping = stop.is_requested()
                 if last or stopping or step % config.save_every == 0:
-                    recorder.save()
+                    logger.save()
                 if last or stopping:
                     break
         if last:
-            recorder.say_finished()
+            logger.log_finished()
         else:
             log(f"stopped after step {step} of {plan.steps}: the same command continues")
     return progress | {"stopped_by": stop.number}

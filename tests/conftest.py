@@ -150,8 +150,8 @@ def train_shard(data_folder):
 def faults_report():
     """Writes benchmarks/results/faults.md where all the long tests have run."""
     yield
-    names = ("random kills", "kills at a stage", "kills at a call", "full disks", "flips")
-    names += ("fields", "fuzzed", "llama-58m")
+    names = ("kills at a stage", "kills at a call", "full disks", "flips")
+    names += ("fields", "llama-58m")
     FIGURES.setdefault("full disks", ("disks that are full", "not tried: none can be mounted"))
     if set(names) <= FIGURES.keys():
         where = f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"

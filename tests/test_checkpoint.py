@@ -1,6 +1,7 @@
 """The checkpoint format: what is written is read, and nothing else."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_a_checkpoint_is_plain_data(tmp_path, tokenizer):
     )
 
 
-def test_a_changed_weight_is_found(tmp_path, tokenizer):
+def test_a_changed_weight_is_refused(tmp_path, tokenizer):
     path = tmp_path / "a.pt"
     saved(path, tokenizer)
     checkpoint = torch.load(path, weights_only=True)
@@ -86,20 +87,34 @@ def test_foreign_files_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"is a folder: give a checkpoint such as"):
         models.load_checkpoint(tmp_path)
     torch.save({"weights": {}}, tmp_path / "b.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
+    with pytest.raises(UserError, match="no checkpoint of this project"):
         models.load_checkpoint(tmp_path / "b.pt")
     torch.save({"format": FORMAT, "version": 99}, tmp_path / "c.pt")
     with pytest.raises(UserError, match="version 99"):
         models.load_checkpoint(tmp_path / "c.pt")
 
 
-def test_weights_of_another_shape_are_refused(tmp_path, tokenizer):
-    path = tmp_path / "a.pt"
-    saved(path, tokenizer)
+def resigned(path, change):
+    """Changes a checkpoint and gives it a valid digest, as someone else may do."""
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["model"]["shape"]["hidden_size"] *= 2
     del checkpoint["digest"]
-    checkpoint["digest"] = content_digest(checkpoint)
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="do not fit"):
-        models.load_checkpoint(path)
+    change(checkpoint)
+    torch.save(checkpoint | {"digest": content_digest(checkpoint)}, path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["model"]["shape"].update(hidden_size=192), "do not fit"),
+        (lambda c: c["model"]["shape"].update(hidden_size=-96), "do not fit"),
+        (lambda c: c["model"]["shape"].update(num_attention_heads=0), "do not fit"),
+        (lambda c: c["config"].update(sequence_length=300), "more positions than it has"),
+        (lambda c: c["weights"]["norm.weight"].mul_(math.nan), "not finite"),
+        (lambda c: c["weights"]["norm.weight"].fill_(math.inf), "not finite"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(tmp_path, tokenizer, change, message):
+    saved(tmp_path / "a.pt", tokenizer)
+    resigned(tmp_path / "a.pt", change)
+    with pytest.raises(UserError, match=message):
+        models.load_checkpoint(tmp_path / "a.pt")

@@ -5,22 +5,19 @@
     format, version   "babyllama-checkpoint", 1
     model             {"name", "architecture", "shape": the fields of its config}
     weights           {parameter name: float32 tensor}
-    config            the run's conditions: its options as used, and digests of what it read
+    config            settings of the run: its options as used, and digests of its inputs
     tokenizer         {"identity", "model": the SentencePiece file as a uint8 tensor}
     progress          {"step", "steps", "words", "dev_cross_entropy", ...}
     teachers          [{"name", "digest"}], empty unless distilled
     commit            the project's commit when it was written
-    training          optimizer states by parameter name, random states; None in best.pt
+    training          optimizer state by parameter name, random state; None in best.pt
     digest            SHA-256 of all of the above: torch.load itself verifies nothing
 """
 
-import errno
 import hashlib
 import json
-import pickletools
+import os
 import re
-import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,34 +26,17 @@ import torch
 from training.io import UserError, atomic_write
 
 FORMAT, VERSION = "babyllama-checkpoint", 1
-OPERATION_BYTES = 90  # of memory, that one operation of a pickle may cost
-OTHERS = b"babyllama-"  # how this project's other files begin
-# What torch.save writes of ours: the only names that its pickle may look up, and the operations
-# that would look up others.
-WRITTEN = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Z]\w*Storage|torch Size"
-    r"|torch b?float\d+|torch u?int\d+|torch bool|torch\.storage (Untyped|Typed)Storage"
-)
-UNUSED = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
 class DamagedFile(UserError):
-    """The file could be read, and is not what was written."""
+    """The file could be read, but it is not the checkpoint that was written."""
 
 
 def content_digest(value):
-    """The SHA-256 of nested dicts, lists, primitives and tensors: names, types, shapes, bytes.
-
-    Raises ValueError for what is not stored as it reads: tensors that repeat their elements, and
-    containers that repeat each other, which could be of any size.
-    """
-    digest, count = hashlib.sha256(), 0
+    """The SHA-256 of nested dicts, lists, primitives and tensors: names, types, shapes, bytes."""
+    digest = hashlib.sha256()
 
     def add(value):
-        nonlocal count
-        count += 1
-        if count > 1_000_000:
-            raise ValueError("too many values")
         if isinstance(value, dict):
             digest.update(f"dict {len(value)}\n".encode())
             for key, item in value.items():
@@ -68,10 +48,7 @@ def content_digest(value):
                 add(item)
         elif isinstance(value, torch.Tensor):
             digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
-            if not value.is_contiguous():
-                raise ValueError("a tensor is not contiguous")
-            flat = value.detach().cpu().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         else:
             digest.update(f"{type(value).__name__} {value!r}\n".encode())
 
@@ -82,10 +59,10 @@ def content_digest(value):
 def make_checkpoint(
     *, model, weights, config, tokenizer, progress, teachers=(), commit="unknown", training=None
 ):
-    """The dict of this module's docstring, but for its digest.
+    """The dict of this module's docstring without its digest.
 
     `weights` is a state dict, `tokenizer` has `identity` and `model_bytes`. Raises TypeError for
-    what `read_checkpoint` would refuse.
+    fields that `read_checkpoint` would refuse.
     """
     checkpoint = {
         "format": FORMAT,
@@ -102,44 +79,65 @@ def make_checkpoint(
         "commit": commit,
         "training": training,
     }
-    if not _has_expected_types(checkpoint):
+    _check_types(checkpoint)
+    return checkpoint
+
+
+def _check_types(checkpoint):
+    """Raises TypeError, or another error for a missing field, unless all fields have their types."""
+    config, progress, pieces = (checkpoint[key] for key in ("config", "progress", "tokenizer"))
+    texts = [checkpoint["model"]["name"], checkpoint["tokenizer"]["identity"]]
+    texts += [*checkpoint["weights"], *config, config.get("train_shard", "")]
+    texts += [teacher[key] for teacher in checkpoint["teachers"] for key in ("name", "digest")]
+    length, training = config["sequence_length"], checkpoint["training"]
+    counts = [progress[key] for key in ("step", "steps", "best_step")] if training else []
+    json.dumps(config)  # raises TypeError unless it holds primitives
+    if not (
+        all(isinstance(text, str) for text in texts)
+        and all(weight.dtype == torch.float32 for weight in checkpoint["weights"].values())
+        and (pieces["model"].dtype, pieces["model"].dim()) == (torch.uint8, 1)
+        and all(type(number) in (int, float) for number in progress.values())
+        and all(type(count) is int and count >= 0 for count in counts)
+        and type(length) is int
+        and 0 < length < 1 << 20
+        and isinstance(training, (dict, type(None)))
+    ):
         raise TypeError(
             "a checkpoint holds float32 weights, whole and fractional numbers as progress, and "
             "primitives as config: something here is of another type"
         )
-    return checkpoint
 
 
-def write_checkpoint(path, **fields):
-    """Writes `make_checkpoint` of the fields atomically.
+def write_checkpoint(path, previous=None, **fields):
+    """Writes `make_checkpoint` of the fields atomically; an older file at `path` becomes `previous`.
 
-    Raises `UserError` if it cannot be written; what stood there is then untouched.
+    Raises `UserError` if it cannot be written: `path` is then unchanged.
     """
     checkpoint = make_checkpoint(**fields)
     checkpoint["digest"] = content_digest(checkpoint)
     with atomic_write(path) as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports that a write failed
-            free = shutil.disk_usage(Path(path).parent).free
-            raise UserError(
-                f"cannot write {path}: is the disk full? {_tensor_bytes(checkpoint)} bytes needed, "
-                f"{free} free; what stood there is untouched"
-            ) from error
+        except RuntimeError as error:  # torch hides the OSError of a failed write behind its own
+            raise (error.__context__ or error) from None
+        if previous is not None and Path(path).exists():
+            _keep_as(path, previous)
 
 
-def _tensor_bytes(value):
-    """Bytes of all tensors in nested dicts."""
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(item) for item in value.values())
-    return value.nbytes if isinstance(value, torch.Tensor) else 0
+def _keep_as(path, previous):
+    """Makes `previous` a second name of the file at `path`, which stays until it is replaced."""
+    Path(previous).unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:  # the file system has no hard links
+        os.replace(path, previous)
 
 
 def read_checkpoint(path):
     """The checkpoint's dict, verified.
 
     Raises `UserError` if there is none or it is of another version, `DamagedFile` if its bytes are
-    not those of a checkpoint, and OSError or MemoryError where it cannot be read: no damage.
+    not those of a checkpoint, and OSError or MemoryError if it cannot be read, which is no damage.
     """
     path = Path(path)
     if (path / "config.json").is_file():
@@ -151,96 +149,33 @@ def read_checkpoint(path):
         raise UserError(f"{path} is a folder: give a checkpoint such as {path / 'best.pt'}")
     if not path.is_file():
         raise UserError(f"{path} does not exist: train.py and distill.py write checkpoints")
-    with open(path, "rb") as file:
-        if file.read(len(OTHERS)) == OTHERS:
-            raise DamagedFile(
-                f"{path} is a token shard or a teacher cache, no checkpoint: give a best.pt that "
-                "train.py or distill.py wrote"
-            )
     try:
-        _check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler given foreign bytes may raise anything at all
+        digest, version = checkpoint.pop("digest", None), checkpoint["version"]
+        if checkpoint["format"] == FORMAT and type(version) is int and version != VERSION:
+            raise UserError(f"{path} has format version {version}, this program reads {VERSION}")
+        _check_types(checkpoint)
+        if checkpoint["format"] != FORMAT or content_digest(checkpoint) != digest:
+            raise ValueError("its digest differs")
+    except UserError:
+        raise
+    except Exception as error:  # torch raises errors of any type for bytes that it did not write
         _raise_unless_damaged(path, error)
         raise DamagedFile(
-            f"{path} ({path.stat().st_size} bytes) is damaged or no checkpoint: use another of the same run"
+            f"{path} is damaged or no checkpoint of this project: use another of the same run"
         ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise DamagedFile(f"{path} is not a checkpoint of this project")
-    version = checkpoint.get("version")
-    if type(version) is not int or version != VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {VERSION}")
-    digest = checkpoint.pop("digest", None)
-    try:
-        whole = content_digest(checkpoint) == digest
-    except (ValueError, RuntimeError, NotImplementedError):  # tensors such as we never save
-        whole = False
-    if not whole:
-        raise DamagedFile(f"{path} is damaged (its digest differs): use another of the same run")
-    if not _has_expected_types(checkpoint):
-        raise DamagedFile(f"{path} is not a checkpoint of this project: something in it is missing")
-    checkpoint["digest"] = digest
-    return checkpoint
-
-
-def _check_archive(path):
-    """Raises ValueError for an archive that would become larger in memory than it is on disk.
-
-    torch.save compresses nothing, and of what `weights_only` allows we write tensors, dicts and
-    primitives alone: a `bytearray` can be asked to have any size, and a byte can make a dict.
-    """
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("it is compressed")
-        if sum(member.file_size for member in members) > size:
-            raise ValueError("its members are larger than itself")
-        for member in members:
-            if member.filename.endswith("/data.pkl"):
-                operations = pickletools.genops(archive.read(member))
-                for count, (operation, argument, _) in enumerate(operations):
-                    if OPERATION_BYTES * count > (64 << 20) + 6 * size:
-                        raise ValueError("its pickle does too much")
-                    named = operation.name == "GLOBAL"
-                    if operation.name in UNUSED or (named and not WRITTEN.fullmatch(argument)):
-                        raise ValueError(f"it names {argument}")
+    return checkpoint | {"digest": digest}
 
 
 def _raise_unless_damaged(path, error):
-    """Raises what is no damage: the system refuses to read the file, or memory is at its end."""
-    if isinstance(error, MemoryError):
-        raise error
-    # A seek to a damaged offset is an invalid argument; any other refusal is the system's.
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        raise error
-    with open(path, "rb") as file:  # torch may report a failed read as a failed parse
+    """Raises OSError if the system cannot read the file, MemoryError if it does not fit into memory.
+
+    A damaged file lets a run fall back to an older one, and these do not.
+    """
+    with open(path, "rb") as file:  # torch reports a failed read as a failed parse
         while file.read(1 << 20):
             pass
-    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
-    if asked and int(asked[1]) <= path.stat().st_size:  # more than the file has is made up
+    requested = re.search(r"tried to allocate (\d+) bytes", str(error))
+    is_plausible = requested and int(requested[1]) <= path.stat().st_size  # a damaged size is larger
+    if isinstance(error, MemoryError) or is_plausible:
         raise MemoryError(f"{path} does not fit") from error
-
-
-def _has_expected_types(checkpoint):
-    """Whether all fields have the expected types. The digest proves integrity, not origin."""
-    sections = ("model", "weights", "config", "tokenizer", "progress")
-    if not all(type(checkpoint.get(key)) is dict for key in sections):
-        return False
-    try:
-        config, tokenizer = checkpoint["config"], checkpoint["tokenizer"]
-        length, pieces = config["sequence_length"], tokenizer["model"]
-        json.dumps(config)
-        texts = [checkpoint["model"]["name"], tokenizer["identity"], config.get("train_shard", "")]
-        texts += [t[key] for t in checkpoint["teachers"] for key in ("name", "digest")]
-        return (
-            all(isinstance(text, str) for text in (*texts, *checkpoint["weights"], *config))
-            and all(w.dtype == torch.float32 for w in checkpoint["weights"].values())
-            and (pieces.dtype, pieces.dim()) == (torch.uint8, 1)
-            and type(length) is int
-            and 0 < length < 1 << 20
-            and all(type(value) in (int, float) for value in checkpoint["progress"].values())
-            and isinstance(checkpoint["training"], (dict, type(None)))
-        )
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
-        return False

@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -23,16 +25,15 @@ class UserError(Exception):
 def run_program(main):
     """The exit code of `main()`: 0 done, 1 a reported failure, 130 interrupted.
 
-    `main` returns an exit code or None. A `UserError`, a file that the system does not let us read,
-    or the end of memory becomes one line on standard error. 141 says that whoever read the output
-    left early.
+    `main` returns an exit code or None. A `UserError`, a refusal of the system to read a file, or
+    the end of memory becomes one line on standard error. 141: the reader of the output left early.
     """
-    _mend_standard_streams()
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of a path
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {rank_prefix}{error}", file=sys.stderr)
-        return 1
+        reason = error
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -40,29 +41,10 @@ def run_program(main):
         return 141
     except OSError as error:
         reason = f"{error.filename or 'system'}: {error.strerror or error}"
-        print(f"error: {rank_prefix}{reason}", file=sys.stderr)
-        return 1
     except MemoryError as error:
-        reason = f"out of memory: {error or 'free some, or use a machine with more'}".rstrip()
-        print(f"error: {rank_prefix}{reason}", file=sys.stderr)
-        return 1
-
-
-def _mend_standard_streams():
-    """A closed stream leads nowhere; what a terminal's encoding lacks is printed as "?".
-
-    On standard error it is shown as an escape, so that a path can be told. Where a stream is
-    closed, the next file that is opened would get its number, and be written into.
-    """
-    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(handle)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's cannot be
-            errors = "replace" if name == "stdout" else "backslashreplace"
-            getattr(sys, name).reconfigure(errors=errors)
+        reason = f"out of memory: {error or 'free some, or use a machine with more'}"
+    print(f"error: {rank_prefix}{reason}", file=sys.stderr)
+    return 1
 
 
 def _discard_output():
@@ -70,9 +52,9 @@ def _discard_output():
 
 
 def log(text):
-    """Prints a line at once; a run goes on when nobody reads it any more, or it cannot be kept.
+    """Prints a line at once, on rank 0 alone.
 
-    Of several processes that train together the first alone prints, and warns.
+    A run goes on when its reader has left or when the disk under standard output is full.
     """
     if rank_prefix:
         return
@@ -86,7 +68,7 @@ def log(text):
 
 
 def warn(text):
-    """Prints one line of warning on standard error."""
+    """Prints one line of warning on standard error, on rank 0 alone."""
     if not rank_prefix:
         print(f"warning: {text}", file=sys.stderr)
 
@@ -99,11 +81,13 @@ def atomic_write(path):
     Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    # The name cannot be foreseen, and "x" follows no link: another user cannot choose the target.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temporary, "xb")
         try:
-            with open(temporary, "wb") as file:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -114,6 +98,17 @@ def atomic_write(path):
         fsync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def remove_temporaries(folder, names):
+    """Deletes files that a killed `atomic_write` of one of `names` left in `folder`.
+
+    The caller holds the folder's lock: no other process is writing these files.
+    """
+    pattern = rf"({'|'.join(map(re.escape, names))})\.[0-9a-f]{{8}}\.tmp"
+    for path in Path(folder).iterdir():
+        if re.fullmatch(pattern, path.name) and path.is_file():
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -142,10 +137,8 @@ def _cannot_write(path, error):
 def fsync_folder(path):
     """Puts the names in a folder on disk, so that a rename outlives a loss of power."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""All that a run writes: log lines, dev evaluations, checkpoints; and how it is asked to stop."""
+"""What a run writes while it trains: log lines, evaluations, checkpoints; and how it is stopped."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,20 +15,23 @@ from tqdm import tqdm
 
 from training import distributed
 from training.checkpoint import make_checkpoint, write_checkpoint
-from training.io import UserError, log, warn, write_text
-from training.resume import CHECKPOINT_NAMES, on_host, promote, training_state
+from training.io import UserError, atomic_write, log, remove_temporaries, warn, write_text
+from training.resume import gather_on_rank_zero, training_state
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-AGREE_SECONDS = 2  # after which processes tell each other whether they were asked to stop, and
-AGREE_STEPS = 8  # the most steps: torchrun kills what has not ended 30 seconds after a signal
-PROFILE_AFTER = 10  # steps: by then all is compiled, and what is made once is made
+AGREE_SECONDS = 2  # Ranks agree on stopping at least this often, or after as many steps:
+AGREE_STEPS = 8  # torchrun kills a process that has not ended 30 seconds after a signal.
+PROFILE_AFTER = 10  # steps: by then all layers are compiled and all caches are made
 NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
 
 
-def commit():
-    """The project's git commit, "-dirty" where files other than results differ, or "unknown".
+# ---- where a result comes from
 
-    The environment variable BABYLLAMA_COMMIT stands for it where .git was left behind.
+
+def commit():
+    """The project's git commit, "-dirty" if files other than results differ, or "unknown".
+
+    The environment variable BABYLLAMA_COMMIT stands for it in a copy without .git.
     """
     unknown = os.environ.get("BABYLLAMA_COMMIT", "unknown")
 
@@ -36,31 +40,39 @@ def commit():
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     try:
-        found = git("rev-parse", "--short=12", "HEAD")
+        head = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
-    except OSError:
+    except OSError:  # git is not installed
         return unknown
-    return found + ("-dirty" if changed else "") if found else unknown
+    return head + ("-dirty" if changed else "") if head else unknown
 
 
 def machine(device):
-    """What the numbers were measured on: the GPU's name, or the number of CPU cores."""
+    """The GPU's name, or the number of CPU cores and their architecture."""
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    flags = "/proc/cpuinfo"
-    bf16 = os.path.exists(flags) and "avx512_bf16" in Path(flags).read_text()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}{', avx512_bf16' if bf16 else ''})"
+    flags = Path("/proc/cpuinfo")
+    bf16 = ", avx512_bf16" if flags.exists() and "avx512_bf16" in flags.read_text() else ""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}{bf16})"
+
+
+# ---- stopping
 
 
 class StopSignal:
-    """Within its `with`, SIGTERM, SIGINT and SIGHUP are remembered: a step can be finished first.
+    """Within its `with`, a signal or the end of the time asks a run to stop after its step.
 
-    `number` is the signal's, or None. A second signal acts at once, but for one of several
-    processes. A SIGHUP that is ignored, as nohup has it, stays so.
+    `number` is that of the signal, SIGTERM, SIGINT or SIGHUP, or None. In a run of one process a
+    second signal acts at once. A SIGHUP that is ignored, as nohup has it, stays ignored.
     """
 
-    def __enter__(self):
+    def __init__(self, minutes=None):
         self.number = None
+        self.started = self.agreed_at = time.perf_counter()
+        self.deadline = math.inf if minutes is None else self.started + 60 * minutes
+        self.steps_since_agreed, self.steps_to_agree = 0, 1
+
+    def __enter__(self):
         self.previous = {s: signal.getsignal(s) for s in STOPPING}
         if self.previous[signal.SIGHUP] == signal.SIG_IGN:
             del self.previous[signal.SIGHUP]
@@ -70,37 +82,58 @@ class StopSignal:
 
     def receive(self, number, _frame):
         self.number = number
-        if distributed.world_size() == 1:  # torchrun may pass one on that its processes also got themselves
+        if distributed.world_size() == 1:  # a rank may get a signal twice, once from torchrun
             self.__exit__()
 
     def __exit__(self, *_error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    def is_requested(self):
+        """Whether the run is to stop. Call it once after each step.
+
+        Ranks agree every few steps: all learn of it after the same step, and of the signal too.
+        """
+        is_late = time.perf_counter() > self.deadline
+        if distributed.world_size() > 1:
+            self.steps_since_agreed += 1
+            if self.steps_since_agreed < self.steps_to_agree:
+                return False
+            step_seconds = (time.perf_counter() - self.agreed_at) / self.steps_since_agreed
+            answers = distributed.all_gather((self.number, is_late, step_seconds))
+            numbers, late, seconds = zip(*answers)
+            self.number, is_late = next(filter(None, numbers), None), any(late)
+            self.steps_to_agree = max(1, min(AGREE_STEPS, int(AGREE_SECONDS / max(seconds))))
+            self.steps_since_agreed, self.agreed_at = 0, time.perf_counter()
+        return self.number is not None or is_late
+
 
 def exit_code(progress):
     """The exit code of a run that ended with this progress: 0, or 143, 130, 129 after a signal.
 
-    Of several processes each may leave the others now.
+    From here on each rank may leave without waiting for the others.
     """
     distributed.destroy_when_done()
     return 128 + progress["stopped_by"] if progress.get("stopped_by") else 0
 
 
-class JSONLog:
-    """log.jsonl: one JSON object a line, the run first, then training and evaluation lines.
+# ---- log.jsonl and the terminal
 
-    Where `path` is None nothing is written. With `tensorboard`, a folder, TensorBoard gets the same
-    numbers: each value under its name, at its step.
+
+class JSONLog:
+    """log.jsonl: one JSON object a line, the run first, then training steps and evaluations.
+
+    Nothing is written if `path` is None. TensorBoard gets the same numbers in the folder
+    `tensorboard`, if there is one: each value under its name, at its step.
     """
 
     def __init__(self, path, first, from_step, tensorboard=None):
-        """Continues the log in `path` after a step; lines of later steps and damage are dropped."""
+        """Continues the log in `path` after a step; later and damaged lines are dropped."""
         self.file = self.board = None
         if path is None:
             return
-        kept = _lines_until(path, from_step) if from_step and path.exists() else []
-        write_text(path, "\n".join([*kept, json.dumps(first)]) + "\n")
+        lines = _lines_until(path, from_step) if from_step and path.exists() else []
+        write_text(path, "\n".join([*lines, json.dumps(first)]) + "\n")
         self.file = open(path, "a", encoding="utf-8")
         if tensorboard:
             self.board = summary_writer(tensorboard, from_step)
@@ -124,16 +157,31 @@ class JSONLog:
             ) from error
 
     def close(self):
-        """Ends the log."""
-        for written in (self.file, self.board):
-            if written:
-                written.close()
+        for writer in (self.file, self.board):
+            if writer:
+                writer.close()
+
+
+def _lines_until(path, last_step):
+    """The lines of a log up to a step, as text; lines that hold no JSON object are left out."""
+    lines, damaged = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            text = line.decode("utf-8")
+            step = json.loads(text).get("step", 0) if text else math.inf
+            if step <= last_step:
+                lines.append(text)
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            damaged += 1
+    if damaged:
+        warn(f"{path}: {damaged} damaged lines are left out")
+    return lines
 
 
 def summary_writer(folder, from_step):
     """TensorBoard's writer, which continues the run in `folder` after a step.
 
-    Raises `UserError` where tensorboard is not installed.
+    Raises `UserError` if tensorboard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter  # here, because it is an optional extra
@@ -143,54 +191,84 @@ def summary_writer(folder, from_step):
 
 
 def profiler(steps, path):
-    """A torch.profiler that writes a trace of so many steps, after ten, to `path`."""
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            skip_first=PROFILE_AFTER - 1, wait=0, warmup=1, active=steps, repeat=1
-        ),
-        on_trace_ready=lambda found: found.export_chrome_trace(str(path)),
-    )
+    """A torch.profiler that writes a trace of `steps` steps, after the first ten, to `path`."""
+
+    def export(profile):
+        with atomic_write(path) as file:
+            profile.export_chrome_trace(file.name)
+
+    schedule = torch.profiler.schedule(skip_first=PROFILE_AFTER - 1, wait=0, warmup=1, active=steps, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=export)
 
 
-def _lines_until(path, last_step):
-    """The lines of a log that are whole and of no later step than that, as text."""
-    kept, damaged = [], 0
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            text = line.decode("utf-8")
-            entry = json.loads(text) if text else None
-            step = 0 if entry is None else entry.get("step", 0)
-        except (ValueError, AttributeError, RecursionError):
-            step = None
-        if type(step) is not int:
-            damaged += 1
-        elif step <= last_step and text:
-            kept.append(text)
-    if damaged:
-        warn(f"{path}: {damaged} damaged lines are left out")
-    return kept
+class ProgressLine:
+    """Shows a run's progress: a bar on a terminal, elsewhere a line for each logged step."""
+
+    def __init__(self, plan, step):
+        self.plan, self.clock, self.clock_step = plan, time.perf_counter(), step
+        # tqdm looks for a terminal if `disable` is None.
+        disable = None if distributed.rank() == 0 else True
+        self.bar = tqdm(total=plan.steps, initial=step, unit="step", disable=disable)
+
+    def speed(self, step):
+        """Tokens per second since the last call, without the time within `paused`."""
+        now, before = time.perf_counter(), self.plan.tokens_seen(self.clock_step)
+        speed = (self.plan.tokens_seen(step) - before) / (now - self.clock)
+        self.clock, self.clock_step = now, step
+        return round(speed, 1)
+
+    @contextlib.contextmanager
+    def paused(self):
+        paused_at = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - paused_at
+
+    def show(self, step, values, speed):
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
+        if self.bar.disable:
+            losses = {key: values[key] for key in ("loss", "cross_entropy") if key in values}
+            columns = [f"step {step}/{self.plan.steps}", f"epoch {self.plan.epochs(step):.2f}"]
+            columns += [f"{key.replace('_', '-')} {value:.4f}" for key, value in losses.items()]
+            log("  ".join([*columns, f"{speed:,.0f} tokens/s"]))
+
+
+# ---- a run
+
+
+def note_evaluation(progress, values, least_gain=0.0):
+    """Adds an evaluation to the progress; whether it is the best so far.
+
+    The best has the lowest dev cross-entropy, or the highest "score" where there is one. A gain of
+    at most `least_gain` counts as none for early stopping.
+    """
+    cross_entropy, score = values["dev_cross_entropy"], values.get("score")
+    if score is None:
+        gain = progress["best_dev_cross_entropy"] - cross_entropy
+    else:
+        gain = score - progress.get("best_score", -math.inf)
+    waited = progress.get("evaluations_since_best", 0) + 1
+    progress |= values | {"evaluations_since_best": 0 if gain > least_gain else waited}
+    is_best = gain > 0 and math.isfinite(cross_entropy)
+    if is_best:
+        progress |= {"best_dev_cross_entropy": cross_entropy, "best_step": progress["step"]}
+        progress |= {} if score is None else {"best_score": score}
+    return is_best
 
 
 class TrainingLogger:
-    """Writes a run's log and checkpoints, keeps its progress, and stops the clock meanwhile.
+    """Writes a run's log, evaluations and checkpoints, and keeps its progress, a dict.
 
-    Of several processes each has one, and the first alone writes.
+    Each rank has one, because all take part in gathering weights; rank 0 alone writes.
     """
 
-    def __init__(self, train_step, config, plan, provenance, progress, found):
-        """`progress` is a dict that this object keeps up to date; `found` the state's path."""
+    def __init__(self, train_step, config, plan, provenance, progress):
         self.train_step, self.config, self.plan = train_step, config, plan
         self.provenance, self.progress, self.out = provenance, progress, Path(config.out)
-        self.conditions = provenance.conditions(config)
         self.model = train_step.objective.model
         self.writes = distributed.rank() == 0
-        if self.writes:
-            for debris in self.out.glob("*.tmp"):  # left by a write that a kill interrupted
-                debris.unlink()
-        self.current_is_whole = found == self.out / "checkpoint.pt"
-        self.commit = commit()
+        self.settings, self.commit = provenance.run_settings(config), commit()
         first = {
-            "config": self.conditions,
+            "config": self.settings,
             "model": provenance.name,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "tokenizer": provenance.tokenizer.identity,
@@ -199,160 +277,19 @@ class TrainingLogger:
             "device": str(train_step.nonfinite_steps.device),
             "processes": distributed.world_size(),
         }
-        fields = self._fields()
+        fields, path, board = self._fields(), None, None
         if self.writes:
-            make_checkpoint(**fields)  # what cannot be saved is to be known before training
-        log = self.out / "log.jsonl" if self.writes else None
-        board = self.out / "tensorboard" if config.tensorboard else None
-        self.log = JSONLog(log, first, progress["step"], board)
+            make_checkpoint(**fields)  # refuses before training what could not be saved after it
+            names = ("checkpoint.pt", "best.pt", "log.jsonl", "trace.json", *plan.marks)
+            remove_temporaries(self.out, names)
+            path = self.out / "log.jsonl"
+            board = self.out / "tensorboard" if config.tensorboard else None
+        self.log = JSONLog(path, first, progress["step"], board)
         self.profiler = None
         if config.profile and self.writes:
             self.profiler = profiler(config.profile, self.out / "trace.json")
             self.profiler.start()
-        self.bar = tqdm(
-            total=plan.steps,
-            initial=progress["step"],
-            unit="step",
-            leave=True,
-            disable=None if self.writes else True,
-        )
-        self.started = self.clock = self.agreed_at = time.perf_counter()
-        self.clock_step = self.agreed_step = progress["step"]
-        self.agree_next = progress["step"] + 1
-
-    def count(self, step):
-        """Notes that a step was taken; where it passes a word mark, the weights are kept."""
-        self.progress["step"], self.progress["words"] = step, self.plan.words_seen(step)
-        self.bar.update()
-        if self.profiler:
-            self.profiler.step()
-        for name in self.plan.marks_passed(step):
-            self._write(name)
-
-    def asked_to_stop(self, stop):
-        """Whether a signal came or the minutes of --stop-after are over.
-
-        Several processes agree on it every few steps: all of them learn of it after the same step,
-        and of the signal as their own.
-        """
-        step, seconds = self.progress["step"], time.perf_counter() - self.agreed_at
-        limit = self.config.stop_after
-        late = limit is not None and (time.perf_counter() - self.started) / 60 > limit
-        if distributed.world_size() > 1:
-            if step < self.agree_next:
-                return False
-            found = distributed.all_gather((stop.number, late, seconds / (step - self.agreed_step)))
-            numbers, late, seconds = zip(*found)
-            stop.number, late = next(filter(None, numbers), None), any(late)
-            ahead = max(1, min(AGREE_STEPS, int(AGREE_SECONDS / max(seconds))))
-            self.agree_next, self.agreed_step = step + ahead, step
-            self.agreed_at = time.perf_counter()
-        return bool(stop.number or late)
-
-    def log_step(self, terms, rate):
-        """One line of the log; the only place where a step waits for the device."""
-        values = {key: value.item() for key, value in terms.items()}
-        step, now = self.progress["step"], time.perf_counter()
-        tokens = self.plan.tokens_seen(step) - self.plan.tokens_seen(self.clock_step)
-        speed = round(tokens / (now - self.clock), 1)
-        self.clock, self.clock_step = now, step
-        epochs = self.plan.epochs(step)
-        self.log.write(
-            {
-                "step": step,
-                "epoch": round(epochs, 4),
-                "tokens": self.plan.tokens_seen(step),
-                "words": self.progress["words"],
-                **values,
-                "learning_rate": rate,
-                "tokens_per_second": speed,
-            }
-        )
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
-        if self.bar.disable:
-            shown = [f"step {step}/{self.plan.steps}", f"epoch {epochs:.2f}"]
-            for key in ("loss", "cross_entropy"):
-                if key in values:
-                    shown.append(f"{key.replace('_', '-')} {values[key]:.4f}")
-            log("  ".join([*shown, f"{speed:,.0f} tokens/s"]))
-        self._check_finite()
-
-    def _check_finite(self):
-        """Raises `UserError` where no step has had a finite gradient for long."""
-        if self.train_step.nonfinite_in_a_row.item() < NONFINITE_LIMIT:
-            return
-        present = [self.out / name for name in CHECKPOINT_NAMES if (self.out / name).exists()]
-        where = f"{present[0]} holds the weights as they were" if present else "nothing was saved"
-        raise UserError(
-            f"no finite gradient in the last {NONFINITE_LIMIT} steps; {where}: "
-            "lower --learning-rate or use --precision fp32"
-        )
-
-    def evaluate(self, evaluate):
-        """Logs what `evaluate(model, autocast)` returns: {"dev_cross_entropy": nats a token, ...}.
-
-        best.pt is written where the dev cross-entropy is the lowest so far, or the "score", if
-        there is one, the highest.
-        """
-        paused, progress = time.perf_counter(), self.progress
-        with distributed.unsharded(self.train_step.objective):
-            found = evaluate(self.model, self.train_step.autocast)
-        values = {key: float(value) for key, value in found.items()}
-        progress.update(values)
-        self.log.write({"step": progress["step"], **values})
-        self.clock += time.perf_counter() - paused
-        value, score = values["dev_cross_entropy"], values.get("score")
-        with tqdm.external_write_mode():
-            shown = "nats per token" if score is None else f"nats, score {score:.4f}"
-            log(f"step {progress['step']}: dev cross-entropy {value:.4f} {shown}")
-        if score is None:
-            gain = progress["best_dev_cross_entropy"] - value
-        else:
-            gain = score - progress.get("best_score", -math.inf)
-        better = gain > 0 and math.isfinite(value)
-        waited = progress.get("evaluations_since_best", 0) + 1
-        progress["evaluations_since_best"] = 0 if gain > self.config.least_gain else waited
-        if better:
-            progress.update(best_dev_cross_entropy=value, best_step=progress["step"])
-            progress |= {} if score is None else {"best_score": score}
-            self._write("best.pt")
-
-    def save(self):
-        """checkpoint.pt; the one before it, unless it was found damaged, becomes previous.pt."""
-        self._write("checkpoint.new", training_state(self.train_step))
-        if self.writes:
-            promote(self.out, rotate=self.current_is_whole)
-        self.current_is_whole = True
-
-    def _write(self, name, training=None):
-        paused = time.perf_counter()
-        fields = self._fields()
-        if self.writes:
-            write_checkpoint(self.out / name, training=training, **fields)
-        self.clock += time.perf_counter() - paused
-
-    def _fields(self):
-        """What all checkpoints of the run hold."""
-        return {
-            "model": self.provenance.model,
-            "weights": {key: on_host(w) for key, w in self.model.state_dict().items()},
-            "config": self.conditions,
-            "tokenizer": self.provenance.tokenizer,
-            "progress": dict(self.progress),
-            "teachers": self.provenance.teachers,
-            "commit": self.commit,
-        }
-
-    def say_finished(self):
-        """Says which model is the best. Raises `UserError` where no evaluation was finite."""
-        if not self.progress["best_step"]:
-            raise UserError(
-                f"no dev evaluation was finite, so there is no {self.out / 'best.pt'}: lower "
-                "--learning-rate or use --precision fp32, and choose another --out"
-            )
-        best = f"dev cross-entropy {self.progress['best_dev_cross_entropy']:.4f}"
-        where = f"{self.out / 'best.pt'} has step {self.progress['best_step']}"
-        log(f"finished: {where}, {best}")
+        self.line = ProgressLine(plan, progress["step"])
 
     def __enter__(self):
         return self
@@ -360,5 +297,91 @@ class TrainingLogger:
     def __exit__(self, *_error):
         if self.profiler:
             self.profiler.stop()
-        self.bar.close()
+        self.line.bar.close()
         self.log.close()
+
+    def count(self, step):
+        """Notes that a step was taken; at a mark of --save-at-words the weights are saved."""
+        self.progress |= {"step": step, "words": self.plan.words_seen(step)}
+        self.line.bar.update()
+        if self.profiler:
+            self.profiler.step()
+        for name in self.plan.marks_passed(step):
+            self._write(name)
+
+    def log_step(self, terms, rate):
+        """One line of the log; the only place where a step waits for the device.
+
+        Raises `UserError` if no gradient was finite in the last steps.
+        """
+        values = {key: value.item() for key, value in terms.items()}
+        step = self.progress["step"]
+        speed = self.line.speed(step)
+        self.log.write(
+            {
+                "step": step,
+                "epoch": round(self.plan.epochs(step), 4),
+                "tokens": self.plan.tokens_seen(step),
+                "words": self.progress["words"],
+                **values,
+                "learning_rate": rate,
+                "tokens_per_second": speed,
+            }
+        )
+        self.line.show(step, values, speed)
+        if self.train_step.nonfinite_in_a_row.item() >= NONFINITE_LIMIT:
+            raise UserError(
+                f"no finite gradient in the last {NONFINITE_LIMIT} steps: lower --learning-rate or "
+                f"use --precision fp32; {self.out} keeps the checkpoints of earlier steps"
+            )
+
+    def evaluate(self, evaluate):
+        """Logs the result of `evaluate(model, autocast)`: {"dev_cross_entropy": nats a token, ...}.
+
+        best.pt is written if it is the best so far.
+        """
+        with self.line.paused(), distributed.unsharded(self.train_step.objective):
+            result = evaluate(self.model, self.train_step.autocast)
+        values = {key: float(value) for key, value in result.items()}
+        self.log.write({"step": self.progress["step"], **values})
+        score = f", score {values['score']:.4f}" if "score" in values else ""
+        with tqdm.external_write_mode():
+            log(
+                f"step {self.progress['step']}: dev cross-entropy {values['dev_cross_entropy']:.4f} "
+                f"nats per token{score}"
+            )
+        if note_evaluation(self.progress, values, self.config.least_gain):
+            self._write("best.pt")
+
+    def save(self):
+        """checkpoint.pt; the one before it becomes previous.pt."""
+        training = training_state(self.train_step)
+        self._write("checkpoint.pt", previous=self.out / "previous.pt", training=training)
+
+    def _write(self, name, **details):
+        with self.line.paused():
+            fields = self._fields()
+            if self.writes:
+                write_checkpoint(self.out / name, **fields, **details)
+
+    def _fields(self):
+        """The fields that all checkpoints of the run have. All ranks take part."""
+        return {
+            "model": self.provenance.model,
+            "weights": {key: gather_on_rank_zero(w) for key, w in self.model.state_dict().items()},
+            "config": self.settings,
+            "tokenizer": self.provenance.tokenizer,
+            "progress": dict(self.progress),
+            "teachers": self.provenance.teachers,
+            "commit": self.commit,
+        }
+
+    def log_finished(self):
+        """Names the best checkpoint. Raises `UserError` if no evaluation was finite."""
+        if not self.progress["best_step"]:
+            raise UserError(
+                f"no dev evaluation was finite, so there is no {self.out / 'best.pt'}: lower "
+                "--learning-rate or use --precision fp32, and choose another --out"
+            )
+        best = f"dev cross-entropy {self.progress['best_dev_cross_entropy']:.4f}"
+        log(f"finished: {self.out / 'best.pt'} has step {self.progress['best_step']}, {best}")

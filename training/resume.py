@@ -1,9 +1,8 @@
-"""State that outlives the process: what resuming needs, and which state a run continues from."""
+"""Resuming: what a checkpoint holds besides weights, and the checkpoint that a run continues from."""
 
 import dataclasses
 import hashlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +10,16 @@ import torch
 
 from training import distributed, options
 from training.checkpoint import DamagedFile, read_checkpoint
-from training.io import UserError, fsync_folder, log, warn
+from training.io import UserError, log, warn
 
-PATH_OPTIONS = {"data", "out", "init", "teachers", "cache_teachers", "resume", "device"}  # options
-CHECKPOINT_NAMES = ("checkpoint.new", "checkpoint.pt", "previous.pt")  # the newest first
+PATH_OPTIONS = {"data", "out", "init", "teachers", "cache_teachers", "resume", "device"}
+# The newest first. Earlier versions wrote checkpoint.new, which a kill may have left.
+CHECKPOINT_NAMES = ("checkpoint.new", "checkpoint.pt", "previous.pt")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a checkpoint says of its origin, besides the options.
+    """The origin of a model, as its checkpoints state it besides the options.
 
     `shape` is the model's config, a dataclass; `tokenizer` has `identity` and `model_bytes`;
     `digests` are those of the data and of --init; `teachers` [{"name", "digest"}].
@@ -34,12 +34,12 @@ class Provenance:
 
     @property
     def model(self):
-        """The checkpoint's section of that name."""
+        """The checkpoint's section "model"."""
         shape = dataclasses.asdict(self.shape)
         return {"name": self.name, "architecture": self.architecture, "shape": shape}
 
-    def conditions(self, config):
-        """What makes a run this run, as checkpoints and the log keep it: options and digests."""
+    def run_settings(self, config):
+        """The settings that make a run this run: its options, its shape and digests of its inputs."""
         return dataclasses.asdict(config) | {
             **self.digests,
             "shape": self.model["shape"],
@@ -47,7 +47,7 @@ class Provenance:
         }
 
 
-# ---- what is saved and put back
+# ---- training state
 
 
 def trained_parameters(objective):
@@ -62,33 +62,37 @@ def trained_parameters(objective):
     }
 
 
-def on_host(tensor):
-    """The whole of a tensor on the CPU; None on all processes but the first, which writes it."""
+def gather_on_rank_zero(tensor):
+    """The full tensor on the CPU of rank 0, which writes it; None on other ranks. All must call it."""
     tensor = distributed.full_tensor(tensor.detach())
     return None if distributed.rank() else tensor.cpu().contiguous()
 
 
 def training_state(train_step):
-    """What resuming needs besides the model's weights.
+    """The section "training" of a checkpoint, all on the CPU.
 
-    The optimizers' states and the objective's own parameters by parameter name; random states, the
-    first process's and those of the others. All of it is on the CPU: what is digested and then
-    written is copied from a GPU once.
+    Optimizer state and the objective's own parameters by parameter name, counts of non-finite
+    steps, random state of rank 0 and of the others.
     """
     parameters, device = train_step.parameters, train_step.nonfinite_steps.device
-    own, *others = distributed.all_gather(_random_state(device))
-    states = {name: {} for name in parameters}
+    rank_zero, *others = distributed.all_gather(_random_state(device))
+    optimizer_state = {name: {} for name in parameters}
     for optimizer in train_step.optimizers:
         for name, parameter in parameters.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 is_tensor = isinstance(value, torch.Tensor)
-                states[name][key] = on_host(value) if is_tensor else value
+                optimizer_state[name][key] = gather_on_rank_zero(value) if is_tensor else value
     return {
-        "optimizer": states,
-        "objective": {name: on_host(p) for name, p in _own(parameters).items()},
+        "optimizer": optimizer_state,
+        "objective": {name: gather_on_rank_zero(p) for name, p in _own(parameters).items()},
         "nonfinite": [train_step.nonfinite_in_a_row.item(), train_step.nonfinite_steps.item()],
-        "random": own | ({"others": others} if others else {}),
+        "random": rank_zero | ({"others": others} if others else {}),
     }
+
+
+def _own(parameters):
+    """The parameters that belong to the objective and not to its model."""
+    return {name: p for name, p in parameters.items() if name.startswith("objective.")}
 
 
 def _random_state(device):
@@ -100,100 +104,82 @@ def _random_state(device):
     }
 
 
-def _restore_random_state(state, device, seed, step):
-    """Each process takes what it had; one that was not there before draws from a seed of its own.
+def _restore_random_state(saved, device, seed, step):
+    """Gives each rank the state that it had; a rank that has none gets a seed of its own.
 
-    So it is in a new run, where `state` is None and the first process goes on as it is.
+    In a new run `saved` is None, and rank 0 keeps the state that it has.
     """
     rank = distributed.rank()
-    found = [] if state is None else [state, *state.get("others", [])]
-    if rank < len(found):
-        torch.set_rng_state(found[rank]["cpu"])
-        if device.type == "cuda" and found[rank]["cuda"] is not None:
-            torch.cuda.set_rng_state(found[rank]["cuda"], device)
+    states = [] if saved is None else [saved, *saved.get("others", [])]
+    if rank < len(states):
+        torch.set_rng_state(states[rank]["cpu"])
+        if device.type == "cuda" and states[rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(states[rank]["cuda"], device)
     elif rank:
-        mixed = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:4]
-        torch.manual_seed(int.from_bytes(mixed, "little"))
-
-
-def _own(parameters):
-    """The parameters that belong to the objective and not to its model."""
-    return {name: p for name, p in parameters.items() if name.startswith("objective.")}
+        digest = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def restore(train_step, checkpoint, path):
-    """Puts a full checkpoint's weights, optimizer states and random states in place.
+    """Copies a full checkpoint's weights, optimizer state and random state into `train_step`.
 
-    Raises `UserError` if they are not of this objective and these optimizers: a fused optimizer
-    trusts the sizes that it is told.
+    Raises `UserError` unless all names, shapes and types are those of this model, objective and
+    optimizers: a fused optimizer would write beyond the end of a smaller tensor.
     """
-    state, device = checkpoint["training"], train_step.nonfinite_steps.device
-    _take_an_empty_step(train_step)
+    saved, device = checkpoint["training"], train_step.nonfinite_steps.device
     try:
-        weights = train_step.objective.model.state_dict()
-        if weights.keys() != checkpoint["weights"].keys():
-            raise ValueError("the model has other weights")
-        own = _own(train_step.parameters)
-        saved = state.get("objective", {})  # older checkpoints have none
-        if saved.keys() != own.keys():
-            raise ValueError("the objective has other parameters")
+        _restore_optimizers(train_step, saved["optimizer"])
+        targets = train_step.objective.model.state_dict() | _own(train_step.parameters)
+        weights = checkpoint["weights"] | saved.get("objective", {})  # older checkpoints have none
+        if weights.keys() != targets.keys():
+            raise ValueError("there are other weights")
         with torch.no_grad():
-            for name, weight in weights.items():
-                _copy(checkpoint["weights"][name], weight)
-            for name, parameter in own.items():
-                _copy(saved[name], parameter)
-        _restore_optimizers(train_step, state["optimizer"])
-        in_a_row, in_all = state.get("nonfinite", (0, 0))  # older checkpoints did not count them
+            for name, target in targets.items():
+                _copy(weights[name], target)
+        in_a_row, in_all = saved.get("nonfinite", (0, 0))  # older checkpoints did not count them
         train_step.nonfinite_in_a_row.fill_(in_a_row)
         train_step.nonfinite_steps.fill_(in_all)
         seed, step = checkpoint["config"].get("seed", 0), checkpoint["progress"]["step"]
-        _restore_random_state(state["random"], device, seed, step)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+        _restore_random_state(saved["random"], device, seed, step)
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what someone made up may raise anything at all
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds no state of this run's model: use another") from error
 
 
-def _take_an_empty_step(train_step):
-    """A step with gradients of zero: the optimizers show which state they keep, in which sizes.
-
-    What it does to the weights does not matter: they are overwritten.
-    """
-    for parameter in train_step.parameters.values():
+def _restore_optimizers(train_step, saved):
+    """Copies {parameter name: {key: tensor or number}} into the state of the optimizers."""
+    if saved.keys() != train_step.parameters.keys():
+        raise ValueError("there are other parameters")
+    names = {parameter: name for name, parameter in train_step.parameters.items()}
+    # A step with zero gradients makes an optimizer create its state, in the sizes that it needs.
+    # It may decay the weights, which are overwritten next. (torch.distributed.checkpoint does the
+    # same, but compares no shapes and refuses a parameter that has no state.)
+    for parameter in names:
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in train_step.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def _restore_optimizers(train_step, saved):
-    """Fills the optimizers' states from {parameter name: {key: tensor or number}}."""
-    if saved.keys() != train_step.parameters.keys():
-        raise ValueError("there are other parameters")
-    names = {parameter: name for name, parameter in train_step.parameters.items()}
-    for optimizer in train_step.optimizers:
         for parameter, state in optimizer.state.items():
-            found = saved[names[parameter]]
-            if not found:  # it had never had a gradient
+            values = saved[names[parameter]]
+            if not values:  # it has never had a gradient
                 state.clear()
-            elif found.keys() != state.keys():
+            elif values.keys() != state.keys():
                 raise ValueError(f"{names[parameter]} has another state")
-            for key, value in found.items():
+            for key, value in values.items():
                 if isinstance(state[key], torch.Tensor):
                     _copy(value, state[key])
-                elif type(value) is type(state[key]):
-                    state[key] = value
                 else:
-                    raise ValueError(f"{key} of {names[parameter]} has another type")
+                    state[key] = type(state[key])(value)
 
 
-def _copy(value, place):
-    if (value.shape, value.dtype) != (place.shape, place.dtype):
+def _copy(value, target):
+    if (value.shape, value.dtype) != (target.shape, target.dtype):
         raise ValueError("a tensor has another shape or type")
-    distributed.copy_to(place, value)
+    distributed.copy_to(target, value)
 
 
-# ---- which state a run continues from
+# ---- the checkpoint that a run continues from
 
 
 def new_progress(steps):
@@ -202,115 +188,83 @@ def new_progress(steps):
 
 
 def is_finished(progress, patience=0):
-    """Whether a run has taken its steps, or its patience with evaluations is at an end."""
+    """Whether a run has taken all its steps, or early stopping has ended it."""
     waited = progress.get("evaluations_since_best", 0)
     return progress["step"] >= progress["steps"] or 0 < patience <= waited
 
 
-def start_or_resume(train_step, config, provenance, steps):
-    """The progress that a run starts with, and the path of its state or None for a new run.
+def check_start(config, provenance):
+    """Raises `UserError` if --resume names no file, or if ranks were given different settings.
 
-    A state that is found is put in place. Raises `UserError` where processes that train together
-    find different ones.
+    Paths may differ between machines.
     """
-    checkpoint, found = distributed.rank_zero_first(
+    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+        raise UserError(f"--resume {config.resume}: there is no such checkpoint")
+    settings = provenance.run_settings(config).items()
+    distributed.check_same_on_all_ranks({key: value for key, value in settings if key not in PATH_OPTIONS})
+
+
+def start_or_resume(train_step, config, provenance, steps):
+    """The progress of a new run, or of the checkpoint that was found and copied into `train_step`.
+
+    Raises `UserError` where `find_checkpoint` does, or if ranks find different checkpoints.
+    """
+    checkpoint, path = distributed.rank_zero_first(
         lambda: find_checkpoint(config, provenance), distributed.rank() == 0
     )
     progress = checkpoint["progress"] if checkpoint else new_progress(steps)
     distributed.check_same_on_all_ranks({"state to continue from": progress["step"]})
     if not checkpoint:
         _restore_random_state(None, train_step.nonfinite_steps.device, config.seed, 0)
-        return progress, None
-    restore(train_step, checkpoint, found)
+        return progress
+    restore(train_step, checkpoint, path)
     if is_finished(progress, config.patience):
-        step = progress["step"]
-        log(f"{config.out} is finished at {step} steps; a new run needs another --out")
+        log(f"{config.out} is finished at {progress['step']} steps; a new run needs another --out")
         if not (Path(config.out) / "best.pt").exists():
-            warn(f"its best.pt is gone: {found} has the weights of the last step")
+            warn(f"its best.pt is gone: {path} has the weights of the last step")
     else:
-        log(f"continuing after step {progress['step']} of {found}")
-    return progress, found
-
-
-def check_start(config, provenance):
-    """Raises `UserError` where --resume names a checkpoint that is not there.
-
-    Also where processes that train together were given different things. Where things are may
-    differ between machines; all else says what they do together.
-    """
-    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
-        raise UserError(f"--resume {config.resume}: there is no such checkpoint")
-    conditions = provenance.conditions(config).items()
-    distributed.check_same_on_all_ranks({key: value for key, value in conditions if key not in PATH_OPTIONS})
+        log(f"continuing after step {progress['step']} of {path}")
+    return progress
 
 
 def find_checkpoint(config, provenance):
     """The checkpoint that the run starts from and its path, or (None, None) for a new run.
 
-    The folder must be locked: a save that a kill interrupted is completed here. Raises `UserError`
-    if --resume forbids it, or if what there is cannot be continued.
+    The folder must be locked: a checkpoint of another name becomes checkpoint.pt here. Raises
+    `UserError` if --resume forbids it, or if the run in the folder cannot be continued.
     """
     out = Path(config.out)
-    present = [out / name for name in CHECKPOINT_NAMES if (out / name).exists()]
-    if config.resume == "never" and (present or (out / "log.jsonl").exists()):
+    paths = [out / name for name in CHECKPOINT_NAMES if (out / name).exists()]
+    if config.resume == "never" and (paths or (out / "log.jsonl").exists()):
         raise UserError(f"{out} holds a run: continue it with --resume auto, or choose another --out")
-    for path in present:
+    for path in paths:
         try:
             checkpoint = read_checkpoint(path)
         except DamagedFile as error:
-            if path == present[-1]:
+            if path == paths[-1]:
                 raise UserError(
-                    f"{out} holds no state that can be read ({path.name} is damaged too): delete "
+                    f"{out} holds no checkpoint that can be read ({path.name} is damaged too): delete "
                     "it, or choose another --out"
                 ) from error
-            warn(f"{path} is damaged; falling back to an older state")
+            warn(f"{path} is damaged; falling back to an older checkpoint")
             continue
         check_same_run(checkpoint, config, provenance, path)
-        if path.name == "checkpoint.new":  # a kill came between a save's renames
-            path = out / "checkpoint.pt"
-            promote(out, rotate=path.exists() and _is_whole(path))
+        if path.name != "checkpoint.pt":
+            path = path.replace(out / "checkpoint.pt")
         if not is_finished(checkpoint["progress"], config.patience):
             _check_best(checkpoint["progress"], out / "best.pt")
         return checkpoint, path
     if config.resume not in ("auto", "never"):
         checkpoint = read_checkpoint(config.resume)
         check_same_run(checkpoint, config, provenance, config.resume)
-        progress = checkpoint["progress"]
-        if is_finished(progress, config.patience):
+        if is_finished(checkpoint["progress"], config.patience):
             raise UserError(f"{config.resume} is of a finished run: there is nothing to continue")
-        _forget_best(progress)  # the new folder is to have a best.pt of its own
+        _forget_best(checkpoint["progress"])  # the new folder gets a best.pt of its own
         return checkpoint, Path(config.resume)
     best = out / "best.pt"
     if best.exists():  # left by a run that was killed before its first checkpoint
         check_same_run(read_checkpoint(best), config, provenance, best, full=False)
     return None, None
-
-
-def promote(out, rotate):
-    """The last stage of a save: checkpoint.new becomes checkpoint.pt.
-
-    With `rotate` what was checkpoint.pt becomes previous.pt; a damaged one must not. Where the
-    file system has hard links there is a checkpoint.pt at every moment, if there was one before.
-    """
-    current, previous = out / "checkpoint.pt", out / "previous.pt"
-    if rotate and not (previous.exists() and os.path.samefile(current, previous)):
-        second_name = out / "previous.pt.tmp"
-        second_name.unlink(missing_ok=True)
-        try:
-            os.link(current, second_name)
-        except OSError:  # a file system without hard links
-            second_name = current
-        os.replace(second_name, previous)
-    os.replace(out / "checkpoint.new", current)
-    fsync_folder(out)
-
-
-def _is_whole(path):
-    try:
-        read_checkpoint(path)
-    except DamagedFile:
-        return False
-    return True
 
 
 def _check_best(progress, best):
@@ -328,27 +282,27 @@ def _forget_best(progress):
     progress.pop("best_score", None)
 
 
+# ---- is it the same run?
+
+
 def check_same_run(checkpoint, config, provenance, path, full=True):
     """Raises `UserError`, listing what differs, unless the checkpoint is of this very run.
 
-    An option or a field of the shape that it does not have means what was so before it existed:
-    the default. `full` asks for a state that can be resumed, and not for weights alone.
+    An option or a field of the shape that an older checkpoint lacks has its default. `full` asks
+    for a checkpoint that can be resumed, not for weights alone.
     """
-    progress = checkpoint["progress"]
-    counts = [progress.get(key) for key in ("step", "steps", "best_step")]
-    whole = "best_dev_cross_entropy" in progress and all(type(n) is int and n >= 0 for n in counts)
-    if full and not (checkpoint["training"] and whole):
+    if full and not checkpoint["training"]:
         raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
     saved = options.defaults(type(config)) | checkpoint["config"]
     if isinstance(saved.get("shape"), dict):
         saved["shape"] = options.defaults(type(provenance.shape)) | saved["shape"]
-    differing = differences(saved, provenance.conditions(config), options.may_change(type(config)))
-    if differing:
-        finished = whole and is_finished(progress, config.patience)
-        longer = finished and {text.split(":")[0] for text in differing} <= {"steps", "epochs"}
+    texts = differences(saved, provenance.run_settings(config), options.may_change(type(config)))
+    if texts:
+        longer = full and is_finished(checkpoint["progress"], config.patience)
+        longer = longer and {text.split(":")[0] for text in texts} <= {"steps", "epochs"}
         more = f", with --init {path} to train these weights on" if longer else ""
         raise UserError(
-            f"{path} is of another run ({', '.join(differing)}): give the same options, or another "
+            f"{path} is of another run ({', '.join(texts)}): give the same options, or another "
             f"--out for a new run{more}"
         )
 
