@@ -1,48 +1,39 @@
-"""The ensemble loss alone, forward and backward: the plain formula beside the fused one.
+"""Time the distillation loss alone, forward and backward: the plain formula beside the fused one.
 
     python -m benchmarks.loss
 
-The shapes are the paper's, for 1,024 to 16,384 tokens, and on CUDA for 4,096 and 32,768.
+The hidden sizes are the paper's.
 
 plain           loss.py's `plain_distillation_loss` on materialised logits
 plain_compiled  the same under torch.compile
 fused           `distillation_loss`, eager
 fused_compiled  `distillation_loss` with its rows compiled: what --compile trains with
 
-Products are in bf16 where the chip multiplies it natively. "own GiB" is the peak above what stood
-before the loss was called: inputs, heads and the program itself. Speed and memory are relative to
-plain.
+Products are in bf16 if the chip multiplies it natively. "own GiB" is the peak memory above inputs,
+heads and the program itself. Speed and memory are relative to plain.
 """
 
-import argparse
+import functools
+import statistics
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contest import compete, median, serve
-from benchmarks.findings import (
-    Findings,
-    benchmark_parser,
-    print_errors,
-    print_table,
-)
+from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.workers import time_variants
 from loss import distillation_loss, join_heads, plain_distillation_loss
 from training.device import autocast_for, choose_device, choose_precision
 from training.io import run_program
 
 VARIANTS = ("fused", "fused_compiled", "plain", "plain_compiled")
-ON_A_CPU = [1024, 2048, 4096, 8192, 16_384]  # tokens
-ON_A_GPU = [4096, 32_768]
+CPU_TOKENS, GPU_TOKENS = (1024, 2048, 4096, 8192, 16_384), (4096, 32_768)
 STUDENT, TEACHERS, VOCABULARY = 512, (1536, 1024), 16_000  # hidden sizes; pieces
 LENGTH = 128
 
 
-def inputs(tokens, device):
-    """The student's hidden states and head, (hidden states, head, weight) of each teacher, targets.
-
-    All are random, the same for every contestant on the device.
-    """
+def random_inputs(tokens, device):
+    """Returns the student's hidden states and head, (hidden states, head, weight) by teacher, targets."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape, scale=1.0):
@@ -55,117 +46,73 @@ def inputs(tokens, device):
 
 
 def loss_function(variant, hidden, head, teachers, targets, dtype):
-    """The variant's function, which returns the loss of these inputs, with products in `dtype`."""
-    _, heads, weights = zip(*teachers)
-    options = {
-        "alpha": 0.5,
-        "temperature": 2.0,
-        "num_targets": len(targets),
-        "kl_denominator": len(targets) / LENGTH,
-    }
+    """Returns the variant as a function without arguments that computes the loss of these inputs."""
+    teacher_states, heads, weights = zip(*teachers)
+    options = {"alpha": 0.5, "temperature": 2.0, "num_targets": len(targets)}
+    options["kl_denominator"] = len(targets) / LENGTH
+    if variant.startswith("fused"):
+        options |= {"joined_head": join_heads(heads, weights, dtype)}
+        options |= {"compiled": variant == "fused_compiled"}
+        return lambda: distillation_loss(hidden, head, teachers, targets, **options)["loss"]
 
     def plain():
-        taught = [F.linear(states, teacher_head) for states, teacher_head, _ in teachers]
-        return plain_distillation_loss(F.linear(hidden, head), taught, weights, targets, **options)["loss"]
+        teacher_logits = [F.linear(states, teacher) for states, teacher in zip(teacher_states, heads)]
+        logits = F.linear(hidden, head)
+        return plain_distillation_loss(logits, teacher_logits, weights, targets, **options)["loss"]
 
-    joined = join_heads(heads, weights, dtype)
-
-    def fused(compiled):
-        return distillation_loss(
-            hidden, head, teachers, targets, joined_head=joined, compiled=compiled, **options
-        )["loss"]
-
-    return {
-        "plain": plain,
-        "plain_compiled": torch.compile(plain),
-        "fused": lambda: fused(False),
-        "fused_compiled": lambda: fused(True),
-    }[variant]
+    return torch.compile(plain) if variant == "plain_compiled" else plain
 
 
-def be_contestant(args, device):
-    """What a process does that this program has started for a variant and a number of tokens."""
-    hidden, head, teachers, targets = inputs(args.tokens[0], device)
+def build_variant(tokens, calls, device, variant):
+    """Returns a round of a variant and its warm-up, as functions. A round has `calls` calls."""
+    hidden, head, teachers, targets = random_inputs(tokens, device)
     precision = choose_precision("auto", device)
     autocast = autocast_for(device, precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    compute = loss_function(args.worker, hidden, head, teachers, targets, dtype)
+    compute = loss_function(variant, hidden, head, teachers, targets, dtype)
 
     def forward_and_backward():
-        for _ in range(args.repeats):
+        for _ in range(calls):
             hidden.grad = head.grad = None
             with autocast:
                 loss = compute()
             loss.backward()
 
-    serve(forward_and_backward, forward_and_backward, device)
+    return forward_and_backward, forward_and_backward
 
 
-def referee(args, device):
-    """Lets the variants compete, size by size, and prints how they did."""
-    repeats = 20 if device.type == "cuda" else 1
-    findings = Findings(args, device)
-    rows = [["variant", "tokens", "ms", "own GiB", "speed", "memory"]]
-
-    def judge(_name, result):
-        finding = {"ms": 1000 * median(result) / repeats}
-        return finding | ({"own_gb": result["own_gb"]} if "own_gb" in result else {})
-
-    for tokens in args.tokens or (ON_A_GPU if device.type == "cuda" else ON_A_CPU):
-        base = [
-            sys.executable,
-            "-m",
-            "benchmarks.loss",
-            "--device",
-            str(device),
-            "--tokens",
-            str(tokens),
-        ]
-        base += ["--repeats", str(repeats), "--worker"]
-        commands = {f"{tokens} {variant}": [*base, variant] for variant in args.variants}
-        sizes = compete(findings, commands, args.rounds, device, judge)
-        plain = sizes.get(f"{tokens} plain", {})
-        for variant, finding in zip(args.variants, sizes.values()):
-            if "error" not in finding:
-                rows.append([variant, f"{tokens:,}", *cells(finding, plain)])
-    print_table(rows)
-    print_errors(findings.found)
-    findings.close(args)
-
-
-def cells(finding, plain):
-    """Milliseconds, own GiB, and both relative to the plain formula's, unless that failed."""
+def cells(result, plain):
+    """Returns milliseconds, own GiB, and speed and memory relative to the plain formula, as text."""
     speed = memory = "-"
     if "ms" in plain:
-        speed = f"{plain['ms'] / finding['ms']:.2f}"
-        memory = f"{finding['own_gb'] / plain['own_gb']:.0%}"
-    return f"{finding['ms']:,.1f}", f"{finding['own_gb']:.3f}", speed, memory
-
-
-def parse_arguments(argv):
-    parser = benchmark_parser(__doc__)
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        help="sizes (default: 1024 2048 4096 8192 16384, on CUDA 4096 32768)",
-    )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        default=VARIANTS,
-        help="contestants (default: all)",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)")
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--repeats", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+        speed = f"{plain['ms'] / result['ms']:.2f}"
+        memory = f"{result['own_gb'] / plain['own_gb']:.0%}"
+    return f"{result['ms']:,.1f}", f"{result['own_gb']:.3f}", speed, memory
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    (be_contestant if args.worker else referee)(args, choose_device(args.device))
+    parser = benchmark_parser(__doc__, VARIANTS, rounds=5)
+    default = f"{' '.join(map(str, CPU_TOKENS))}, on CUDA {' '.join(map(str, GPU_TOKENS))}"
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"sizes (default: {default})")
+    args = parser.parse_args(argv)
+    device = choose_device(args.device)
+    cuda = device.type == "cuda"
+    calls = 20 if cuda else 1
+    results = Results(args, device)
+    rows = [["variant", "tokens", "ms", "own GiB", "speed", "memory"]]
+
+    def to_result(_variant, seconds):
+        return {"ms": 1000 * statistics.median(seconds) / calls}
+
+    for tokens in args.tokens or (GPU_TOKENS if cuda else CPU_TOKENS):
+        build_one = functools.partial(build_variant, tokens, calls, device)
+        by_variant = time_variants(results, build_one, args.variants or VARIANTS, to_result, f"{tokens} ")
+        plain = by_variant.get("plain", {})
+        for variant, result in by_variant.items():
+            if "error" not in result:
+                rows.append([variant, f"{tokens:,}", *cells(result, plain)])
+    print_table(rows)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The relative error of the loss and of its gradients, each path against float64.
+"""Measure the relative error of the loss and of its gradients in each code path, against float64.
 
     python -m benchmarks.numerics
 
-A whole distillation objective (student, two teachers, loss) on small models, with the same weights
-and tokens for all paths. The error of the gradients is the norm of the difference of all of them
-over the norm of all of them.
+All paths compute one distillation objective (student, two teachers, loss) on small models with the
+same weights and tokens. The error of the gradients is |g - g64| / |g64|, over all parameters together.
 """
 
 import copy
@@ -13,7 +12,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from benchmarks.findings import Findings, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser, print_table
 from benchmarks.steps import random_batches
 from distill import DistillationObjective, DistillConfig, FusedDistillationObjective
 from loss import plain_distillation_loss
@@ -26,22 +25,23 @@ VOCABULARY, SEQUENCES, LENGTH = 4000, 8, 128
 
 
 class ExactObjective(DistillationObjective):
-    """The plain objective without its casts to float32: in float64 where its models are."""
+    """The plain objective without its casts to float32, so that float64 models compute in float64."""
 
     def forward(self, batch):
         batch = self.prepare(batch)
-        taught = [F.linear(h, t.head) for h, t in zip(batch.teacher_states, self.teachers)]
+        teacher_logits = [F.linear(h, t.head) for h, t in zip(batch.teacher_states, self.teachers)]
+        constants = self.constants(batch)
         logits = self.model(batch.tokens)
-        return plain_distillation_loss(logits, taught, self.weights, batch.targets, **self.constants(batch))
+        return plain_distillation_loss(logits, teacher_logits, self.weights, batch.targets, **constants)
 
 
-def outcome(objective, batch, autocast, micro_batch=SEQUENCES):
-    """Loss and the student's gradients, both in float64."""
+def loss_and_gradients(objective, batch, autocast, micro_batch_size=SEQUENCES):
+    """Returns the loss and all of the student's gradients in one vector, both in float64."""
     objective.model.zero_grad()
     loss = 0.0
-    for part in batch.split(micro_batch):
+    for micro_batch in batch.split(micro_batch_size):
         with autocast:
-            terms = objective(part)
+            terms = objective(micro_batch)
         terms["loss"].backward()
         loss += terms["loss"].item()
     gradients = [p.grad.double().flatten() for p in objective.model.parameters()]
@@ -49,7 +49,7 @@ def outcome(objective, batch, autocast, micro_batch=SEQUENCES):
 
 
 def small_models():
-    """A student and two teachers, which are sharper than at initialisation, as if trained."""
+    """Returns a student and two teachers, whose doubled matrices make their predictions sharper."""
     torch.manual_seed(0)
     student = build_model("llama-small-student", VOCABULARY)
     teachers = [build_model(name, VOCABULARY) for name in ("gpt2-small", "llama-small")]
@@ -59,56 +59,50 @@ def small_models():
     return student, teachers
 
 
-def paths(student, teachers, dtype, device):
-    """Yields a name, an objective and a micro-batch size for each way to compute the objective."""
+def measure(device, results):
+    """Adds the errors of each path in fp32 and in bf16 to the results."""
+    student, teachers = small_models()
+    (batch,) = random_batches(1, SEQUENCES, LENGTH, VOCABULARY, device)
+    sizes = tuple(teacher.config.hidden_size for teacher in teachers)
 
     def objective(make, cache=None):
         config = DistillConfig(teachers=[])
         return make(student, teachers, config, cache=cache).to(device).train()
 
-    yield "plain", objective(DistillationObjective), SEQUENCES
-    fused = objective(FusedDistillationObjective)
-    yield "fused", fused, SEQUENCES
-    yield "fused, accumulated", fused, 3
-    sizes = tuple(teacher.config.hidden_size for teacher in teachers)
-    cache = TeacherCache.in_memory(Layout(SEQUENCES, LENGTH, sizes, dtype), device)
-    yield "fused, cached teachers", objective(FusedDistillationObjective, cache), SEQUENCES
-    compiled = copy.deepcopy(fused)
-    compile_blocks(compiled)
-    yield "fused, compiled", compiled, SEQUENCES
+    exact = copy.deepcopy(objective(ExactObjective)).double()
+    exact_loss, exact_gradients = loss_and_gradients(exact, batch, autocast_for(device, "fp32"))
 
+    def add(name, objective, autocast, micro_batch_size=SEQUENCES):
+        loss_and_gradients(objective, batch, autocast, micro_batch_size)  # fills the cache, if it has one
+        loss, gradients = loss_and_gradients(objective, batch, autocast, micro_batch_size)
+        error = ((gradients - exact_gradients).norm() / exact_gradients.norm()).item()
+        results.add(name, {"loss": abs(loss - exact_loss) / exact_loss, "gradients": error})
 
-def measure(device, findings):
-    """Yields the name and the errors of each path, in fp32 and in bf16."""
-    student, teachers = small_models()
-    (batch,) = random_batches(1, SEQUENCES, LENGTH, VOCABULARY, device)
-    objective = ExactObjective(student, teachers, DistillConfig(teachers=[])).to(device).train()
-    exact = outcome(copy.deepcopy(objective).double(), batch, autocast_for(device, "fp32"))
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         autocast = autocast_for(device, precision)
-        for name, objective, micro_batch in paths(student, teachers, dtype, device):
-            outcome(objective, batch, autocast, micro_batch)  # fills the cache, if it has one
-            errors = errors_of(outcome(objective, batch, autocast, micro_batch), exact)
-            findings.add(f"{precision}, {name}", errors)
-            yield f"{precision}, {name}", errors
-
-
-def errors_of(found, exact):
-    """The relative errors of a loss and its gradients."""
-    (loss, gradients), (exact_loss, exact_gradients) = found, exact
-    difference = (gradients - exact_gradients).norm() / exact_gradients.norm()
-    return {"loss": abs(loss - exact_loss) / exact_loss, "gradients": difference.item()}
+        add(f"{precision}, plain", objective(DistillationObjective), autocast)
+        fused = objective(FusedDistillationObjective)
+        add(f"{precision}, fused", fused, autocast)
+        add(f"{precision}, fused, accumulated", fused, autocast, micro_batch_size=3)
+        cache = TeacherCache.in_memory(Layout(SEQUENCES, LENGTH, sizes, dtype), device)
+        cached = objective(FusedDistillationObjective, cache)
+        add(f"{precision}, fused, cached teachers", cached, autocast)
+        compiled = copy.deepcopy(fused)
+        compile_blocks(compiled)
+        add(f"{precision}, fused, compiled", compiled, autocast)
 
 
 def main(argv=None):
     args = benchmark_parser(__doc__).parse_args(argv)
     device = choose_device(args.device)
-    findings = Findings(args, device)
+    results = Results(args, device)
+    measure(device, results)
     rows = [["path", "loss", "gradients"]]
-    for name, errors in measure(device, findings):
-        rows.append([name, *(f"{error:.1e}" for error in errors.values())])
+    for name, errors in results.values.items():
+        if name != "machine":
+            rows.append([name, f"{errors['loss']:.1e}", f"{errors['gradients']:.1e}"])
     print_table(rows)
-    findings.close(args)
+    results.finish()
 
 
 if __name__ == "__main__":

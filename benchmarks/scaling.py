@@ -1,9 +1,9 @@
-"""How cost grows: with tokens, vocabulary and teachers in the loss, with text in all the rest.
+"""Measure how time grows with size: the loss with tokens, vocabulary and teachers, the rest with text.
 
     python -m benchmarks.scaling
 
-Each line is the best of several calls of the real thing on invented text, from small to large, and
-the exponent p of seconds ~ size^p fitted to them: 1 is linear.
+A row has the fastest of several calls for each size, and the exponent p of seconds ~ size^p fitted to
+them. p = 1 is linear. The text is that of the toy corpus.
 """
 
 import contextlib
@@ -11,14 +11,14 @@ import math
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 import make_toy_corpus
 import tokenize_corpus
-from benchmarks.findings import Findings, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser, fastest, print_table
+from benchmarks.workers import synchronize
 from data import TokenShard
 from evaluation.minimal_pairs import sentence_scores
 from evaluation.perplexity import shard_losses
@@ -35,79 +35,45 @@ LOSS_SIZES = {
 }
 
 
-def exponent(sizes, seconds):
-    """The slope of log seconds against log size."""
-    x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
-    return statistics.linear_regression(x, y).slope
-
-
-def best_of(function, calls):
-    """The least seconds of several calls: what the work itself takes."""
-    seconds = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
 def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
-    """Seconds of one forward and backward pass of the fused loss."""
-    hidden = torch.randn(tokens, 256, device=device, requires_grad=True)
-    head = torch.randn(vocabulary, 256, device=device, requires_grad=True)
-    taught = [
-        (torch.randn(tokens, 256, device=device), torch.randn(vocabulary, 256, device=device), 1.0)
-        for _ in range(teachers)
-    ]
+    """Returns the seconds of one forward and backward pass of the fused loss."""
+
+    def random(rows, **options):
+        return torch.randn(rows, 256, device=device, **options)
+
+    hidden, head = random(tokens, requires_grad=True), random(vocabulary, requires_grad=True)
+    teacher_outputs = [(random(tokens), random(vocabulary), 1.0) for _ in range(teachers)]
     targets = torch.randint(vocabulary, (tokens,), device=device)
+    counts = {"num_targets": tokens, "kl_denominator": tokens / 128}
     autocast = autocast_for(device, choose_precision("auto", device))
 
-    def once():
+    def compute():
         with autocast:
             terms = distillation_loss(
-                hidden,
-                head,
-                taught,
-                targets,
-                alpha=0.5,
-                temperature=2.0,
-                num_targets=tokens,
-                kl_denominator=tokens / 128,
+                hidden, head, teacher_outputs, targets, alpha=0.5, temperature=2.0, **counts
             )
         terms["loss"].backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
-    once()
-    return best_of(once, 5)
+    compute()
+    return fastest(compute, calls=5)
 
 
 def corpus_seconds(folder, words, device):
-    """Seconds of tokenising, opening and scoring a toy corpus of so many words, {what: seconds}."""
+    """Returns {step: seconds} of tokenising, opening and scoring a toy corpus of `words` words."""
     text = folder / "text"
     make_toy_corpus.main(["--out", str(text), "--words", str(words)])
     arguments = ["--train", str(text / "train"), "--dev", str(text / "dev")]
     arguments += ["--out", str(folder), "--vocab-size", "1000"]
-    seconds = {"tokenising": best_of(lambda: tokenize_corpus.main(arguments), 1)}
-    seconds["opening a shard"] = best_of(lambda: TokenShard(folder / "train.bin"), 5)
+    seconds = {"tokenising": fastest(lambda: tokenize_corpus.main(arguments))}
+    seconds["opening a shard"] = fastest(lambda: TokenShard(folder / "train.bin"), calls=5)
     shard, tokenizer = TokenShard(folder / "dev.bin"), Tokenizer.load(folder / "tokenizer.model")
     model = build_model("llama-tiny", shard.vocabulary_size).to(device).eval()
-    seconds["scoring text"] = best_of(lambda: shard_losses(model, shard, 128), 1)
+    seconds["scoring text"] = fastest(lambda: shard_losses(model, shard, 128))
     lines = (text / "train" / "stories.train").read_text(encoding="utf-8").split("\n")
     sentences = [line for line in lines if line][: words // 20]
-    seconds["scoring sentences"] = best_of(lambda: sentence_scores(model, tokenizer, sentences), 1)
+    seconds["scoring sentences"] = fastest(lambda: sentence_scores(model, tokenizer, sentences))
     return seconds
-
-
-def measurements(words, device):
-    """Yields a name, sizes and the seconds of each size for everything that is measured."""
-    for name, sizes in LOSS_SIZES.items():
-        yield f"loss: {name}", sizes, [loss_seconds(device, **{name: size}) for size in sizes]
-    # What the programs say is no part of the table.
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        measured = [corpus_seconds(Path(folder) / str(number), number, device) for number in words]
-    for name in measured[0]:
-        yield name, words, [seconds[name] for seconds in measured]
 
 
 def main(argv=None):
@@ -121,15 +87,25 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     device = choose_device(args.device)
-    findings = Findings(args, device)
-    rows = [["what", "sizes", "seconds", "exponent"]]
-    for name, sizes, seconds in measurements(args.words, device):
-        fitted = exponent(sizes, seconds)
-        findings.add(name, {"sizes": sizes, "seconds": seconds, "exponent": fitted})
-        cells = ", ".join(f"{s:,}" for s in sizes), ", ".join(f"{s:.4f}" for s in seconds)
-        rows.append([name, *cells, f"{fitted:.2f}"])
+    results = Results(args, device)
+    rows = [["measured", "sizes", "seconds", "exponent"]]
+
+    def add(name, sizes, seconds):
+        slope = statistics.linear_regression(
+            [math.log(n) for n in sizes], [math.log(s) for s in seconds]
+        ).slope
+        results.add(name, {"sizes": sizes, "seconds": seconds, "exponent": slope})
+        cells = ", ".join(f"{n:,}" for n in sizes), ", ".join(f"{s:.4f}" for s in seconds)
+        rows.append([name, *cells, f"{slope:.2f}"])
+
+    for name, sizes in LOSS_SIZES.items():
+        add(f"loss: {name}", sizes, [loss_seconds(device, **{name: size}) for size in sizes])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        corpora = [corpus_seconds(Path(folder) / str(words), words, device) for words in args.words]
+    for name in corpora[0]:
+        add(name, args.words, [seconds[name] for seconds in corpora])
     print_table(rows)
-    findings.close(args)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What each preset takes on a GPU, derived and not measured: memory and hours.
+"""Derive what each preset takes on a GPU, without measuring: memory and hours.
 
     python -m benchmarks.sizes
 
-Memory is traced on tensors that have no memory, for bf16 and compiled layers. Hours are the step's
-arithmetic at 40 % of what the data sheet promises (165 TFLOP/s for a card of 24 GB, an RTX 4090;
-989 for one of 141 GB, an H200), over the epochs of the preset's recipe on ten million words. Both
-are those of the preset alone: a student's teachers come on top.
+Memory is the estimate below, for bf16 and compiled layers. Hours are the arithmetic of all steps of
+the preset's recipe on ten million words, at 40 % of the data sheet's speed (165 TFLOP/s for a card of
+24 GB, an RTX 4090, and 989 for one of 141 GB, an H200). Both are those of the preset alone: a
+student's teachers come on top.
 """
 
 import argparse
@@ -15,22 +15,22 @@ import sys
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.findings import print_table
+from benchmarks.measurement import print_table
 from benchmarks.steps import flops_per_token
 from model import PRESETS, build
 from train import CrossEntropyObjective
 from training.io import GIB, run_program
 
-TOKENS = 13_700_000  # of ten million words, at 16,000 pieces
+TOKENS = 13_700_000  # of ten million words, with 16,000 pieces
 LENGTH = 128
-SHARE = 0.4  # of the data sheet's operations
+DATA_SHEET_SHARE = 0.4
 CARDS = {24: 165e12, 141: 989e12}  # {gigabytes: operations per second in bf16}
-LEAST_PARAMETERS = 10_000_000  # smaller ones are for a CPU
+LEAST_PARAMETERS = 10_000_000  # smaller models are for a CPU
 # Of what eager layers keep for the backward pass, AOTAutograd's partition of llama-58m, llama-360m
-# and gpt2-705m keeps 0.71, 0.71 and 0.69: it computes again what costs no product.
+# and gpt2-705m keeps 0.71, 0.71 and 0.69: it recomputes what costs no matrix product.
 COMPILED_SHARE = 0.7
-LOSS_TOKENS = 4096  # whose logits the loss has at a time, in eight bytes each: bf16 and rows
-USABLE_SHARE = 0.9  # of free memory: the rest is for what the allocator cannot use
+LOSS_TOKENS = 4096  # the loss has the logits of so many tokens at a time, in eight bytes each
+USABLE_SHARE = 0.9  # of free memory: the allocator cannot use the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,30 +89,26 @@ def estimate(objective, length):
     return Memory(state + max(2 * one - two, 0) + loss, round(COMPILED_SHARE * (two - one)))
 
 
-def rows_of(name, preset):
-    """The row of a preset; nothing for one that is not for a GPU."""
-    model = build(preset.config)
-    parameters = sum(p.numel() for p in model.parameters())
-    if parameters < LEAST_PARAMETERS:
-        return []
-    batch = preset.recipe.batch_size
-    memory = estimate(CrossEntropyObjective(model), LENGTH)
-    cells = [name, f"{16 * parameters / GIB:.1f}", f"{memory.of(batch) / GIB:.1f} at {batch}"]
-    flops = flops_per_token(preset.config, LENGTH, True) * TOKENS * preset.recipe.epochs
-    for size, speed in CARDS.items():
-        sequences = memory.sequences(batch, size * 10**9)
-        cells += [str(sequences or "none"), f"{flops / (SHARE * speed) / 3600:.2f}"]
-    return [cells]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)
-    heading = ["preset", "GiB of state", "GiB in all at its batch"]
-    heading += [f"{text} {size} GB" for size in CARDS for text in ("at a time,", "hours,")]
-    print_table([heading, *(row for item in PRESETS.items() for row in rows_of(*item))])
+    heading = ["preset", "GiB of state", "GiB with its whole batch"]
+    rows = [heading + [f"{text}, {size} GB" for size in CARDS for text in ("micro-batch", "hours")]]
+    for name, preset in PRESETS.items():
+        model, batch_size = build(preset.config), preset.recipe.batch_size
+        parameters = sum(p.numel() for p in model.parameters())
+        if parameters < LEAST_PARAMETERS:
+            continue
+        memory = estimate(CrossEntropyObjective(model), LENGTH)
+        row = [name, f"{16 * parameters / GIB:.1f}", f"{memory.of(batch_size) / GIB:.1f} ({batch_size})"]
+        flops = flops_per_token(preset.config, LENGTH, training=True) * TOKENS * preset.recipe.epochs
+        for size, speed in CARDS.items():
+            sequences = memory.sequences(batch_size, size * 10**9)
+            row += [str(sequences or "none"), f"{flops / (DATA_SHEET_SHARE * speed) / 3600:.2f}"]
+        rows.append(row)
+    print_table(rows)
 
 
 if __name__ == "__main__":

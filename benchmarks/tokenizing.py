@@ -1,11 +1,10 @@
-"""Memory of tokenising a corpus: the peak of all its processes together, for texts of some sizes.
+"""Measure the peak memory of tokenize_corpus.py, all its processes together, for texts of several sizes.
 
     python -m benchmarks.tokenizing --megabytes 50 200 500
 
-The text is invented: lines of words drawn from a made-up vocabulary, as rare as those of a language
-are. It is written into a temporary folder and removed. Memory is the proportional set size (PSS) of
-tokenize_corpus.py and its processes, what they share counted once, ten times a second. With --train
-and --dev, folders of text are measured instead.
+The text is invented: lines of made-up words, whose frequencies follow Zipf's law. With --train and
+--dev, folders of text are measured instead. Memory is the proportional set size (PSS), in which
+memory that processes share counts once. It is read ten times a second from /proc, so on Linux only.
 """
 
 import subprocess
@@ -17,48 +16,45 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.findings import Findings, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser, print_table
 from corpus.text_files import list_text_files
 from training.io import UserError, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
-
 MIB = 1 << 20
 SYLLABLES = "ba be di fo ga hu ji ko la me ni or pu ra se to un vi wa yo".split()
-VOCABULARY = 50_000  # words that are invented
-LINE_WORDS = 10
-BATCH_LINES = 10_000
+VOCABULARY, LINE_WORDS, BATCH_LINES = 50_000, 10, 10_000
 INTERVAL = 0.1  # seconds
 
 
 def write_text(path, megabytes, seed):
-    """Writes lines of invented words, of so many million bytes."""
+    """Writes a file of invented words, of `megabytes` million bytes."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 5, VOCABULARY)
     words = np.array(["".join(generator.choice(SYLLABLES, n)) for n in lengths])
-    ranks = np.arange(1, VOCABULARY + 1)
-    frequencies = 1 / ranks / (1 / ranks).sum()  # Zipf's law
-    path.parent.mkdir(parents=True, exist_ok=True)
+    frequencies = 1 / np.arange(1, VOCABULARY + 1)
+    frequencies /= frequencies.sum()
+    path.parent.mkdir()
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1_000_000:
-            drawn = generator.choice(words, (BATCH_LINES, LINE_WORDS), p=frequencies)
-            file.writelines(" ".join(line) + ".\n" for line in drawn)
+            lines = generator.choice(words, (BATCH_LINES, LINE_WORDS), p=frequencies)
+            file.writelines(" ".join(line) + ".\n" for line in lines)
 
 
-def processes_of(pid):
-    """A process and all that descend from it."""
-    found = [pid]
-    for process in found:  # it grows while it is gone through
-        for children in Path(f"/proc/{process}/task").glob("*/children"):
+def process_tree(pid):
+    """Returns the ids of a process and of all its descendants."""
+    pids = [pid]
+    for parent in pids:  # the loop also visits what it appends
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
             try:
-                found += map(int, children.read_text().split())
-            except OSError:  # it has ended
+                pids += map(int, path.read_text().split())
+            except OSError:  # the process has ended
                 continue
-    return found
+    return pids
 
 
-def memory_of(pid):
-    """The proportional set size of a process in bytes; 0 once it has ended."""
+def pss_bytes(pid):
+    """Returns the proportional set size of a process, 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -66,40 +62,34 @@ def memory_of(pid):
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
 
 
-def measure(arguments):
-    """Runs tokenize_corpus.py: its peak memory in bytes, and its seconds."""
-    command = [sys.executable, str(ROOT / "tokenize_corpus.py"), *map(str, arguments)]
-    peak, started = 0, time.perf_counter()
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process,
-    ):
-        while process.poll() is None:
-            peak = max(peak, sum(map(memory_of, processes_of(process.pid))))
-            time.sleep(INTERVAL)
-        errors.seek(0)
+def measure(train, dev, args):
+    """Runs tokenize_corpus.py on two folders. Returns {"peak_bytes", "seconds"}."""
+    with tempfile.TemporaryDirectory() as out, tempfile.TemporaryFile("w+") as stderr:
+        command = [sys.executable, str(ROOT / "tokenize_corpus.py"), "--train", str(train), "--dev", str(dev)]
+        command += ["--out", out, "--clean", args.clean, "--vocab-size", str(args.vocab_size)]
+        peak, started = 0, time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr) as process:
+            while process.poll() is None:
+                peak = max(peak, sum(map(pss_bytes, process_tree(process.pid))))
+                time.sleep(INTERVAL)
         if process.returncode:
-            raise UserError(f"tokenize_corpus.py failed: {errors.read().decode()}")
-    return peak, time.perf_counter() - started
+            stderr.seek(0)
+            raise UserError(f"tokenize_corpus.py failed: {stderr.read()}")
+        return {"peak_bytes": peak, "seconds": time.perf_counter() - started}
 
 
 def measurements(args):
-    """Yields the megabytes of text, the peak in bytes and the seconds of each corpus."""
-    options = ["--clean", args.clean, "--vocab-size", args.vocab_size]
+    """Yields the megabytes of text of each corpus, and its result of `measure`."""
     if args.train:
         paths = [path for folder in (args.train, args.dev) for path in list_text_files(folder)]
-        size = sum(path.stat().st_size for path in paths) / 1e6
-        with tempfile.TemporaryDirectory() as folder:
-            given = ["--train", args.train, "--dev", args.dev, "--out", folder]
-            yield size, *measure(given + options)
+        yield sum(path.stat().st_size for path in paths) / 1e6, measure(args.train, args.dev, args)
         return
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            write_text(folder / "train" / "invented.train", megabytes, 0)
-            write_text(folder / "dev" / "invented.dev", 1, 1)
-            given = ["--train", folder / "train", "--dev", folder / "dev", "--out", folder / "out"]
-            yield megabytes + 1, *measure(given + options)
+            train, dev = Path(folder) / "train", Path(folder) / "dev"
+            write_text(train / "invented.train", megabytes, seed=0)
+            write_text(dev / "invented.dev", 1, seed=1)
+            yield megabytes + 1, measure(train, dev, args)
 
 
 def parse_arguments(argv):
@@ -127,14 +117,13 @@ def main(argv=None):
     args = parse_arguments(argv)
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("memory is read from /proc/PID/smaps_rollup: measure on Linux")
-    findings = Findings(args, torch.device("cpu"))
+    results = Results(args, torch.device("cpu"))
     rows = [["MB of text", "peak MiB", "seconds"]]
-    for megabytes, peak, seconds in measurements(args):
-        name = f"{megabytes:.0f} MB"
-        findings.add(name, {"megabytes": megabytes, "peak_bytes": peak, "seconds": seconds})
-        rows.append([f"{megabytes:.0f}", f"{peak / MIB:.0f}", f"{seconds:.0f}"])
+    for megabytes, result in measurements(args):
+        results.add(f"{megabytes:.0f} MB", {"megabytes": megabytes} | result)
+        rows.append([f"{megabytes:.0f}", f"{result['peak_bytes'] / MIB:.0f}", f"{result['seconds']:.0f}"])
     print_table(rows)
-    findings.close(args)
+    results.finish()
 
 
 if __name__ == "__main__":

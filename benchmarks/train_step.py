@@ -1,137 +1,87 @@
-"""Whole training steps (forward, loss, backward, clip, AdamW) of a preset, ours beside theirs.
+"""Time whole training steps (forward, loss, backward, clip, AdamW) of presets, ours beside Hugging Face's.
 
     python -m benchmarks.train_step --models llama-16m llama-58m gpt2-97m
 
 ours, ours_eager      train.py --compile and --no-compile
-ours_graph            train.py --compile --cuda-graph, on CUDA alone
+ours_graph            train.py --compile --cuda-graph, on CUDA only
 huggingface           the model of transformers, float32 and eager on a CPU, fp16 autocast with
                       loss scaling on CUDA: what the original ran
 huggingface_compiled  the same with torch.compile, bf16 autocast and fused AdamW
 """
 
-import argparse
+import functools
 import sys
 
 import torch
 
-from benchmarks.contest import compete
-from benchmarks.findings import Findings, benchmark_parser
+from benchmarks.measurement import Results, benchmark_parser
+from benchmarks.reference import original_step
 from benchmarks.steps import (
     VOCABULARY,
-    data_sheet_flops,
     flops_per_token,
-    hugging_face_model,
-    hugging_face_step,
-    matmul_flops,
     our_train_step,
     random_batches,
-    rate,
-    serve_steps,
-    show_rates,
+    reference_model,
+    round_and_warm_up,
+    time_steps,
 )
 from model import PRESETS, build_model
 from train import CrossEntropyObjective
 from training.device import choose_device, choose_precision
 from training.io import run_program
 
-GRAPHED = ("ours_graph",)
-HUGGING_FACE = ("huggingface", "huggingface_compiled")
-ON_A_CPU = ("ours", "ours_eager", *HUGGING_FACE)
-ON_A_GPU = ("ours", "ours_eager", *GRAPHED, *HUGGING_FACE)
+CPU_VARIANTS = ("ours", "ours_eager", "huggingface", "huggingface_compiled")
+GPU_VARIANTS = (*CPU_VARIANTS, "ours_graph")
+CPU_MODELS, GPU_MODELS = ("llama-16m", "llama-58m", "gpt2-97m"), ("gpt2-705m", "llama-360m", "llama-58m")
 LENGTH = 128  # tokens in a sequence
 
 
-def our_step(name, device, variant):
-    """The step of train.py."""
+def build_variant(args, device, name, variant):
+    """Returns a round of a variant and its warm-up, as functions, for the preset `name`."""
     torch.manual_seed(0)
     with device:
-        objective = CrossEntropyObjective(build_model(name))
-    precision = choose_precision("auto", device)
-    return our_train_step(objective, device, precision, variant != "ours_eager", variant in GRAPHED)
-
-
-def their_step(name, device, compiled):
-    """The step of transformers' Trainer."""
-    with device:
         model = build_model(name)
-    model = hugging_face_model(model, device).train()
-    forward = torch.compile(model) if compiled else model
-    return hugging_face_step(model, lambda ids: forward(ids, labels=ids).loss, compiled)
-
-
-def be_contestant(args, device):
-    """What a process does that this program has started for a variant."""
-    name = args.models[0]
-    if args.worker.startswith("ours"):
-        step = our_step(name, device, args.worker)
+    compiled = variant not in ("ours_eager", "huggingface")
+    if variant.startswith("ours"):
+        objective, precision = CrossEntropyObjective(model), choose_precision("auto", device)
+        step = our_train_step(objective, device, precision, compiled, graphed=variant == "ours_graph")
     else:
-        step = their_step(name, device, compiled=args.worker == "huggingface_compiled")
-    serve_steps(step, random_batches(2, args.batch_size, LENGTH, VOCABULARY, device), args.steps, device)
-
-
-def referee(args, device):
-    """Lets the variants compete, model by model, and prints how they did."""
-    on_a_gpu = device.type == "cuda"
-    variants = args.variants or (ON_A_GPU if on_a_gpu else ON_A_CPU)
-    options = ["--device", str(device), "--batch-size", str(args.batch_size)]
-    options += ["--steps", str(args.steps)]
-    precision = choose_precision("auto", device)
-    ceiling = matmul_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    findings = Findings(args, device)
-    findings.add("setting", {"matmul_flops": ceiling})
-    tokens = args.steps * args.batch_size * LENGTH
-    for model in args.models:
-        print(f"{model}, {args.batch_size} x {LENGTH} tokens", flush=True)
-        base = [
-            sys.executable,
-            "-m",
-            "benchmarks.train_step",
-            *options,
-            "--models",
-            model,
-            "--worker",
-        ]
-        commands = {f"{model} {variant}": [*base, variant] for variant in variants}
-        flops = flops_per_token(PRESETS[model].config, LENGTH, True)
-
-        def judge(_name, result, flops=flops):
-            return rate(result, tokens, flops, ceiling, data_sheet_flops(device))
-
-        rates = compete(findings, commands, args.rounds, device, judge)
-        show_rates(dict(zip(variants, rates.values())))
-    findings.close(args)
+        model = reference_model(model, device).train()
+        forward = torch.compile(model) if compiled else model
+        step = original_step(model, lambda ids: forward(ids, labels=ids).loss, compiled)
+    batches = random_batches(2, args.batch_size, LENGTH, VOCABULARY, device)
+    return round_and_warm_up(step, batches, args.steps, device)
 
 
 def parse_arguments(argv):
-    parser = benchmark_parser(__doc__)
+    parser = benchmark_parser(__doc__, GPU_VARIANTS, rounds=5)
     parser.add_argument(
         "--models",
         nargs="+",
         choices=PRESETS,
-        help="presets (default: gpt2-705m llama-360m llama-58m on CUDA, else llama-16m llama-58m gpt2-97m)",
+        help=f"presets (default: {' '.join(CPU_MODELS)}, on CUDA {' '.join(GPU_MODELS)})",
     )
-    parser.add_argument("--variants", nargs="+", choices=ON_A_GPU, help="contestants (default: all)")
     parser.add_argument(
-        "--batch-size",
-        type=int,
-        help="sequences of 128 tokens in a step (default: 16, on CUDA 128)",
+        "--batch-size", type=int, help="sequences of 128 tokens in a step (default: 16, on CUDA 128)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes (default: 5)")
-    parser.add_argument("--steps", type=int, help="steps in a turn (default: 1, on CUDA 10)")
-    parser.add_argument("--worker", choices=ON_A_GPU, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help="steps in a round (default: 1, on CUDA 10)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     device = choose_device(args.device)
-    on_a_gpu = device.type == "cuda"
-    args.batch_size = args.batch_size or (128 if on_a_gpu else 16)
-    args.steps = args.steps or (10 if on_a_gpu else 1)
-    if not args.models:
-        cpu, gpu = ("llama-16m", "llama-58m", "gpt2-97m"), ("gpt2-705m", "llama-360m", "llama-58m")
-        args.models = gpu if on_a_gpu else cpu
-    (be_contestant if args.worker else referee)(args, device)
+    cuda = device.type == "cuda"
+    args.batch_size = args.batch_size or (128 if cuda else 16)
+    args.steps = args.steps or (10 if cuda else 1)
+    variants = args.variants or (GPU_VARIANTS if cuda else CPU_VARIANTS)
+    results = Results(args, device)
+    for name in args.models or (GPU_MODELS if cuda else CPU_MODELS):
+        print(f"{name}, {args.batch_size} x {LENGTH} tokens", flush=True)
+        flops = dict.fromkeys(variants, flops_per_token(PRESETS[name].config, LENGTH, training=True))
+        build_one = functools.partial(build_variant, args, device, name)
+        time_steps(results, build_one, flops, args.steps * args.batch_size * LENGTH, prefix=f"{name} ")
+    results.finish()
 
 
 if __name__ == "__main__":

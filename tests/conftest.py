@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import export_hf
 import model as models
 import tokenize_corpus
 from corpus.token_shards import write_shard
@@ -77,24 +76,6 @@ def step_of(objective, micro_batch_size=None, weight_decay=0.0, device="cpu", pr
     optimizers = build_optimizer(objective, weight_decay)
     autocast = autocast_for(torch.device(device), precision)
     return TrainStep(objective, optimizers, autocast, micro_batch_size)
-
-
-def hf_twin(model, weights=True, attention="eager"):
-    """Hugging Face's model of the same shape, and with the same weights unless asked otherwise."""
-    import transformers  # here, because it takes seconds and few tests need it
-
-    kind = models.architecture(model.config)
-    described = export_hf.hf_config(model, kind)
-    for key in ("architectures", "torch_dtype", "dtype"):
-        del described[key]
-    config = transformers.AutoConfig.for_model(**described)
-    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    if weights:
-        tensors = export_hf.hf_weights(kind, model.state_dict())
-        missing, unexpected = twin.load_state_dict(tensors, strict=False)
-        assert not unexpected and set(missing) <= {"lm_head.weight"}
-        assert not missing or twin.lm_head.weight is twin.get_input_embeddings().weight
-    return twin.eval()
 
 
 def comparable(out):

@@ -16,7 +16,8 @@ import distill
 import evaluate
 import export_hf
 import model as models
-from conftest import hf_twin, save_model, train_tokenizer, write_text
+from benchmarks.reference import hugging_face_model
+from conftest import save_model, train_tokenizer, write_text
 from tokenizer import BOS, EOS
 from training.checkpoint import read_checkpoint
 from training.io import run_program
@@ -228,7 +229,7 @@ def test_a_folder_with_the_tokenizer_of_another_model_is_refused(checkpoint, tmp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_that_transformers_wrote_is_read(checkpoint, tmp_path, tokenizer, dtype):
     ours, _ = models.load_checkpoint(checkpoint)
-    twin = hf_twin(ours, weights=False).to(dtype)
+    twin = hugging_face_model(ours, weights=False).to(dtype)
     twin.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     assert import_back(tmp_path / "theirs", tmp_path / "back.pt") == 0

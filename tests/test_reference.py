@@ -12,7 +12,8 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 import model as models
-from conftest import hf_twin, step_of
+from benchmarks.reference import hugging_face_model, original_loss
+from conftest import step_of
 from data import Batch
 from distill import FusedDistillationObjective
 from export_hf import hf_config, hf_name, is_transposed
@@ -67,7 +68,7 @@ def assert_equal_gradients(model, twin, tolerance):
 def test_logits_and_all_gradients_are_the_references(config):
     config = dataclasses.replace(config, **({"dropout": 0.0} if hasattr(config, "dropout") else {}))
     model = perturbed(config)
-    twin = hf_twin(model)
+    twin = hugging_face_model(model)
     tokens, targets = torch.randint(config.vocab_size, (2, 2, 33))
     ours, theirs = model(tokens), twin(tokens).logits
     assert_equal_to_scale(ours.detach(), theirs.detach(), 1e-5)
@@ -117,7 +118,7 @@ def random_batches(count, sequences=4, length=20):
 @small
 def test_ten_steps_of_training_are_the_references(config):
     model = perturbed(config)  # biases and gains too are to have something that could decay
-    twin = hf_twin(model)
+    twin = hugging_face_model(model)
     twin.train()
 
     def their_loss(batch):
@@ -137,7 +138,7 @@ def test_the_likeliest_continuation_is_the_references(config):
     model = perturbed(config, spread=0.2)
     prompt = torch.randint(4, V, (7,))
     ours = generate(model, prompt, 25, temperature=0)
-    theirs = hf_twin(model).generate(
+    theirs = hugging_face_model(model).generate(
         prompt[None],
         max_new_tokens=25,
         do_sample=False,
@@ -157,7 +158,7 @@ def test_initialisation_has_the_references_spread(config):
     torch.manual_seed(0)
     model = perturbed(config, spread=0.0)
     kind = architecture(model.config)
-    twin = dict(hf_twin(model, weights=False).named_parameters())
+    twin = dict(hugging_face_model(model, weights=False).named_parameters())
     kinds = {}
     for name, ours in model.named_parameters():
         both = kinds.setdefault(name.split(".", 2)[-1] if name.count(".") > 1 else name, ([], []))
@@ -189,7 +190,7 @@ def test_dropout_in_training_is_the_references(place):
     model = perturbed(GPT2Config(V, 32, 128, 1, 4, max_position_embeddings=40, dropout=0.5), 0, 0.3)
     for name, parameter in model.named_parameters():
         parameter.data *= not any(part in name for part in SILENCED[place])
-    twin = hf_twin(model).train()
+    twin = hugging_face_model(model).train()
     tokens = torch.randint(V, (1, 20)).expand(1500, 20)
     with torch.no_grad():
         variances = [z.var(dim=0) for z in (model.train()(tokens), twin(tokens).logits)]
@@ -199,18 +200,6 @@ def test_dropout_in_training_is_the_references(place):
 
 
 # ---- the original's objective, as it runs
-
-
-def original_loss(student, teachers, ids, alpha=0.5, temperature=2.0):
-    """Labels shifted inside, teachers' logits stacked and averaged, and `batchmean`."""
-    outcome = student(ids, labels=ids)
-    with torch.no_grad():
-        teacher = torch.stack([t(ids).logits for t in teachers]).mean(dim=0)
-    kl = nn.KLDivLoss(reduction="batchmean")(
-        F.log_softmax(outcome.logits / temperature, dim=-1),
-        F.softmax(teacher / temperature, dim=-1),
-    )
-    return alpha * outcome.loss + (1 - alpha) * temperature**2 * kl
 
 
 @pytest.fixture
@@ -226,7 +215,7 @@ def ensemble():
         label_smoothing=0.0,
     )
     objective = FusedDistillationObjective(student, teachers, options)
-    return objective, hf_twin(student).train(), [hf_twin(t) for t in teachers]
+    return objective, hugging_face_model(student).train(), [hugging_face_model(t) for t in teachers]
 
 
 def as_the_original_cuts(batch):

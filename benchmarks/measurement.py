@@ -1,0 +1,96 @@
+"""Results of a benchmark: printed as tables, and written to a file as soon as each one is known."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from training.io import aligned
+from training.logger import commit
+
+
+def benchmark_parser(description, variants=None, rounds=None):
+    """Returns an argument parser with the options of all benchmarks, and those of variants and rounds."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    parser.add_argument(
+        "--results", metavar="FILE", help="write each result into this file as soon as it is known"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print all results as one JSON object in the last line"
+    )
+    if variants:
+        text = "variants to time (default: all that fit)"
+        parser.add_argument("--variants", nargs="+", choices=variants, help=text)
+        text = f"rounds of each variant (default: {rounds})"
+        parser.add_argument("--rounds", type=int, default=rounds, help=text)
+    return parser
+
+
+class Results:
+    """The results of a benchmark so far: `values` is {name: dict of numbers}.
+
+    The first result is the machine, which is also printed.
+    """
+
+    def __init__(self, args, device):
+        self.args, self.device, self.values = args, device, {}
+        if args.results:
+            Path(args.results).write_text("", encoding="utf-8")
+        machine = describe(device)
+        self.add("machine", machine)
+        print("{device}, torch {torch}, commit {commit}".format(**machine), flush=True)
+
+    def add(self, name, result):
+        """Adds a result. It replaces an earlier one of the same name."""
+        self.values[name] = result
+        if self.args.results:
+            with open(self.args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, **result}) + "\n")
+
+    def finish(self):
+        """Prints a line for each result that is an error, and with --json all results."""
+        for name, result in self.values.items():
+            if "error" in result:
+                print(f"{name} failed: {result['error']}", flush=True)
+        if self.args.json:
+            print(json.dumps(self.values))
+
+
+def read_results(path):
+    """Returns {name: result} of a file of --results: for each name the last line that is complete."""
+    results = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            result = json.loads(line)
+            results[result.pop("name")] = result
+    return results
+
+
+def describe(device):
+    """Returns what a measurement depends on: {"device", "torch", "commit"}."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        bf16 = ", native bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+        name = f"{torch.get_num_threads()} CPU threads{bf16}"
+    return {"device": name, "torch": torch.__version__, "commit": commit()}
+
+
+def fastest(function, calls=1):
+    """Returns the seconds of the fastest of several calls."""
+    seconds = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def print_table(rows):
+    """Prints rows of strings, the heading first, in aligned columns."""
+    print("\n".join(aligned(rows)), flush=True)
