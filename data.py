@@ -196,12 +196,11 @@ class BatchStream:
         narrow = self.shard.dtype.itemsize == 2
         dtype = torch.int16 if narrow else torch.int32  # uint16 cannot be indexed everywhere
         self.resident = torch.empty(self.num_tokens, dtype=dtype, device=device)
-        stop = 0
-        for ids in self.shard.pieces():
-            for part in np.split(ids, range(COPIED_TOKENS, len(ids), COPIED_TOKENS)):
-                part = part.view(np.int16) if narrow else part.astype(np.int32)
-                start, stop = stop, stop + len(part)
-                self.resident[start:stop] = torch.from_numpy(part.copy())
+        ids = self.shard.tokens
+        for start in range(0, len(ids), COPIED_TOKENS):
+            part = ids[start : start + COPIED_TOKENS]
+            part = part.view(np.int16) if narrow else part.astype(np.int32)
+            self.resident[start : start + len(part)] = torch.from_numpy(part.copy())
 
 
 class PrefetchStream:

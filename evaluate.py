@@ -20,6 +20,7 @@ count 12 fields, as BLiMP's tables do.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from pathlib import Path
 from torch import nn
 
 from data import TokenShard
-from evaluation.minimal_pairs import accuracies, pair_scores, read_pairs, write_pair_scores
+from evaluation.minimal_pairs import accuracies, pair_scores, pairs_digest, read_pairs, write_pair_scores
 from evaluation.perplexity import (
     TemperatureScaled,
     corpus_scores,
@@ -42,7 +43,7 @@ from evaluation.surprisal import write_surprisals
 from model import check_weights, count_parameters, load_checkpoint
 from tokenizer import Tokenizer
 from training.device import choose_compute
-from training.io import UserError, aligned, run_program, warn, write_json
+from training.io import UserError, aligned, run_program, sha256, warn, write_json
 from training.options import Parser
 
 TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
@@ -91,6 +92,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("other tasks, in place of scores").add_argument
     add("--surprisals", metavar="FILE", help="write a table with the bits of each word and token of --text")
     add("--text", metavar="FILE", help="text for --surprisals; each line is scored alone")
+    add("--bow-correction", action="store_true", help="also bits corrected for the blank after each word")
     add("--compare", nargs="+", metavar="FILE", help="compare a model, by its --losses files, one per seed")
     add("--against", nargs="+", metavar="FILE", help="... with another, in the same order of seeds")
     add = parser.add_argument_group("speed").add_argument
@@ -119,12 +121,30 @@ def usage_errors(args):
         "--compare scores nothing: give it and --against alone": args.compare
         and (num_models or scores or args.surprisals),
         "give at least one checkpoint": not num_models and not args.compare,
-        "--surprisals scores nothing else: only --convention goes with it": args.surprisals and scores,
+        "--surprisals scores nothing else: of these options only --convention goes with it": args.surprisals
+        and scores,
         "--surprisals and --losses are of one model: give one checkpoint, or one --ensemble": num_models > 1
         and (args.surprisals or args.losses),
+        "--bow-correction needs --surprisals": args.bow_correction and not args.surprisals,
         "--pair-scores needs --pairs": args.pair_scores and not args.pairs,
         "--teacher-weights needs --ensemble": args.teacher_weights and not args.ensemble,
     }
+
+
+def check_outputs(args):
+    """Raises `UserError` for a file that cannot be written, or that another option reads or writes."""
+    inputs = [*args.checkpoints, *args.ensemble, args.text, args.weight_by]
+    taken = {Path(path).resolve() for path in inputs if path}
+    for name in ("json", "losses", "pair_scores", "surprisals"):
+        if not (value := getattr(args, name)):
+            continue
+        path, option = Path(value).resolve(), f"--{name.replace('_', '-')} {value}"
+        folder = next(parent for parent in path.parents if parent.exists())
+        if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UserError(f"{option} is a folder, or in one that cannot be written: give another file")
+        if path in taken:
+            raise UserError(f"{option} is a file of another option: give another file")
+        taken.add(path)
 
 
 # ---- models and text
@@ -189,7 +209,7 @@ def open_dev_text(args, tokenizer, config):
 # ---- scores
 
 
-def text_scores(scored, shard, args):
+def text_scores(scored, shard, args, precision):
     """The scores of a model on the dev shard, as the options ask; writes --losses."""
     shares = training_shares(args.weight_by, shard) if args.weight_by else None
     fitted_on = TokenShard(Path(args.temperature_scaled) / "dev.bin") if args.temperature_scaled else None
@@ -201,11 +221,11 @@ def text_scores(scored, shard, args):
     if fitted_on:
         temperature = fitted_temperature(scored.model, fitted_on, length)
         scaled_losses = shard_losses(TemperatureScaled(scored.model, temperature), shard, length)
-        scaled_scores = corpus_scores(shard, scaled_losses, shares)
-        scores["temperature_scaled"] = {"temperature": temperature, **scaled_scores}
+        scores["temperature_scaled"] = {"temperature": temperature, "fitted_on": fitted_on.digest}
+        scores["temperature_scaled"] |= corpus_scores(shard, scaled_losses, shares)
     if args.losses:
         files = [(file.name, stop, file.words / (stop - start)) for file, start, stop in file_spans(shard)]
-        write_losses(args.losses, shard.digest, files, losses, length, scaled_losses, shares)
+        write_losses(args.losses, shard.digest, files, losses, length, scaled_losses, shares, precision)
     return scores
 
 
@@ -252,14 +272,19 @@ def score(args, compute):
         result |= dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
         with compute.autocast:
             if shard is not None:
-                result |= text_scores(scored, shard, args)
+                result |= text_scores(scored, shard, args, compute.precision)
             by_folder = [pair_scores(scored.model, tokenizer, p, args.convention) for p in pairs.values()]
         result["pairs"] = {f: accuracies(files, s) for (f, files), s in zip(pairs.items(), by_folder)}
         results.append(result)
         log_p.append(by_folder)
     print("\n".join([*format_table(results), *format_fields(results)]))
     if args.json:
-        settings = {"convention": args.convention, "precision": compute.precision}
+        digests = {
+            "text": shard and shard.digest,
+            "pairs": {folder: pairs_digest(files) for folder, files in pairs.items()},
+            "losses": args.losses and sha256(Path(args.losses).read_bytes()),
+        }
+        settings = {"convention": args.convention, "precision": compute.precision, "digests": digests}
         write_json(args.json, settings | {"checkpoints": results})
     if args.pair_scores:
         write_pair_scores(args.pair_scores, [r["path"] for r in results], args.convention, pairs, log_p)
@@ -268,6 +293,9 @@ def score(args, compute):
 def print_comparison(paths, baseline_paths):
     """Prints how a model differs from another, from files of losses, one per seed for each."""
     losses, baseline = ([read_losses(path) for path in side] for side in (paths, baseline_paths))
+    seeds = {tuple(sha256(Path(path).read_bytes()) for path in pair) for pair in zip(paths, baseline_paths)}
+    if len(seeds) < min(len(paths), len(baseline_paths)):
+        raise UserError("--compare and --against have the same two files twice: give each seed once")
     print("\n".join(aligned(comparison_table(losses, baseline))))
     print("nats per token, below 0 if the first model is better; 95 % intervals")
     print("train: sub-corpora weighted by their shares of the training text; plain: by their tokens")
@@ -277,13 +305,16 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.compare:
         return print_comparison(args.compare, args.against)
+    check_outputs(args)
     check_weights(args.teacher_weights, len(args.ensemble))
     compute = choose_compute(args.device, args.precision)
     if not args.surprisals:
         return score(args, compute)
     (scored,), tokenizer, _ = load_models(args, compute.device)
     with compute.autocast:
-        return write_surprisals(args.surprisals, args.text, scored.model, tokenizer, args.convention)
+        write_surprisals(
+            args.surprisals, args.text, scored.model, tokenizer, args.convention, args.bow_correction
+        )
 
 
 if __name__ == "__main__":

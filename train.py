@@ -25,7 +25,6 @@ from training.device import (
     choose_compute,
     choose_device,
     compile_blocks,
-    compiles,
     largest_micro_batch,
     skips_on_device,
 )
@@ -279,7 +278,7 @@ def fit(objective, config, stream, evaluate, provenance):
         progress = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):
             return progress
-        if compiles(config.compile, compute, plan.operations(objective)):
+        if config.compile or (config.compile is None and compute.device.type == "cuda"):
             compile_blocks(objective)
         take_step = GraphedStep(train_step) if graphed else train_step
         logger = TrainingLogger(train_step, config, plan, provenance, progress)

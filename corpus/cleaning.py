@@ -1,11 +1,12 @@
-"""What is done to the text of each sub-corpus of BabyLM before anything is trained on it.
+"""Cleaning: what is removed from the text of each sub-corpus of BabyLM before a model sees it.
 
-    light    the default: what is no text goes, and what is text stays on lines of its own
-    paper    what the original's preprocessing does (mrclean.py of timinar/BabyLlama, 6b821af)
+    light    the default: removes markup and credits, and keeps text on lines of its own
+    paper    does exactly what the original does (mrclean.py of timinar/BabyLlama, 6b821af)
     none     nothing
 
-The paper's way glues lines where a blank line was (Wikipedia's headings to the sentence before or
-after them), and drops every line of subtitles with "subtitle" in it.
+The paper's way joins lines where a blank line was (Wikipedia's headings to the sentence before or
+after them), and removes every line of subtitles with "subtitle" in it. Every cleaner takes time
+proportional to the text.
 """
 
 import re
@@ -18,22 +19,27 @@ def split_lines(text):
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
+def unchanged(text):
+    """The text as it is: the sub-corpus is known, and needs no cleaning."""
+    return text
+
+
 # ---- light
 
 
 def tidy_spaces(text):
-    """Runs of blanks become one space, and none stays before punctuation."""
+    """Runs of blanks become one space, and a space before punctuation is removed."""
     text = re.sub(r"[ \t\u00a0]+", " ", text)
     return re.sub(r" (?=[.,;!?](?!\d))", "", text)  # but ` .5` is a number
 
 
 def clean_cbt(text):
-    """Tidy spaces, and apostrophes joined to their word: `queen 's` becomes `queen's`."""
+    """Tidies spaces and joins apostrophes to their word: `queen 's` becomes `queen's`."""
     return re.sub(r"(?<=\w) (?='\w)", "", tidy_spaces(text))
 
 
 def clean_open_subtitles(text):
-    """Drops the lines that credit the makers of the subtitles.
+    """Removes the lines that credit the makers of the subtitles.
 
     A credit is short: a long line that names subtitles has dialogue in it, and stays.
     """
@@ -45,28 +51,31 @@ def clean_open_subtitles(text):
 
 
 def clean_qed(text):
-    """Tidy spaces; shouted lines in sentence case; I where text recognition read l."""
+    """Tidies spaces, puts shouted lines in sentence case, and reads l as I where it stands for I."""
     lines = [sentence_case(line) for line in split_lines(tidy_spaces(text))]
     text = re.sub(r"(?<![\w'-])l(?='(?:m|ll|d|ve)\b)", "I", "".join(lines))
-    # At the start of a sentence only: elsewhere `ln` is a logarithm.
-    return re.sub(r"(?m)(^[^\w\n]*|[.!?] [^\w\n]*)l(?=[fnst]\b)", r"\1I", text)
+    # At the start of a sentence only: elsewhere `ln` is a logarithm. The lookahead keeps a long run
+    # of punctuation from being read again from each of its characters.
+    start = r"^[^\w\n]*|(?<=\w)(?=[^\w\n]+l)[^\w\n]*[.!?] [^\w\n]*"
+    return re.sub(rf"(?m)({start})l(?=[fnst]\b)", r"\1I", text)
 
 
 def sentence_case(line):
     """`WHAT DO l SEE?` as `What do I see?`; a line that is not shouted as it is.
 
-    A shouted line has two words or more, and no small letter but an l that was read for an I.
+    A shouted line has two words or more, and no small letter but an l that stands for an I.
     """
     words = re.findall(r"[^\W\d_]{2,}", line)
     if len(words) < 2 or not line.replace("l", "").isupper():
         return line
     line = line.replace("l", "I").lower()
-    line = re.sub(r"(^\W*|[.!?] \W*)(\w)", lambda m: m[1] + m[2].upper(), line)
+    start = r"^\W*|(?<=\w)(?=\W+\w)\W*[.!?] \W*"
+    line = re.sub(rf"({start})(\w)", lambda m: m[1] + m[2].upper(), line)
     return re.sub(r"\bi\b", "I", line)
 
 
 def clean_wikipedia(text):
-    """Headings, `= = = Title = = =`, keep their words only; blank lines go."""
+    """Headings, `= = = Title = = =`, keep their words only; blank lines are removed."""
     lines = (unmark_heading(line) for line in split_lines(text))
     return "".join(line for line in lines if line.strip())
 
@@ -79,27 +88,16 @@ def unmark_heading(line):
     return line
 
 
-LIGHT = {  # children_stories, gutenberg, switchboard and unknown names are left as they are
-    "aochildes": tidy_spaces,
-    "bnc_spoken": tidy_spaces,
-    "cbt": clean_cbt,
-    "open_subtitles": clean_open_subtitles,
-    "qed": clean_qed,
-    "simple_wikipedia": clean_wikipedia,
-    "wikipedia": clean_wikipedia,
-}
-
-
 # ---- as the paper's text was
 
 
 def paper_spaces(text):
-    """Runs of blanks become one space; one before punctuation goes, in ` .5` too."""
+    """Runs of blanks become one space; one before punctuation is removed, in ` .5` too."""
     return re.sub(r" ([.,;!?])", r"\1", re.sub(r"[ \t\u00a0]+", " ", text))
 
 
 def join_paragraphs(text):
-    """Two newlines in a row go, and what they parted is one line."""
+    """Removes two newlines in a row, which joins the lines before and after them."""
     return text.replace("\n\n", "")
 
 
@@ -114,13 +112,9 @@ def paper_cbt(text):
 
 
 def paper_open_subtitles(text):
-    """Every line goes that has "subtitle" in it, large or small, but for a last one without end."""
-    keep = (line for line in split_lines(text) if not _is_subtitle_credit(line))
-    return "".join(keep)
-
-
-def _is_subtitle_credit(line):
-    return line.endswith("\n") and "subtitle" in line.lower()
+    """Removes each line with "subtitle" in it, in any case, except a last line without newline."""
+    lines = split_lines(text)
+    return "".join(line for line in lines if not line.endswith("\n") or "subtitle" not in line.lower())
 
 
 def paper_qed(text):
@@ -133,7 +127,9 @@ def paper_qed(text):
 
 
 def _lower_capitals(line):
-    body = re.sub(r"\(.*?\)|[.!?]", "", line)
+    # Only before the last ")" can a parenthesis be closed: none is searched for in vain.
+    closed, mark, rest = line.rpartition(")")
+    body = re.sub(r"\(.*?\)|[.!?]", "", closed + mark) + re.sub(r"[.!?]", "", rest)
     if not body or 2 * sum(map(str.isupper, body)) < len(body):
         return line
     sentences = re.split(r"([.!?]\s*)", line.replace("l", "I"))  # an l was an I
@@ -145,74 +141,59 @@ def paper_wikipedia(text):
 
     Lines lose their outer blanks, and paragraphs are joined.
     """
-    text = re.sub(r"= = = (.+?) = = =\n", r"\1", text)
+    text = "".join(map(_join_heading, split_lines(text)))
     return join_paragraphs("\n".join(line.strip() for line in text.splitlines())[1:])
 
 
-PAPER = {  # children_stories, gutenberg, switchboard are left as they are
+def _join_heading(line):
+    """What `re.sub("= = = (.+?) = = =\\n", r"\\1", line)` gives, in one pass."""
+    before, mark, title = line.removesuffix(" = = =\n").partition("= = = ")
+    return before + title if line.endswith(" = = =\n") and mark and title else line
+
+
+# ---- each sub-corpus, by its name of 2023 (corpus/text_files.py has the other spellings)
+
+LIGHT = {
+    "aochildes": tidy_spaces,
+    "bnc_spoken": tidy_spaces,
+    "cbt": clean_cbt,
+    "children_stories": unchanged,
+    "gutenberg": unchanged,
+    "open_subtitles": clean_open_subtitles,
+    "qed": clean_qed,
+    "simple_wikipedia": clean_wikipedia,
+    "switchboard": unchanged,
+    "wikipedia": clean_wikipedia,
+}
+PAPER = {
     "aochildes": paper_spaces,
     "bnc_spoken": paper_bnc_spoken,
     "cbt": paper_cbt,
+    "children_stories": unchanged,
+    "gutenberg": unchanged,
     "open_subtitles": paper_open_subtitles,
     "qed": paper_qed,
     "simple_wikipedia": join_paragraphs,
+    "switchboard": unchanged,
     "wikipedia": paper_wikipedia,
 }
 
-# What a shard's header says of its text: raise a number when any cleaner of it changes.
+# Written into a shard's header: raise a number when any of its cleaners changes.
 VERSIONS = {"light": "1", "paper": "paper-1", "none": "none"}
 CLEANERS = {"light": LIGHT, "paper": PAPER, "none": {}}
 
 
 def clean(name, text, how="light"):
     """`text` as the cleaner of the sub-corpus `name` leaves it."""
-    cleaner = CLEANERS[how].get(name)
-    return cleaner(text) if cleaner else text
-
-
-# ---- a text that is too large to be held
+    return CLEANERS[how].get(name, unchanged)(text)
 
 
 def clean_blocks(name, blocks, how="light"):
-    """Yields, piece by piece, what `clean` makes of the text whose blocks of whole lines are given.
+    """Yields `clean(name, text, how)` in pieces, of a text given in blocks of whole lines.
 
-    The light cleaners look at no more than a line. The paper's join lines, and treat the beginning
-    and the end of a text apart: they are given pieces that end where nothing is joined.
+    A light cleaner looks at one line at a time. The paper's join lines: they get the text as a whole.
     """
-    cleaner = CLEANERS[how].get(name)
-    if cleaner is None:
-        yield from blocks
-    elif how == "light":
-        yield from map(cleaner, blocks)
-    else:
-        yield from _clean_pieces(cleaner, blocks)
-
-
-def _clean_pieces(cleaner, blocks):
-    """What one of the paper's cleaners makes of a text in blocks.
-
-    A letter on a line of its own stands for the text that follows a piece, and is taken off again.
-    """
-    before, kept = "", ""
+    if how == "paper" and PAPER.get(name, unchanged) is not unchanged:
+        blocks = ["".join(blocks)]
     for block in blocks:
-        kept += block
-        if cut := _last_cut(kept):
-            yield cleaner(before + kept[:cut] + "x")[:-1]
-            kept = kept[cut:]
-            # The first character of all goes there: in a later piece, this one.
-            before = "\n" if cleaner is paper_wikipedia else ""
-    yield cleaner(before + kept)
-
-
-def _last_cut(text):
-    """The last place in whole lines at which no cleaner of the paper joins anything, or 0.
-
-    It is before a line that begins with more than blanks, with a heading on neither side.
-    """
-    stop = len(text)
-    while start := text.rfind("\n", 0, stop - 1) + 1:
-        line, previous = text[start:stop], text[text.rfind("\n", 0, start - 1) + 1 : start]
-        if line.splitlines()[0].strip() and "= = =" not in line + previous:
-            return start
-        stop = start
-    return 0
+        yield clean(name, block, how)

@@ -1,43 +1,71 @@
-"""Text as it comes: the files of a folder, read in blocks of whole lines, however large they are.
+"""The text files of a folder, each read in blocks of whole lines, however large it is.
 
-    *.train  *.dev  *.test  *.txt    UTF-8, as it is
+    *.train  *.dev  *.test  *.txt    UTF-8 text, as it is
     *.jsonl                          one JSON object a line; its string "text" is a text
-    any of these with .gz            compressed by gzip
+    any of these with .gz .bz2 .xz   the same, compressed
 
-A line is held whole, a file never is.
+A line is held in memory as a whole, a file never is.
 """
 
+import bz2
 import codecs
 import contextlib
 import gzip
 import json
+import lzma
+import re
 import zlib
 from pathlib import Path
 
 from training.io import UserError, warn
 
 SUFFIXES = {".train", ".dev", ".test", ".txt", ".jsonl"}
-NAMED = "*.train, *.dev, *.test, *.txt or *.jsonl, each also with .gz"
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+NAMED = "*.train, *.dev, *.test, *.txt or *.jsonl, each also with .gz, .bz2 or .xz"
+SPELLINGS = {"childes": "aochildes", "simple_wiki": "simple_wikipedia"}  # BabyLM since 2024 -> of 2023
 READ_BYTES = 1 << 18
-SPACE_PIECE = "\u2581"  # how SentencePiece spells a space: in text, it cannot be told from one
+SPACE_PIECE = "\u2581"  # SentencePiece spells a space like this, so it cannot tell the two apart
 
 
-def split_name(path):
-    """The name of a sub-corpus and the suffix of its file, without any .gz: ("qed", ".train")."""
-    bare = path.with_suffix("") if path.suffix == ".gz" else path
-    return bare.stem, bare.suffix
+# ---- the files of a folder
+
+
+def text_suffix(path):
+    """The suffix that tells how a file is read, such as ".txt" of BOOK.TXT.gz, or None if it is not."""
+    path = Path(path)
+    bare = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    suffix = bare.suffix.lower()
+    return suffix if suffix in SUFFIXES and not path.name.startswith(".") else None
+
+
+def sub_corpus(path):
+    """The name of the sub-corpus in a file: without suffixes, and as BabyLM spelled it in 2023.
+
+    `childes.train.txt`, `childes.dev` and `aochildes.train` are all "aochildes".
+    """
+    path = Path(path)
+    while path.suffix.lower() in SUFFIXES | COMPRESSED.keys():
+        path = path.with_suffix("")
+    return SPELLINGS.get(path.name, path.name)
 
 
 def list_text_files(folder):
-    """The text files of a folder, sorted by name. Raises `UserError` if there are none."""
+    """The text files of a folder, sorted by name.
+
+    Raises `UserError` if there are none, if one is a link to nothing, or has a name that is no UTF-8.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one of {NAMED}")
-    here, inner = folder.glob("[!.]*"), folder.glob("*/[!.]*")
-    paths = sorted(p for p in here if split_name(p)[1] in SUFFIXES and p.is_file())
-    inner = sorted({p.parent.name for p in inner if split_name(p)[1] in SUFFIXES})
-    if inner:
-        warn(f"{folder}: text in its folders ({', '.join(inner)}) is not read: move it up")
+    paths = [path for path in sorted(folder.iterdir()) if text_suffix(path)]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} is a link to a file that does not exist: mend it or remove it")
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: its name is not UTF-8: rename it") from error
+    paths = [path for path in paths if path.is_file()]
     if not paths:
         raise UserError(f"{folder} holds no text: files named {NAMED}")
     return paths
@@ -46,90 +74,93 @@ def list_text_files(folder):
 def sub_corpora(folder):
     """{sub-corpus: its file} of a folder, in the order of the file names.
 
-    Raises `UserError` if there are none, or two files of one name.
+    Raises `UserError` if there are no texts, or two of one sub-corpus.
     """
-    found = {}
+    paths = {}
     for path in list_text_files(folder):
-        name, _ = split_name(path)
-        if name in found:
+        name = sub_corpus(path)
+        if name in paths:
             raise UserError(
-                f"{folder} holds both {found[name].name} and {path.name}: give each split a folder of its own"
+                f"{folder} holds both {paths[name].name} and {path.name}, which are one sub-corpus by "
+                "their names: give each split a folder of its own"
             )
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
-def read_text(path, windows=True, keep_cr=False):
+def warn_of_ignored_files(folder):
+    """Names everything in a folder that is not read as text."""
+    read = set(list_text_files(folder))
+    ignored = sorted(p.name + "/" * p.is_dir() for p in Path(folder).iterdir() if p not in read)
+    if ignored:
+        warn(f"{folder}: not read as text: {', '.join(ignored)} (text is {NAMED}, in no inner folder)")
+
+
+# ---- the text of a file
+
+
+def read_text(path):
     """The whole text of a file; see `text_blocks`."""
-    return "".join(text_blocks(path, windows, keep_cr))
+    return "".join(text_blocks(path))
 
 
-def text_blocks(path, windows=True, keep_cr=False, tell=True):
-    """Yields the text of a file in blocks of whole lines, but for what Windows adds to a text.
+def text_blocks(path, *, as_is=False, keep_cr=False, tell=True):
+    """Yields the text of a file in blocks of whole lines.
 
-    With `windows` a byte-order mark goes, and line ends become newlines unless `keep_cr`. With
-    `tell` both are told, and so are NULs and U+2581. Raises `UserError` if the file is empty, not
-    UTF-8, not whole, or where a line of *.jsonl has no text.
+    Unless `as_is`, a byte-order mark is left out, and carriage returns that end lines become
+    newlines (not with `keep_cr`). With `tell`, warns of both, of NULs and of U+2581. Raises
+    `UserError` if the file is empty, unreadable, not UTF-8 or damaged, or if a line of *.jsonl has
+    no text.
     """
-    marks, carriage_returns, nuls, spaces, empty = 0, 0, 0, 0, True
-    for number, block in enumerate(_documents(path, windows)):
-        if windows and number == 0 and block.startswith("\ufeff"):
-            marks, block = 1, block[1:]
-        if windows and not keep_cr and "\r\n" in block:
-            carriage_returns, block = 1, block.replace("\r\n", "\n")
+    carriage_returns, nuls, spaces, empty = False, False, 0, True
+    blocks = _decoded_blocks(path, as_is, tell)
+    for block in _documents(path, blocks) if text_suffix(path) == ".jsonl" else blocks:
+        if not as_is and not keep_cr and "\r" in block:
+            carriage_returns, block = True, re.sub(r"\r+\n|\r", "\n", block)
         nuls, spaces = nuls or "\0" in block, spaces + block.count(SPACE_PIECE)
         empty = empty and not block
         yield block
     if empty:
         raise UserError(f"{path} is empty: remove it or fill it")
-    if tell and marks:
-        warn(f"{path}: its byte-order mark is left out")
     if tell and carriage_returns:
-        warn(f"{path}: its line ends are those of Windows, and are read as newlines (--keep-cr)")
+        warn(f"{path}: its carriage returns, as Windows writes them, are read as newlines (--keep-cr)")
     if tell and nuls:
         warn(f"{path} holds NULs, as UTF-16 does: convert it with iconv -f utf-16le -t utf-8")
     if tell and spaces:
         warn(f"{path}: {spaces} characters U+2581 will become spaces")
 
 
-def _documents(path, windows):
-    """Yields the text of a file in blocks of whole lines; of *.jsonl, those of its documents."""
-    blocks = _decoded(path)
-    if split_name(path)[1] != ".jsonl":
-        yield from blocks
-        return
+def _documents(path, blocks):
+    """Yields the texts of the JSON objects in blocks of whole lines. Each text ends its line."""
     number = 0
     for block in blocks:
-        if windows and not number:
-            block = block.removeprefix("\ufeff")
         texts = []
-        for line in block.split("\n"):
+        for line in block.removesuffix("\n").split("\n"):
             number += 1
-            if line.strip():
-                texts.append(_document(path, number, line))
-        number -= block.endswith("\n")  # what follows the last newline is the next block's
-        yield "".join(text if text.endswith("\n") else text + "\n" for text in texts if text)
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # half of a surrogate pair is no character
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f'{path}, line {number}: not a JSON object with a string "text": mend it or remove it'
+                ) from error
+            texts.append(text if text.endswith("\n") or not text else text + "\n")
+        yield "".join(texts)
 
 
-def _document(path, number, line):
-    """The text in a line of *.jsonl."""
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # half of a surrogate pair is no character
-        return text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f'{path}, line {number}: not a JSON object with a string "text": mend it or remove it'
-        ) from error
-
-
-def _decoded(path):
+def _decoded_blocks(path, as_is, tell):
     """Yields a file's characters in blocks of whole lines: no character contains a newline."""
     start = 0
     with _opened(path) as file:
-        # `readline` completes the last line of what was read.
+        # `readline` completes the last line of a block.
         while block := file.read(READ_BYTES):
             block += file.readline()
+            if not as_is and not start and block.startswith(codecs.BOM_UTF8):
+                start, block = len(codecs.BOM_UTF8), block.removeprefix(codecs.BOM_UTF8)
+                if tell:
+                    warn(f"{path}: its byte-order mark is left out")
             try:
                 yield block.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -143,12 +174,13 @@ def _decoded(path):
 
 @contextlib.contextmanager
 def _opened(path):
-    """Yields the binary file of a text; `UserError` where it cannot be read, then or later."""
-    compressed = path.suffix == ".gz"
+    """Yields a binary file of the text. Raises `UserError` where it cannot be read, then or later."""
     try:
-        with gzip.open(path) if compressed else open(path, "rb") as file:
+        with COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as file:
             yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged, or not compressed by gzip ({error}): copy it again") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if getattr(error, "errno", None):
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(
+            f"{path} is damaged, or not compressed as its name says ({error}): copy it again"
+        ) from error

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.scoring import BATCH_TOKENS, context_length, prefix_ids, scored_text, token_losses
-from training.io import UserError, atomic_write
+from training.io import UserError, atomic_write, sha256, warn
 
 MERGED_FIELDS = {"s-selection": "argument_structure"}  # 13 terms in BLiMP's files, 12 in its tables
 
@@ -28,19 +28,33 @@ def read_pairs(folder, convention="newline"):
     """{file stem: [Pair]} of the *.jsonl of a folder, in sorted order.
 
     The field is `linguistics_term`, or the stem for lines without one. Raises `UserError`, naming
-    file and line, for a line that is no object with `sentence_good` and `sentence_bad`.
+    file and line, for a line that is no object with `sentence_good` and `sentence_bad`, and for a
+    *.jsonl that is no file. Warns of everything else in the folder, because it is not read.
     """
-    paths = sorted(path for path in Path(folder).glob("*.jsonl") if path.is_file())
-    if not paths:
-        raise UserError(f"{folder} holds no *.jsonl: give a folder of BLiMP-style minimal pairs")
-    pairs = {}
-    for path in paths:
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder: give one of BLiMP-style minimal pairs")
+    pairs, others = {}, []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix != ".jsonl":
+            others.append(path.name)
+            continue
+        if not path.is_file():
+            raise UserError(f"{path} is no file, or a link to none: mend or remove it")
         with open(path, "rb") as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
         pairs[path.stem] = [_pair(line, path, number, convention) for number, line in lines]
         if not pairs[path.stem]:
             raise UserError(f"{path} holds no pair")
+    if not pairs:
+        raise UserError(f"{folder} holds no *.jsonl: give a folder of BLiMP-style minimal pairs")
+    if others:
+        warn(f"{folder}: not read, because minimal pairs are in *.jsonl: {', '.join(others[:5])}")
     return pairs
+
+
+def pairs_digest(pairs):
+    """The SHA-256 of pairs as `read_pairs` returns them."""
+    return sha256(json.dumps(pairs).encode())
 
 
 def _pair(line, path, number, convention):

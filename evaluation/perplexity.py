@@ -1,6 +1,7 @@
 """Cross-entropy, perplexity and bits per byte of a token shard, and the temperature that suits it best."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -83,11 +84,16 @@ def _text_scores(losses, words, num_bytes):
 
 
 def training_shares(path, shard):
-    """{name: share of the tokens} of the files of the training shard `path`.
+    """{name: share of the tokens} of the files of the training shard `path`, or of its folder.
 
-    Raises `UserError` if no name is that of a file of `shard`.
+    Raises `UserError` for a shard of another tokenizer, for a dev shard, and if no name is that of
+    a file of `shard`.
     """
-    training = TokenShard(path)
+    training = TokenShard(Path(path) / "train.bin" if Path(path).is_dir() else path)
+    if training.path.name == "dev.bin" or training.digest == shard.digest:
+        raise UserError(f"--weight-by {path} is dev text: give a train.bin")
+    if training.tokenizer != shard.tokenizer:
+        raise UserError(f"{training.path} was made with another tokenizer than {shard.path}")
     shares = {f.name: (f.stop - f.start) / training.num_tokens for f in training.files}
     if not sum(shares.get(file.name, 0) for file, _, _ in file_spans(shard)):
         raise UserError(f"{path} and {shard.path} have no file of one name: leave out --weight-by")

@@ -8,6 +8,7 @@ the seeds. `evaluate.py --compare` prints both from the files that `--losses` wr
 import math
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Losses:
     is the number of its file, `targets` its predicted tokens, `nats` the sum of their losses,
     `scaled_nats` the same at a fitted temperature, or None. Of each file (F,): `files` is its name,
     `words_per_token` a number, and `shares` its share of the training text, or None. `text` is the
-    digest of the shard.
+    digest of the shard, `precision` that of the matrix products, "" in a file that does not say it.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Losses:
     targets: np.ndarray
     nats: np.ndarray
     scaled_nats: np.ndarray | None
+    precision: str
 
     def same_pieces(self, other):
         """Whether both describe the same pieces of the same text, with the same shares."""
@@ -64,12 +66,12 @@ class Losses:
         )
 
 
-def write_losses(path, text, files, losses, sequence_length, scaled=None, shares=None):
+def write_losses(path, text, files, losses, sequence_length, scaled=None, shares=None, precision=""):
     """Writes the losses of one model for `read_losses`.
 
     `text` is the digest of the shard; `files` are [(name, end of its targets, words per token)] in
     order; `losses` (N,) are nats per target, `scaled` those at a fitted temperature, `shares`
-    {name: share of the training text}.
+    {name: share of the training text}, `precision` that of the matrix products.
     """
     names, ends, words_per_token = zip(*files)
     bounds = np.unique([*range(0, len(losses), sequence_length), *ends, len(losses)])
@@ -80,6 +82,7 @@ def write_losses(path, text, files, losses, sequence_length, scaled=None, shares
 
     arrays = {
         "text": np.array(text),
+        "precision": np.array(precision),
         "files": np.array(names),
         "words_per_token": np.array(words_per_token),
         "file_of": np.searchsorted(ends, bounds[:-1], side="right").astype(np.uint32),
@@ -96,37 +99,43 @@ def write_losses(path, text, files, losses, sequence_length, scaled=None, shares
 
 def read_losses(path):
     """The `Losses` in an .npz of `evaluate.py --losses`. Raises `UserError` for any other file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist, or is no file: write it with evaluate.py --losses FILE")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        _check_arrays(arrays)
+            text, precision = str(archive["text"]), str(archive.get("precision", ""))
+            arrays = {name: _checked(archive, name) for name in LOSS_ARRAYS if name in archive}
+        if arrays["file_of"].max() >= len(arrays["files"]) or arrays["targets"].min() < 1:
+            raise ValueError("a piece has an impossible file or length")
         return Losses(
             path=str(path),
-            text=str(arrays["text"]),
+            text=text,
             files=tuple(map(str, arrays["files"])),
             shares=arrays.get("share"),
             words_per_token=arrays["words_per_token"],
-            file_of=arrays["file_of"].astype(np.int64),
-            targets=arrays["targets"].astype(np.int64),
-            nats=arrays["nats"].astype(np.float64),
+            file_of=arrays["file_of"],
+            targets=arrays["targets"],
+            nats=arrays["nats"],
             scaled_nats=arrays.get("scaled_nats"),
+            precision=precision,
         )
     except Exception as error:  # numpy and zlib raise errors of many kinds for a damaged file
         raise UserError(f"{path} holds no losses: write them with evaluate.py --losses FILE") from error
 
 
-def _check_arrays(arrays):
-    """Raises ValueError or KeyError unless the arrays are those that `write_losses` writes."""
-    optional = {"share", "scaled_nats"}
-    for name in LOSS_ARRAYS.keys() - (optional - arrays.keys()):
-        array, (kind, same_length) = arrays[name], LOSS_ARRAYS[name]
-        if array.dtype.kind != kind or array.shape != (arrays[same_length].size,):
-            raise ValueError(f"{name} has another type or shape")
-        if kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"{name} is not finite")
-    negative = any((arrays[name] < 0).any() for name in ("words_per_token", "share") if name in arrays)
-    if negative or arrays["file_of"].max() >= len(arrays["files"]) or arrays["targets"].min() < 1:
-        raise ValueError("a number is out of range")
+def _checked(archive, name):
+    """The array of that name, as float64 or int64 if it has numbers; ValueError for an odd one."""
+    array, (kind, same_length) = archive[name], LOSS_ARRAYS[name]
+    if array.dtype.kind != kind or array.shape != (archive[same_length].size,):
+        raise ValueError(f"{name} has another type or shape")
+    if kind == "U":
+        return array
+    if not (np.abs(array) < 1e30).all():  # neither NaN nor so large that sums overflow
+        raise ValueError(f"{name} is not finite")
+    array = array.astype(np.float64 if kind == "f" else np.int64)
+    if "nats" not in name and (array < 0).any():
+        raise ValueError(f"{name} is below 0")
+    return array
 
 
 def file_weights(losses, weights):
@@ -264,6 +273,8 @@ def compare(models, baselines, weights="train", scaled=False):
     """
     if len(models) != len(baselines):
         raise UserError(f"{len(models)} files against {len(baselines)}: give one per seed for each model")
+    if len({losses.precision for losses in [*models, *baselines]} - {""}) > 1:
+        raise UserError(f"{models[0].path} and others were scored in different precision: score them again")
     differences = []
     for model, baseline in zip(models, baselines):
         if not (model.same_pieces(baseline) and model.same_pieces(models[0])):
@@ -271,7 +282,7 @@ def compare(models, baselines, weights="train", scaled=False):
         if scaled and (model.scaled_nats is None or baseline.scaled_nats is None):
             raise UserError(f"{model.path}: score both models with --temperature-scaled DIR")
         if scaled:
-            differences.append(model.scaled_nats.astype(np.float64) - baseline.scaled_nats)
+            differences.append(model.scaled_nats - baseline.scaled_nats)
         else:
             differences.append(model.nats - baseline.nats)
     per_seed = [mean_loss(models[0], nats, weights) for nats in differences]

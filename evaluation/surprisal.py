@@ -1,76 +1,120 @@
 """Surprisal, -log2 p in bits, of each word and token of a text, to compare with reading times.
 
-A word is what whitespace parts. Its surprisal is the sum over its tokens; the blank before a word
-is in its first token. Every line stands for itself, after what the convention puts before it.
+Whitespace separates words. The bits of a word are the sum over its tokens; the blank before a word
+is part of its first token. Each line is scored alone, after the prefix of the convention.
+
+A blank ends a word, but its bits are in the next word. The corrected bits of a word have the blank
+after it in place of the blank before it (Pimentel and Meister 2024, arXiv 2406.14561):
+
+    corrected = bits - log2 P(blank | up to the word's end) + log2 P(blank | up to its start)
+
+P(blank) is the sum over all pieces that begin with whitespace. The first word of a line has no
+blank before it, unless the convention puts one there.
 """
 
+import bisect
 import math
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from evaluation.scoring import context_length, prefix_ids, scored_text, token_losses
+from evaluation.scoring import context_length, prefix_ids, scored_text
 from training.io import UserError, warn, write_text
 
 COLUMNS = ("line", "position", "word", "bits", "tokens", "token_bits")
 
 
-def token_bits(model, ids):
-    """Bits of each of `ids` but the first, given those before it: a list of numbers.
+class Word(NamedTuple):
+    """A word of a line. Bits are None where they are not defined."""
 
-    What is longer than the model's context is read in windows that overlap by half.
+    text: str
+    bits: float | None
+    pieces: list[str]
+    piece_bits: list[float | None]
+    corrected_bits: float | None
+
+
+@torch.no_grad()
+def token_bits(model, ids, blanks=()):
+    """Bits of each of `ids` but the first, and after each of `ids` those of any of `blanks`: two lists.
+
+    A text beyond the model's context is read in windows that overlap by half.
     """
-    context, targets = context_length(model), len(ids) - 1
-    found = []
-    while len(found) < targets:
-        start = max(0, min(len(found) - context // 2, targets - context))
-        window = torch.tensor([ids[start : start + context + 1]])
-        losses = token_losses(model, window[:, :-1], window[:, 1:])[0].double() / math.log(2)
-        found += losses[len(found) - start :].tolist()
-    return found
+    context, device = context_length(model), next(model.parameters()).device
+    bits, blank_bits = [], []
+    while (done := len(blank_bits)) < len(ids):
+        start = max(0, min(done - context // 2, len(ids) - context))
+        window = torch.tensor([ids[start : start + context]], device=device)
+        log_p = model(window)[0, done - start :].float().log_softmax(-1) / -math.log(2)  # (positions, V)
+        targets = torch.tensor(ids[done + 1 : start + context + 1], dtype=torch.long, device=device)
+        bits += log_p[: len(targets)].gather(1, targets[:, None])[:, 0].tolist()
+        probability = torch.exp2(-log_p[:, list(blanks)]).sum(-1)
+        blank_bits += (-probability.log2()).tolist()
+    return bits, blank_bits
 
 
-def words_of_tokens(processor, ids, text):
-    """The pieces of a text and the number of the word, from 0, to which each belongs: two lists.
+def blank_pieces(tokenizer):
+    """The ids of the pieces that begin with whitespace."""
+    processor = tokenizer.processor
 
-    A piece of blanks alone belongs to the word after it, or at the end to the word before. The
-    tokenizer is one that keeps text as it is, so that its pieces are the text, cut.
+    def begins_with_whitespace(i):
+        piece = processor.id_to_piece(i)
+        if processor.is_byte(i):  # such as <0x0A>
+            return bytes.fromhex(piece[3:5]).isspace()
+        return piece[:1] == "\u2581" or piece[:1].isspace()
+
+    return [i for i in range(tokenizer.vocabulary_size) if begins_with_whitespace(i)]
+
+
+def align(tokenizer, text):
+    """The words of a text, the ids of its tokens, their pieces, and the number of each token's word.
+
+    SentencePiece says which characters a token stands for, whatever it normalises or inserts. A
+    token belongs to the first word that it has a character of; without any, to the word after it,
+    or at the end to the word before.
     """
-    word_at, number = [], -1  # by byte; a blank counts to the word after it
-    for i, character in enumerate(text):
-        if not character.isspace() and (i == 0 or text[i - 1].isspace()):
-            number += 1
-        word_at += [number + character.isspace()] * len(character.encode())
-    pieces, numbers, start = [processor.id_to_piece(i) for i in ids], [], 0
-    for i, piece in zip(ids, pieces):
-        numbers.append(min(word_at[min(start, len(word_at) - 1)], number))
-        start += 1 if processor.is_byte(i) else len(piece.replace("\u2581", " ").encode())
-    return pieces, numbers
+    words = list(re.finditer(r"\S+", text))
+    ends = [word.end() for word in words]
+    tokens = tokenizer.processor.encode(text, return_type="offset_mapping")
+    numbers = [min(bisect.bisect_right(ends, start), len(ends) - 1) for start, _ in tokens["offsets"]]
+    return [word.group() for word in words], tokens["ids"], tokens["pieces"], numbers
 
 
-def word_surprisals(model, tokenizer, line, convention="newline"):
-    """[(word, bits, pieces, bits of each piece)] of a line.
+def word_surprisals(model, tokenizer, line, convention="newline", blanks=()):
+    """The `Word`s of a line. `blanks`, from `blank_pieces`, are needed for the corrected bits.
 
-    Bits are None where nothing precedes: the first token under convention 2025, and its word.
+    Bits are None for a word without a token of its own, and for the first token if no prefix
+    precedes it. Corrected bits are None as well where no token begins at a boundary of the word.
     """
-    text = scored_text(line, convention)
-    own = tokenizer.encode(text)
-    ids = prefix_ids(tokenizer, convention) + own
-    pieces, numbers = words_of_tokens(tokenizer.processor, own, text)
-    bits = [None, *token_bits(model, ids)][-len(own) :]  # without what precedes the line
-    found = []
-    for number, word in enumerate(text.split()):
-        mine = [i for i, owner in enumerate(numbers) if owner == number]
-        parts = [bits[i] for i in mine]
-        total = None if None in parts else sum(parts)
-        found.append((word, total, [pieces[i] for i in mine], parts))
-    return found
+    prefix = prefix_ids(tokenizer, convention)
+    words, ids, pieces, numbers = align(tokenizer, scored_text(line, convention))
+    bits, blank_bits = token_bits(model, prefix + ids, blanks)
+    bits = [None, *bits][len(prefix) :]  # of each of `ids`
+    blank_before = [None, *blank_bits][len(prefix) :]  # each of `ids`, and at the end of the line
+    members = [[] for _ in words]
+    for i, number in enumerate(numbers):
+        members[number].append(i)
+    blank_ids = set(blanks)
+    is_blank = [i in blank_ids for i in ids]
+    results = []
+    for text, own in zip(words, members):
+        own_bits, corrected = [bits[i] for i in own], None
+        total = sum(own_bits) if own and None not in own_bits else None
+        if total is not None and blanks:
+            first, end = own[0], own[-1] + 1
+            if (first == 0 or is_blank[first]) and (end == len(ids) or is_blank[end]):
+                corrected = total + blank_before[end] - (blank_before[first] if is_blank[first] else 0)
+        results.append(Word(text, total, [pieces[i] for i in own], own_bits, corrected))
+    return results
 
 
-def write_surprisals(path, text_path, model, tokenizer, convention="newline"):
-    """Writes the surprisals of a text's lines as a table whose columns are `COLUMNS`.
+def write_surprisals(path, text_path, model, tokenizer, convention="newline", correct=False):
+    """Writes the surprisals of a text's lines as a tab-separated table with the `COLUMNS`.
 
-    Tokens and their bits are parted by blanks. Raises `UserError` for a text that is not UTF-8.
+    `correct` adds the column corrected_bits. Tokens and their bits are separated by blanks. Raises
+    `UserError` for a text that is not UTF-8.
     """
     try:
         text = Path(text_path).read_text(encoding="utf-8")
@@ -78,16 +122,17 @@ def write_surprisals(path, text_path, model, tokenizer, convention="newline"):
         raise UserError(f"{text_path} is not UTF-8: convert it, for example with iconv") from error
     if text.startswith("\ufeff"):
         warn(f"{text_path}: its byte-order mark is left out")
-    lines = text.removeprefix("\ufeff").split("\n")
+    blanks = blank_pieces(tokenizer) if correct else ()
 
-    def number(value):
-        return "" if value is None else f"{value:.6f}"
+    def cell(bits):
+        return "" if bits is None else f"{bits:.6f}"
 
-    rows = [COLUMNS]
-    for i, line in enumerate(lines, 1):
-        if line.strip():
-            words = word_surprisals(model, tokenizer, line, convention)
-            for position, (word, bits, pieces, parts) in enumerate(words, 1):
-                values = " ".join(map(number, parts))
-                rows.append((str(i), str(position), word, number(bits), " ".join(pieces), values))
+    rows = [(*COLUMNS, "corrected_bits") if correct else COLUMNS]
+    for i, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        words = word_surprisals(model, tokenizer, line, convention, blanks) if line.strip() else []
+        for position, word in enumerate(words, 1):
+            pieces = " ".join(word.pieces).replace("\t", "<0x09>")
+            row = [str(i), str(position), word.text, cell(word.bits), pieces]
+            row.append(" ".join(map(cell, word.piece_bits)))
+            rows.append([*row, cell(word.corrected_bits)] if correct else row)
     write_text(path, "".join("\t".join(row) + "\n" for row in rows))

@@ -1,78 +1,124 @@
 """The text of an experiment: a sample of a corpus, and two halves of its dev text.
 
-What chooses and what is reported must not share a document: the first halves of the dev files
-choose, the second are reported. (Odd and even chunks would share them all.)
+Validation and test text must not share a document: the first halves of the dev files are for
+validation, the second for the test. (Odd and even chunks would share every document.)
 """
 
 import math
+import re
 
-from corpus.text_files import list_text_files, read_text, split_name
-from training.io import UserError, write_text
+from corpus.cleaning import split_lines
+from corpus.text_files import (
+    list_text_files,
+    read_text,
+    sub_corpora,
+    sub_corpus,
+    text_suffix,
+    warn_of_ignored_files,
+)
+from training.io import UserError, log, warn, write_text
 
-BLOCK_LINES = 50  # a sample is made of runs of lines, so that sentences keep company
+RUN_LINES = 50  # a sample is made of runs of lines, so that sentences stay in their context
+LEAST_OF_LINES = 0.3  # of the words asked for, from runs of lines: their number is rounded down
+TOLERANCE = 0.1  # by which sentences, and halves, may miss the words asked for
+SENTENCE_WORDS = 50  # a sentence of more words is cut between words
+
+
+def count_words(text):
+    return len(text.split())
+
+
+def sentences(text):
+    """The sentences of a text, each with the blank or newline after it: a line has one at least."""
+    pieces = re.findall(r"[^\n]+?[.!?] |[^\n]*\n|[^\n]+", text)
+    cut = re.compile(rf"\s*(?:\S+\s*){{1,{SENTENCE_WORDS}}}|\s+")
+    return [sentence for piece in pieces for sentence in cut.findall(piece)]
+
+
+def possible_runs(text):
+    """Yields ways to part a text into runs: the least share of the words asked for, and the runs."""
+    lines = text.split("\n")
+    yield LEAST_OF_LINES, ["\n".join(lines[i : i + RUN_LINES]) for i in range(0, len(lines), RUN_LINES)]
+    pieces = sentences(text)
+    for length in (RUN_LINES, RUN_LINES // 10, 1):
+        runs = ["".join(pieces[i : i + length]).rstrip() for i in range(0, len(pieces), length)]
+        yield 1 - TOLERANCE, runs
 
 
 def sample_lines(text, fraction):
-    """`fraction` of a text's runs of lines, rounded down, evenly spread over it; at least one."""
-    lines = text.split("\n")
-    blocks = [lines[i : i + BLOCK_LINES] for i in range(0, len(lines), BLOCK_LINES)]
-    kept = [
-        block for i, block in enumerate(blocks) if math.floor((i + 1) * fraction) > math.floor(i * fraction)
-    ]
-    return "\n".join(line for block in kept or blocks[:1] for line in block)
+    """`fraction` of a text's runs of lines, rounded down, evenly spread over it; at least one.
+
+    Where lines are so long that runs of them miss the words asked for, runs of sentences are taken.
+    """
+    words, sample = fraction * count_words(text), text
+    for least, runs in possible_runs(text):
+        chosen = [r for i, r in enumerate(runs) if math.floor((i + 1) * fraction) > math.floor(i * fraction)]
+        sample = "\n".join(chosen or runs[:1])
+        if least * words <= count_words(sample) <= (1 + TOLERANCE) * words:
+            break
+    return sample
 
 
 def plain_name(path):
-    """The name under which a file's text is written, as lines and not compressed."""
-    name, suffix = split_name(path)
-    return name + (".txt" if suffix == ".jsonl" else suffix)
+    """The name under which the text of a file is written, as lines and not compressed."""
+    suffix = text_suffix(path)
+    return sub_corpus(path) + (".txt" if suffix == ".jsonl" else suffix)
 
 
 def sample_corpus(folder, target, words):
     """Writes a sample of each file of a folder, all in one proportion, with about `words` words."""
-    texts = {plain_name(path): read_text(path) for path in list_text_files(folder)}
-    fraction = min(1.0, words / max(sum(len(text.split()) for text in texts.values()), 1))
-    for name, text in texts.items():
-        write_text(target / name, sample_lines(text, fraction))
+    texts = {plain_name(path): read_text(path) for path in sub_corpora(folder).values()}
+    warn_of_ignored_files(folder)
+    total = sum(map(count_words, texts.values()))
+    samples = {name: sample_lines(text, min(1.0, words / max(total, 1))) for name, text in texts.items()}
+    for name, sample in samples.items():
+        write_text(target / name, sample)
+    taken = sum(map(count_words, samples.values()))
+    log(f"sampled {taken:,} of the {total:,} words in {folder} ({words:,} asked for)")
 
 
 def halves(text):
-    """The two halves of a text, by words, cut between lines."""
-    lines = text.split("\n")
-    words = [len(line.split()) for line in lines]
-    total, seen, middle = sum(words), 0, 0
-    while 2 * seen < total:
-        seen += words[middle]
-        middle += 1
-    return "\n".join(lines[:middle]), "\n".join(lines[middle:])
+    """The two halves of a text, by words, cut between lines, or sentences where lines are too long."""
+    total = count_words(text)
+    for pieces in (split_lines(text), sentences(text)):
+        seen, middle = 0, 0
+        while 2 * seen < total:
+            seen += count_words(pieces[middle])
+            middle += 1
+        if 2 * seen - total <= TOLERANCE * total:
+            break
+    return "".join(pieces[:middle]).removesuffix("\n"), "".join(pieces[middle:])
 
 
 def write_dev_halves(folder, targets, words=None, train_folder=None):
     """Writes the first halves of a folder's files into one of `targets`, the second into the other.
 
-    With `words`, each half is a sample of at most about so many, whose files have the shares that
-    they have of the text in `train_folder`, as far as they last; what it has not is left out.
+    With `words`, each half is a sample of at most about that many. Its files have the shares that
+    their sub-corpora have of the text in `train_folder`, as far as the text suffices.
     """
     shares = {}
     if words is not None:
-        paths = list_text_files(train_folder)
-        counts = {split_name(p)[0]: len(read_text(p).split()) for p in paths}
+        counts = {name: count_words(read_text(path)) for name, path in sub_corpora(train_folder).items()}
         shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
-    for path in list_text_files(folder):
-        name, _ = split_name(path)
+    warn_of_ignored_files(folder)
+    written = {target: 0 for target in targets}
+    for name, path in sub_corpora(folder).items():
         if words is not None and not shares.get(name):
+            warn(f"{path} is left out: {train_folder} has no sub-corpus {name}")
             continue
         for target, half in zip(targets, halves(read_text(path))):
             if not half.split():
-                raise UserError(f"{path} cannot be cut in two halves: it has too few lines")
+                raise UserError(f"{path} cannot be cut in two halves: it has too few words")
             if words is not None:
-                share = words * shares[name] / len(half.split())
-                half = sample_lines(half, min(1.0, share))
+                half = sample_lines(half, min(1.0, words * shares[name] / count_words(half)))
             write_text(target / plain_name(path), half)
+            written[target] += count_words(half)
+    for target, count in written.items():
+        log(f"{target}: {count:,} words of {folder}")
 
 
 def folder_state(folder):
-    """What tells a folder of text from another: its files and their sizes, or None."""
+    """{file name: size in bytes} of a folder of text, or None without a folder."""
     if folder is None:
         return None
     return {path.name: path.stat().st_size for path in list_text_files(folder)}

@@ -1,14 +1,13 @@
-"""Tasks of classifying texts: how they are read, scored, and learned.
+"""Text classification tasks: how they are read, encoded, scored, and with which settings they are learned.
 
-A task NAME is a folder's NAME.train.jsonl and NAME.valid.jsonl, a JSON object a line: what it is
-about, in the fields of one of `FORMS`, and its "label". NAME-mm.valid.jsonl without a train file of
-its own, as MNLI's mismatched part is, goes with the train file of NAME.
+A task NAME is a folder's NAME.train.jsonl and NAME.valid.jsonl: a JSON object on each line, with the
+fields of one of `TEMPLATES` and a "label". NAME-mm.valid.jsonl without a train file of its own, such as
+MNLI's mismatched part, is scored with the model of NAME.
 """
 
-import hashlib
 import json
+import re
 import string
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -17,24 +16,22 @@ import torch
 
 from data import Batch
 from loss import IGNORED
-from tokenizer import PAD
-from training.io import UserError, printable
-from training.options import option
+from training.io import UserError, printable, sha256
 
-MAX_CLASSES, MAX_LABEL = 100, 100  # and characters of a label
-MAX_LINE_BYTES = 1 << 20  # of a file of examples: no model here reads as much
-RESAMPLES, BOOTSTRAP_SEED = 1000, 2023
-# How the files of a task's parts end: here and in 2025, or in the data of 2023.
-TRAIN = {".train.jsonl": "", ".train.json": ""}
-VALID = {
+MAX_CLASSES = 100  # more are a sign of labels that are no classes
+BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED = 1000, 2023
+# File name endings of this project and of the data of 2025, then those of 2023, with what each adds to
+# the name of the task.
+TRAIN_ENDINGS = {".train.jsonl": "", ".train.json": ""}
+VALID_ENDINGS = {
     ".valid.jsonl": "",
     ".validation.json": "",
     ".validation_matched.json": "",
     ".validation_mismatched.json": "-mm",
 }
-# Fields become a text, or a pair of texts, as BabyLM's pipelines of 2023 to 2025 make them. The
-# first form whose fields are all there is taken.
-FORMS = (
+# How fields become a text or a pair of texts, as in BabyLM's pipelines of 2023 to 2025. The first
+# template whose fields a line has is taken, and all lines of a task must have the same one.
+TEMPLATES = (
     ("Question: {question} Answer: {answer}", "{paragraph}"),  # MultiRC
     ('Does "{span2_text}" refer to "{span1_text}" in this passage?', "{text}"),  # WSC
     ("{sentence1}", "{sentence2}"),  # MRPC, RTE
@@ -46,7 +43,12 @@ FORMS = (
     ("{sentence}",),  # CoLA, SST-2, MSGS
     ("{text}",),
 )
-FIELDS = [{f for part in form for _, f, _, _ in string.Formatter().parse(part) if f} for form in FORMS]
+# Fields that identify or describe an example and take no part in the question.
+HARMLESS_FIELDS = re.compile(
+    r"idx|index|id|u?uid|guid|(pair|prompt)id|genre|span[12]_index"
+    r"|(linguistic|surface)_feature\w*|control_paradigm|template|condition",  # of MSGS
+    re.IGNORECASE,
+)
 MSGS = (
     "main_verb_control",
     "control_raising_control",
@@ -60,42 +62,41 @@ MSGS = (
     "syntactic_category_lexical_content_the",
     "syntactic_category_relative_position",
 )
-# The number by which the challenge compares models; for all others it is the accuracy.
+# The metric by which the challenge compares models; for all other tasks it is the accuracy.
 METRICS = {"mrpc": "f1", "qqp": "f1", "cola": "mcc"} | dict.fromkeys(MSGS, "mcc")
+# Names of the class whose F1 counts, which GLUE numbers 1, where they are not the last in the alphabet.
+POSITIVE_LABELS = {"mrpc": "equivalent", "qqp": "duplicate", "cola": "acceptable"}
 
 
-# ---- how they are learned
+# ---- settings
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a task is learned. The defaults are those of the pipeline of 2023.
 
-    That pipeline does not evaluate the last step, as is done here; the one of 2025 leaves out an
-    epoch's short last batch, and decays all parameters, biases and norms among them.
+    Two differences to the pipelines: that of 2023 does not evaluate after the last step; that of 2025
+    leaves out the short last batch of an epoch, and decays all parameters, biases and norms too.
     """
 
-    learning_rate: float = option(5e-5, "the peak", minimum=0)
-    batch_size: int = option(64, "examples a step", minimum=1)
-    epochs: int = option(10, "passes over the examples", minimum=1)
-    patience: int = option(
-        10, "evaluations in a row without a better one, after which to stop; 0: never", minimum=0
-    )
-    eval_every: int = option(200, "steps between evaluations; 0: an epoch", minimum=0)
-    max_length: int = option(128, "tokens of a text, of which the end is cut off", minimum=3)
+    learning_rate: float = 5e-5  # the peak
+    batch_size: int = 64
+    epochs: int = 10
+    patience: int = 10  # evaluations in a row without improvement; 0: never stop early
+    eval_every: int = 200  # steps; 0: after each epoch
+    max_length: int = 128  # tokens; the end of a longer example is cut
     schedule: str = "linear"
-    warmup: float = 0.0  # of the steps
+    warmup: float = 0.0  # share of the steps
     min_lr_ratio: float = 0.0
     weight_decay: float = 0.0
     clip: float = 1.0
-    least_gain: float = 0.001  # a smaller one is none to the patience
-    chosen_by: str = "f1"  # what chooses among evaluations; "metric": the task's own
+    least_gain: float = 0.001  # smallest improvement that resets the patience
+    chosen_by: str = "f1"  # the score that chooses best.pt; "metric": the task's own
 
 
-# What Timiryasov and Tastet found for the pipeline of 2023, from the card of their model
-# (huggingface.co/timinar/baby-llama-58m). Of the rows of the six ambiguous tasks of MSGS only the
-# first rate was readable here: complete them from the card. Other tasks have the pipeline's
-# defaults.
+# Timiryasov and Tastet's settings for the pipeline of 2023, from the card of their model
+# (huggingface.co/timinar/baby-llama-58m). Of the rows of MSGS's six ambiguous tasks only the first
+# learning rate was readable here. Tasks without a row have the pipeline's defaults.
 AUTHORS = {
     "cola": Settings(4e-5, epochs=3, eval_every=20),
     "sst2": Settings(epochs=6),
@@ -140,281 +141,329 @@ SETTINGS = {  # {name: ({task: Settings}, those of all other tasks)}
 }
 
 
-def settings_of(task, name):
-    """The `Settings` of a task in the table of that name."""
-    known, others = SETTINGS[name]
-    return known.get(task.lower(), others)
+def settings_of(task, table):
+    """Returns the `Settings` of a task in one of the tables of `SETTINGS`."""
+    by_task, others = SETTINGS[table]
+    return by_task.get(task.lower(), others)
 
 
-# ---- how they are read
+# ---- reading
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a file: `texts` [(a,) or (a, b)] and the numbers of their classes."""
+    """The examples of a file: `texts` [(a,) or (a, b)], and `labels`, the index of each one's class."""
 
     texts: list
     labels: list
     words: int
     digest: str
+    unused_fields: frozenset | set = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
-    """A task: its classes' names in order, what to learn from, and {name: what to score}."""
+    """A task: the names of its classes in order, what to learn from, and {name: what to score}.
+
+    `positive` is the index of the class whose F1 is reported, if there are two.
+    """
 
     name: str
     classes: tuple[str, ...]
-    form: tuple[str, ...]  # one of `FORMS`, that of the first line
+    positive: int
+    template: tuple[str, ...]  # one of `TEMPLATES`
     train: Examples
     valid: dict
 
     @property
     def digests(self):
-        """{file's part: digest}."""
-        return {"train": self.train.digest} | {n: e.digest for n, e in self.valid.items()}
+        """{"train" or the name of a valid file: digest}."""
+        return {"train": self.train.digest} | {name: e.digest for name, e in self.valid.items()}
+
+    def confusion(self, name, predictions):
+        """Returns the `confusion` table of predicted classes (N,) for the valid file of that name."""
+        return confusion(predictions, torch.tensor(self.valid[name].labels), len(self.classes))
+
+    def scores(self, name, predictions):
+        """Returns the `scores` of predicted classes (N,) for the valid file of that name."""
+        return scores(self.confusion(name, predictions), self.positive)
+
+    @property
+    def unused_fields(self):
+        """Names of fields that are not part of the texts, and not known to be harmless."""
+        names = set().union(*(e.unused_fields for e in (self.train, *self.valid.values())))
+        return sorted(name for name in names if not HARMLESS_FIELDS.fullmatch(name))
 
 
 def read_tasks(folder, names=None):
-    """The `Task`s of a folder, in order of their names, or those of `names` in that order.
+    """Returns the `Task`s of a folder in the order of their names, or those of `names` in that order.
 
-    Raises `UserError` where there is none, where one of these lacks a file, and for a line that
-    cannot be learned from.
+    Raises `UserError` if there is none, a task lacks a file or is named twice, or a line is not a
+    labelled example.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one of NAME.train.jsonl, NAME.valid.jsonl")
-    train, valid = _files(folder, TRAIN), _files(folder, VALID)
+    train, valid = _list_files(folder, TRAIN_ENDINGS), _list_files(folder, VALID_ENDINGS)
     if not train:
         raise UserError(f"{folder} holds no NAME.train.jsonl: give a folder of tasks")
-    owners = {n: n if n in train else n.removesuffix("-mm") for n in valid}
+    owners = {name: name if name in train else name.removesuffix("-mm") for name in valid}
+    if names and len(set(names)) < len(names):
+        raise UserError(f"--only {max(names, key=names.count)}: it is named twice: name each task once")
     for name in names or [*train, *owners.values()]:
         if name not in train and name not in owners.values():
             raise UserError(f"{folder} has no task {name}: choose from {', '.join(train)}")
         if name not in train:
-            path = next(valid[n] for n, owner in owners.items() if owner == name)
+            path = next(valid[part] for part, owner in owners.items() if owner == name)
             raise UserError(f"{path} has no {name}.train.jsonl beside it: add it")
         if name not in owners.values():
             raise UserError(f"{train[name]} has no {name}.valid.jsonl beside it: add it")
     return [
-        _read_task(name, train[name], {n: valid[n] for n in valid if owners[n] == name})
+        _read_task(name, train[name], {part: valid[part] for part in sorted(valid) if owners[part] == name})
         for name in names or train
     ]
 
 
-def _files(folder, ends):
-    """{task: path} of the files of a folder that have one of the ends, by name."""
-    found = {}
-    for end, suffix in ends.items():
-        for path in folder.glob(f"[!.]*{end}"):
-            name = path.name.removesuffix(end) + suffix
-            if name in found:
-                raise UserError(f"{found[name]} and {path} are the same part of a task: remove one")
-            found[name] = path
-    return dict(sorted(found.items()))
+def _list_files(folder, endings):
+    """Returns {name: path}, by name, of the folder's files with one of these endings."""
+    paths = {}
+    for ending, suffix in endings.items():
+        for path in folder.glob(f"[!.]*{ending}"):
+            name = path.name.removesuffix(ending) + suffix
+            if name in paths:
+                raise UserError(f"{paths[name]} and {path} are the same part of a task: remove one")
+            if not path.is_file():
+                raise UserError(f"{path} is not a file, or a link to nothing: mend or remove it")
+            paths[name] = path
+    return dict(sorted(paths.items()))
 
 
-def _read_task(name, train, valid):
-    texts, names, digest = _read(train)
-    with open(train, "rb") as file:
-        form = FORMS[_form(_parsed(next(filter(bytes.strip, file))))]
-    counted = Counter(names)
-    classes = sorted(counted, key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0, c))
-    if len(classes) < 2:
-        raise UserError(f"{train} shows the class {classes[0]} alone: there is nothing to learn")
-    if len(classes) > MAX_CLASSES:
-        raise UserError(f"{train} has {len(classes)} classes, more than {MAX_CLASSES}: mend labels")
+def _read_task(name, train_path, valid_paths):
+    template, train = _read_examples(train_path)
+    classes, positive = _read_classes(name, set(train.labels), train_path)
+    numbers = {label: i for i, label in enumerate(classes)}
 
-    def examples(texts, names, digest):
-        words = sum(len(part.split()) for text in texts for part in text)
-        return Examples(texts, [numbers[name] for name in names], words, digest)
+    def numbered(examples):
+        return replace(examples, labels=[numbers[label] for label in examples.labels])
 
-    numbers = {name: i for i, name in enumerate(classes)}
-    scored = {n: examples(*_read(path, train.name, classes)) for n, path in sorted(valid.items())}
-    return Task(name, tuple(classes), form, examples(texts, names, digest), scored)
+    valid = {part: numbered(_read_examples(path, template, classes)[1]) for part, path in valid_paths.items()}
+    return Task(name, classes, positive, template, numbered(train), valid)
 
 
-def _read(path, train_name="", classes=None):
-    """The texts of a file's lines, the names of their classes, and the file's digest.
+def _read_examples(path, template=None, classes=None):
+    """Returns the template of a file's lines, and its `Examples` with names of classes as labels.
 
-    Raises `UserError` for a class that is not in `classes`, those of the train file, if given.
+    Raises `UserError` for a line of another template, by default than the first, or another class.
     """
-    texts, names, digest = [], [], hashlib.sha256()
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-            digest.update(line)
-            if not line.strip():
-                continue
-            try:
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes")
-                text, name = _example(_parsed(line))
-                if classes and name not in classes:
-                    known = ", ".join(classes[:9])
-                    raise ValueError(f"the class {name} never occurs in {train_name} ({known})")
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: {error}: mend it or remove it") from error
-            texts.append(text)
-            names.append(sys.intern(name))  # a file has many lines of few classes
+    content = path.read_bytes()
+    texts, labels, unused = [], [], set()
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = _parse(line)
+            template = template or _template_of(entry)
+            texts.append(_fill(template, entry))
+            labels.append(_class_name(entry["label"]))
+            if classes and labels[-1] not in classes:
+                known = ", ".join(classes[:9])
+                raise ValueError(f"the class {labels[-1]} never occurs in the train file ({known})")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: {error}: mend it or remove it") from error
+        unused |= entry.keys() - _fields(template) - {"label"}
     if not texts:
         raise UserError(f"{path} is empty: fill it or remove it")
-    return texts, names, digest.hexdigest()
+    words = sum(len(part.split()) for text in texts for part in text)
+    return template, Examples(texts, labels, words, sha256(content), unused)
 
 
-def _parsed(line):
-    """What a line of JSON holds. Raises ValueError for what is none."""
+def _parse(line):
+    """Returns the object of a line of JSON. Raises ValueError for anything else."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        entry = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError("it is no JSON object") from error
-
-
-def _example(entry):
-    """The texts and the class's name in a line's object. Raises ValueError for any other."""
     if not isinstance(entry, dict) or "label" not in entry:
         raise ValueError('it is no JSON object with a "label"')
-    form, fields = FORMS[_form(entry)], FIELDS[_form(entry)]
-    if not all(isinstance(entry[field], str) for field in fields):
-        raise ValueError(f"{' and '.join(sorted(fields))} must be text")
-    if not any(entry[field].strip() for field in fields):
-        raise ValueError(f"there is no text: {' and '.join(sorted(fields))} must not be empty")
-    texts = tuple(part.format(**entry) for part in form)
-    "".join(texts).encode()  # half of a surrogate pair is no character: a UnicodeError
-    return texts, _class_name(entry["label"])
+    spans = entry.get("target")
+    if isinstance(spans, dict):  # SuperGLUE's own files of WSC nest the spans in it
+        entry = {field: value for field, value in entry.items() if field != "target"} | spans
+    return entry
 
 
-def _form(entry):
-    """The number of the first form whose fields an object has. Raises ValueError without any."""
-    for i, fields in enumerate(FIELDS):
-        if fields <= entry.keys():
-            return i
-    known = "; ".join(", ".join(sorted(fields)) for fields in FIELDS)
+def _fields(template):
+    """Returns the names of the fields that a template puts into its texts."""
+    return {field for part in template for _, field, _, _ in string.Formatter().parse(part) if field}
+
+
+def _template_of(entry):
+    """Returns the first template whose fields an object has. Raises ValueError if there is none."""
+    for template in TEMPLATES:
+        if _fields(template) <= entry.keys():
+            return template
+    known = "; ".join(", ".join(sorted(_fields(template))) for template in TEMPLATES)
     raise ValueError(f"it has none of these sets of fields: {known}")
 
 
+def _fill(template, entry):
+    """Returns the texts of an object. Raises ValueError unless `template` is its own."""
+    fields, own = sorted(_fields(template)), sorted(_fields(_template_of(entry)))
+    if own != fields:
+        raise ValueError(f"it has {', '.join(own)}, and the task's first line has {', '.join(fields)}")
+    if not all(isinstance(entry[field], str) for field in fields):
+        raise ValueError(f"{' and '.join(fields)} must be text")
+    if not any(entry[field].strip() for field in fields):
+        raise ValueError(f"there is no text: {' and '.join(fields)} must not be empty")
+    texts = tuple(part.format(**entry) for part in template)
+    "".join(texts).encode()  # raises for half of a surrogate pair, which is no character
+    return texts
+
+
 def _class_name(label):
-    """The name of a class, as a text. Raises ValueError for a label that names none."""
+    """Returns the name of a class as text. Raises ValueError for a label that names none."""
     if isinstance(label, float) and label.is_integer():
-        label = int(label)  # how pandas writes whole numbers, once one of them was missing
+        label = int(label)  # pandas writes whole numbers so once one of them was missing
     name = str(label).strip() if isinstance(label, (str, int)) else ""
-    if not 0 < len(name) <= MAX_LABEL or name.startswith("-"):
-        shown = repr(label)[:MAX_LABEL]
-        raise ValueError(f'the label {shown} is no class: "label" must be a word or a number')
+    if not name or name.startswith("-"):
+        raise ValueError(f'the label {label!r:.99} is no class: "label" must be a word or a number')
     return printable(name)
 
 
-# ---- as tokens
+def _read_classes(task, names, path):
+    """Returns the names of classes in order, numbers first, and the index of the positive one.
+
+    Raises `UserError` if they are too few or too many, or the task's F1 is of none of them.
+    """
+    classes = tuple(sorted(names, key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0, c)))
+    if len(classes) < 2:
+        raise UserError(f"{path} shows the class {classes[0]} alone: there is nothing to learn")
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{path} has {len(classes)} classes, more than {MAX_CLASSES}: mend labels")
+    name = POSITIVE_LABELS.get(task.lower())
+    positive = next((i for i, label in enumerate(classes) if label.lower() == name), 1)
+    if metric_of(task) == "f1" and (
+        len(classes) > 2 or classes[positive].lower() not in (name, "1", "true", "yes")
+    ):
+        raise UserError(
+            f'{path}: the F1 of {task} is that of "{name}", 1, true or yes against one other class, and its '
+            f"classes are {', '.join(classes[:9])}: rename the labels or the task"
+        )
+    return classes, positive
 
 
-def last_places(targets):
-    """Where each text ends, (B,): the one place of its row (B, T) that has a target."""
+# ---- encoding
+
+
+def last_positions(targets):
+    """Returns the position (B,) of each text's last token, the only one of a row (B, T) with a target."""
     return (targets >= 0).long().argmax(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedExamples:
     """Examples as token ids: a list of N lists, and the class of each, (N,) int64."""
 
     ids: list
     labels: torch.Tensor
     words: int
-    cut: int  # examples that were too long
+    num_cut: int  # examples that lost their ends
 
     @property
     def num_tokens(self):
         """Tokens of all examples."""
         return sum(map(len, self.ids))
 
-    def batch(self, chosen):
-        """The `Batch` of these examples: padded behind, the class as the last token's target.
+    def batch(self, indices):
+        """Returns the `Batch` of these examples: padded behind, the class as the last token's target.
 
-        No mask is needed: in a causal model nothing sees what is behind it.
+        In a causal model nothing sees what is behind it, so that the padding needs no mask and may be
+        any id.
         """
-        rows = [torch.tensor(self.ids[i]) for i in chosen]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        rows = [torch.tensor(self.ids[i]) for i in indices]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)  # (B, T)
         targets = torch.full_like(tokens, IGNORED)
         ends = torch.tensor([len(row) - 1 for row in rows])
-        targets[torch.arange(len(rows)), ends] = self.labels[chosen]
-        return Batch.whole(torch.as_tensor(chosen), tokens, targets)
+        targets[torch.arange(len(rows)), ends] = self.labels[indices]
+        return Batch.whole(torch.as_tensor(indices), tokens, targets)
 
 
 def encode(examples, tokenizer, max_length):
-    """`EncodedExamples` of at most `max_length` tokens each; between two texts is a newline.
+    """Returns `EncodedExamples` of at most `max_length` tokens; between the texts of a pair is a newline.
 
-    Too long a text loses its end, of a pair the longer one first: what the exported tokenizer does.
+    Too long a text loses its end, of a pair the longer one first, as in the exported tokenizer.
     """
-    parts = zip(*(tokenizer.encode(list(column)) for column in zip(*examples.texts)))
-    between = tokenizer.encode("\n")
-    ids, cut = [], 0
-    for found in parts:
-        whole = sum(map(len, found)) + (len(found) - 1) * len(between)
-        cut += whole > max_length
-        if len(found) == 1:
-            ids.append(found[0][:max_length])
+    columns = [tokenizer.encode(list(column)) for column in zip(*examples.texts)]
+    newline = tokenizer.encode("\n")
+    ids, num_cut = [], 0
+    for first, *rest in zip(*columns):
+        if not rest:
+            num_cut += len(first) > max_length
+            ids.append(first[:max_length])
             continue
-        room = max_length - len(between)
-        least, most = sorted(map(len, found))
-        least = min(least, room // 2)
-        most = min(most, room - least)
-        first, second = (least, most) if len(found[0]) <= len(found[1]) else (most, least)
-        ids.append(found[0][:first] + between + found[1][:second])
-    return EncodedExamples(ids, torch.tensor(examples.labels), examples.words, cut)
+        (second,) = rest
+        room = max_length - len(newline)
+        num_cut += len(first) + len(second) > room
+        # The shorter one keeps up to half of the room, the longer one the rest of it.
+        shorter = min(len(first), len(second), room // 2)
+        longer = room - shorter
+        first_size, second_size = (shorter, longer) if len(first) <= len(second) else (longer, shorter)
+        ids.append(first[:first_size] + newline + second[:second_size])
+    return EncodedExamples(ids, torch.tensor(examples.labels), examples.words, num_cut)
 
 
-# ---- how they are scored
+# ---- scores
 
 
-def confusion(predicted, labels, num_classes):
-    """How many examples of each class are predicted as each class: (is, predicted), float64."""
+def confusion(predictions, labels, num_classes):
+    """Returns how many examples of each class are predicted as each: (label, prediction), float64."""
     table = torch.zeros(num_classes, num_classes, dtype=torch.float64)
     ones = torch.ones(len(labels), dtype=torch.float64)
-    return table.index_put_((labels, predicted), ones, accumulate=True)
+    return table.index_put_((labels, predictions), ones, accumulate=True)
 
 
-def table_scores(tables):
-    """{"accuracy", "mcc"} of confusion tables (..., C, C), and "f1" of class 1 if C is 2: (...).
+def table_scores(tables, positive=1):
+    """Returns {"accuracy", "mcc"} of confusion tables (..., C, C), and the positive class's "f1" if C is 2.
 
-    Matthews' correlation, for any C (Gorodkin 2004), is 0 where all are of one class, or all are
-    predicted to be; F1 is 0 where class 1 is never right.
+    Matthews' correlation, for any C (Gorodkin 2004), is 0 if all labels or all predictions are of one
+    class; F1 is 0 if the positive class is never predicted rightly.
     """
-    are, said = tables.sum(-1), tables.sum(-2)  # (..., C)
-    total, right = are.sum(-1), tables.diagonal(dim1=-2, dim2=-1).sum(-1)
-    covariance = right * total - (are * said).sum(-1)
-    variances = (total**2 - (are**2).sum(-1)) * (total**2 - (said**2).sum(-1))
-    found = {"accuracy": right / total, "mcc": covariance / variances.sqrt().clamp(min=1e-300)}
+    labels, predictions = tables.sum(-1), tables.sum(-2)  # counts of each class, (..., C)
+    total, correct = labels.sum(-1), tables.diagonal(dim1=-2, dim2=-1).sum(-1)
+    covariance = correct * total - (labels * predictions).sum(-1)
+    variances = (total**2 - (labels**2).sum(-1)) * (total**2 - (predictions**2).sum(-1))
+    result = {"accuracy": correct / total, "mcc": covariance / variances.sqrt().clamp(min=1e-300)}
     if tables.shape[-1] == 2:
-        found["f1"] = 2 * tables[..., 1, 1] / (are[..., 1] + said[..., 1]).clamp(min=1)
-    return found
+        counts = labels[..., positive] + predictions[..., positive]
+        result["f1"] = 2 * tables[..., positive, positive] / counts.clamp(min=1)
+    return result
 
 
-def scores(predicted, labels, num_classes):
-    """`table_scores` of predicted classes and those that are, both (N,), as numbers."""
-    table = confusion(predicted, labels, num_classes)
-    return {name: value.item() for name, value in table_scores(table).items()}
+def scores(table, positive=1):
+    """Returns `table_scores` of one confusion table, as numbers."""
+    return {name: value.item() for name, value in table_scores(table, positive).items()}
 
 
-def text_interval(predicted, labels, num_classes, metric):
-    """The 95 % interval (low, high) of a score over texts that might have been drawn instead.
+def bootstrap_interval(table, metric, positive=1):
+    """Returns the 95 % bootstrap interval (low, high) of a score over the texts of a confusion table.
 
-    A bootstrap: examples are drawn with replacement, which draws the cells of their confusion table
-    from a multinomial distribution.
+    Drawing texts with replacement draws the table's cells from a multinomial distribution.
     """
-    cells = confusion(predicted, labels, num_classes).flatten().numpy()
-    there = np.flatnonzero(cells)
-    drawn = np.zeros((RESAMPLES, len(cells)))
+    cells = table.flatten().numpy()
+    filled = np.flatnonzero(cells)
+    resamples = np.zeros((BOOTSTRAP_RESAMPLES, len(cells)))
     generator = np.random.default_rng(BOOTSTRAP_SEED)
-    drawn[:, there] = generator.multinomial(len(labels), cells[there] / len(labels), RESAMPLES)
-    tables = torch.from_numpy(drawn).view(-1, num_classes, num_classes)
-    low, high = np.quantile(table_scores(tables)[metric].numpy(), (0.025, 0.975))
+    num_texts = int(cells.sum())
+    resamples[:, filled] = generator.multinomial(num_texts, cells[filled] / num_texts, BOOTSTRAP_RESAMPLES)
+    tables = torch.from_numpy(resamples).view(-1, *table.shape)
+    low, high = np.quantile(table_scores(tables, positive)[metric].numpy(), (0.025, 0.975))
     return float(low), float(high)
 
 
 def metric_of(name):
-    """The name of the number by which models are compared on a task."""
+    """Returns the name of the metric by which models are compared on a task."""
     return METRICS.get(name.lower().removesuffix("-mm"), "accuracy")
 
 
 def majority_scores(task, name):
-    """The `scores` of who always says the class that is most frequent in the train file."""
-    labels = torch.tensor(task.valid[name].labels)
-    most = Counter(task.train.labels).most_common(1)[0][0]
-    return scores(torch.full_like(labels, most), labels, len(task.classes))
+    """Returns the `scores` of always predicting the class that is most frequent in the train file."""
+    most_frequent = Counter(task.train.labels).most_common(1)[0][0]
+    return task.scores(name, torch.full((len(task.valid[name].labels),), most_frequent))

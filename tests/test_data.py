@@ -1,17 +1,15 @@
 """Shards keep what they are given and say when they cannot; a batch depends on its step alone."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 import data
 from conftest import train_tokenizer, write_text
-from corpus.token_shards import FIRST_LINE_BYTES, MAGIC, write_shard
+from corpus.token_shards import write_shard
 from data import Batch, BatchStream, PrefetchStream, TokenShard, count_chunks, dev_subset, prefetch
 from tokenizer import Tokenizer
-from training.io import UserError, sha256
+from training.io import UserError
 
 
 class Pieces:
@@ -24,101 +22,6 @@ class Pieces:
 def shard_of(path, ids, vocabulary_size=1000):
     write_shard(path, [("text", ids, len(ids), 2 * len(ids))], Pieces(vocabulary_size), "none")
     return TokenShard(path)
-
-
-@pytest.mark.parametrize("vocabulary_size, dtype", [(65_536, "uint16"), (65_537, "uint32")])
-def test_a_shard_gives_back_what_was_written(tmp_path, vocabulary_size, dtype):
-    first, second = np.arange(700), np.array([vocabulary_size - 1, 0, 5])
-    texts = [("a", first, 300, 4000), ("b", second, 2, 9)]
-    header = write_shard(tmp_path / "x.bin", texts, Pieces(vocabulary_size), "1")
-    shard = TokenShard(tmp_path / "x.bin")
-    assert header["dtype"] == dtype and shard.tokens.dtype == dtype
-    assert np.array_equal(shard.tokens, np.concatenate([first, second]))
-    assert [(f.name, f.start, f.stop) for f in shard.files] == [("a", 0, 700), ("b", 700, 703)]
-    assert (shard.words, shard.bytes, shard.tokenizer) == (302, 4009, "an identity")
-
-
-def test_the_header_is_readable_by_eye(data_folder):
-    text = (data_folder / "train.bin").read_bytes()[:600].decode()
-    assert text.startswith(MAGIC) and '"tokens":' in text and '"vocabulary_size": 300' in text
-
-
-def test_any_changed_byte_is_found(tmp_path):
-    path = tmp_path / "x.bin"
-    shard_of(path, np.arange(500))
-    whole = path.read_bytes()
-    generator = np.random.default_rng(0)
-    places = generator.integers(0, len(whole), 200)
-    for place in [0, FIRST_LINE_BYTES - 1, FIRST_LINE_BYTES, len(whole) - 1, *places]:
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << generator.integers(8)
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"x\.bin"):
-            TokenShard(path)
-
-
-@pytest.mark.parametrize("cut", [0, 10, 200, -1])
-def test_a_truncated_shard_is_refused(tmp_path, cut):
-    path = tmp_path / "x.bin"
-    shard_of(path, np.arange(500))
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match="tokenize_corpus"):
-        TokenShard(path)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match="tokenize_corpus"):
-        TokenShard(path)
-
-
-def test_a_missing_shard_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=r"python tokenize_corpus\.py"):
-        TokenShard(tmp_path / "train.bin")
-
-
-def forged(path, change):
-    """The shard with its JSON changed and all digests of the header made right again."""
-    whole = path.read_bytes()
-    _, version, size, _ = whole[:FIRST_LINE_BYTES].decode().split()
-    header = json.loads(whole[FIRST_LINE_BYTES : int(size)])
-    header.update(change)
-    body = json.dumps(header).encode().ljust(int(size) - FIRST_LINE_BYTES)
-    first_line = f"{MAGIC} {version} {size} {sha256(body)}\n".encode()
-    path.write_bytes(first_line + body + whole[int(size) :])
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"largest_id": 1000}, "beyond its vocabulary"),
-        ({"tokens": -1}, "contradicts itself"),
-        ({"tokens": 10**30}, "contradicts itself|expected"),
-        ({"dtype": "object"}, "contradicts itself"),
-        ({"block_bytes": 0}, "contradicts itself"),
-        ({"files": "none"}, "cannot be read"),
-        ({"shards": 2}, "one of several"),
-    ],
-)
-def test_a_header_that_lies_is_refused(tmp_path, change, message):
-    path = tmp_path / "x.bin"
-    shard_of(path, np.arange(500))
-    forged(path, change)
-    with pytest.raises(UserError, match=message):
-        TokenShard(path)
-
-
-def test_a_newer_version_is_refused(tmp_path):
-    path = tmp_path / "x.bin"
-    shard_of(path, np.arange(500))
-    path.write_bytes(path.read_bytes().replace(b" 00000001 ", b" 00000002 ", 1))
-    with pytest.raises(UserError, match="version 2"):
-        TokenShard(path)
-
-
-def test_ids_beyond_the_vocabulary_are_never_written(tmp_path):
-    with pytest.raises(UserError, match="beyond 100 pieces"):
-        shard_of(tmp_path / "x.bin", np.arange(101), vocabulary_size=100)
-    with pytest.raises(UserError, match="no text"):
-        shard_of(tmp_path / "x.bin", np.zeros(0, int))
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- the order of batches

@@ -23,7 +23,6 @@ from training.device import (
     Compute,
     checkpoint_activations,
     choose_device,
-    compiles,
 )
 from training.io import UserError
 from training.resume import training_state
@@ -83,7 +82,7 @@ def recorded(step, batches):
     for i, batch in enumerate(batches):
         step.load(batch, 1e-3 * i)
         with Recording() as recording:
-            step.train_step.update(step.parts)
+            step.train_step.update(step.micro_batches)
         operations.append(recording.operations)
     return operations
 
@@ -168,7 +167,7 @@ def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
     loading = GraphedStep(full_step(kind, "cpu", "fp32"))
     for i in range(3):
         loading.load(stream(i), 1e-3 * i)
-        loaded = loading.train_step.update(loading.parts)
+        loaded = loading.train_step.update(loading.micro_batches)
         torch.testing.assert_close(loaded["loss"], terms[i]["loss"], rtol=1e-6, atol=0)
     for a, b in zip(plain.parameters.values(), loading.train_step.parameters.values()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -182,7 +181,7 @@ class Replaying(GraphedStep):
     def capture(self):
         def replay():
             self.replays += 1
-            return self.train_step.update(self.parts)
+            return self.train_step.update(self.micro_batches)
 
         return replay
 
@@ -206,7 +205,7 @@ class Stale(Replaying):
     """One whose replay reads the input that it was captured with."""
 
     def capture(self):
-        parts = [part.clone() for part in self.parts]
+        parts = [part.clone() for part in self.micro_batches]
 
         def stale():
             self.replays += 1
@@ -354,13 +353,6 @@ def test_what_a_checkpoint_keeps_has_left_the_gpu(train_shard):
     step(BatchStream(train_shard, 8, 32, seed=0, device="cuda")(0), 1e-3)
     kept = [t for t in tree_leaves(training_state(step)) if isinstance(t, torch.Tensor)]
     assert len(kept) > 50 and not any(tensor.is_cuda for tensor in kept)
-
-
-def test_a_long_run_on_a_cpu_is_advised_to_compile(capsys):
-    cpu, cuda = Compute(torch.device("cpu"), "fp32"), Compute(torch.device("cuda"), "bf16")
-    assert not compiles(None, cpu, 1e13) and compiles(None, cuda, 1e18) and compiles(True, cpu)
-    assert not compiles(False, cpu, 1e18) and "--compile" not in capsys.readouterr().out
-    assert not compiles(None, cpu, 1e15) and "--compile" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

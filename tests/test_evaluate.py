@@ -1,9 +1,9 @@
 """Scores follow their definitions: on a uniform model, on hand-made pairs, file by file."""
 
+import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
 
 import pytest
@@ -172,10 +172,18 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, line):
         read_pairs(folder)
 
 
-def test_a_folder_without_pairs_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "nobody_writes_here.jsonl")
+def test_what_cannot_be_read_in_a_folder_of_pairs_is_an_error_or_named(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no \*\.jsonl"):
         read_pairs(tmp_path)
+    with pytest.raises(UserError, match="is no folder"):
+        read_pairs(tmp_path / "none")
+    folder = write_pairs(tmp_path, PAIRS)
+    (folder / "more.jsonl.gz").write_bytes(b"")
+    assert [*read_pairs(folder)] == ["hand_made"]
+    assert "more.jsonl.gz" in capsys.readouterr().err
+    (folder / "link.jsonl").symlink_to("nothing")
+    with pytest.raises(UserError, match=r"link\.jsonl is no file"):
+        read_pairs(folder)
 
 
 def test_sentences_are_scored_after_a_newline_whatever_their_neighbours(tokenizer):
@@ -275,6 +283,32 @@ def test_text_of_another_tokenizer_is_refused_and_left_out_where_pairs_are_score
     assert "only minimal pairs are scored" in capsys.readouterr().err
 
 
+def test_json_and_losses_say_from_what_the_numbers_were_made(checkpoints, data_folder, tmp_path):
+    """Digests change with the pairs' content, under the same folder name, and with nothing else."""
+    pairs, digests = write_pairs(tmp_path / "pairs", PAIRS), []
+    for good in ("a cat", "a cat", "the cat"):
+        write_pairs(tmp_path / "pairs", [PAIRS[0] | {"sentence_good": good}, *PAIRS[1:]])
+        options = ["--pairs", pairs, "--losses", tmp_path / "l.npz", "--json", tmp_path / "s.json"]
+        assert run(checkpoints[0], "--data", data_folder, *options) == 0
+        digests.append(json.loads((tmp_path / "s.json").read_text())["digests"])
+    assert digests[0] == digests[1]
+    assert digests[0]["pairs"][str(pairs)] != digests[2]["pairs"][str(pairs)]
+    assert digests[0]["text"] == digests[2]["text"] == TokenShard(data_folder / "dev.bin").digest
+    assert digests[2]["losses"] == hashlib.sha256((tmp_path / "l.npz").read_bytes()).hexdigest()
+    assert read_losses(tmp_path / "l.npz").precision == "fp32"
+
+
+@pytest.mark.parametrize("option", ["--json", "--losses", "--pair-scores", "--surprisals"])
+def test_files_that_cannot_be_written_are_refused_before_anything_is_read(option, tmp_path, capsys):
+    more = {"--pair-scores": ["--pairs", "p"], "--surprisals": ["--text", "t"]}.get(option, [])
+    (tmp_path / "file").write_text("")
+    for path, reason in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "cannot be written")):
+        assert run("missing.pt", option, path, *more) == 1
+        assert f"{option} {path}" in (message := capsys.readouterr().err) and reason in message
+    assert run("a.pt", option, "a.pt", *more) == 1
+    assert "another option" in capsys.readouterr().err
+
+
 def test_a_missing_shard_is_named(checkpoints, tmp_path, capsys):
     assert run(*checkpoints, "--data", tmp_path / "none") == 1
     assert "tokenize_corpus.py" in capsys.readouterr().err
@@ -354,13 +388,22 @@ def test_options_that_do_not_go_together_exit_with_2(options):
     assert stop.value.code == 2
 
 
-def test_shares_of_a_text_without_the_sub_corpora_are_refused(
-    checkpoints, data_folder, tokenizer, tmp_path, capsys
+def test_weights_come_from_training_text_of_the_same_tokenizer_and_sub_corpora(
+    checkpoints, data_folder, other_data, tokenizer, tmp_path, capsys
 ):
-    write_split(tmp_path / "other", "train", tokenizer, {"poems": write_text(500, seed=2)})
-    weights = tmp_path / "other" / "train.bin"
-    assert run(checkpoints[0], "--data", data_folder, "--weight-by", weights) == 1
-    assert "leave out --weight-by" in capsys.readouterr().err
+    write_split(tmp_path / "poems", "train", tokenizer, {"poems": write_text(500, seed=2)})
+    (other_data / "dev.bin").rename(other_data / "train.bin")
+    refused = {
+        tmp_path / "poems" / "train.bin": "leave out --weight-by",
+        other_data / "train.bin": "another tokenizer",
+        data_folder / "dev.bin": "is dev text",
+        tmp_path / "pairs": "pairs/train.bin does not exist",
+    }
+    (tmp_path / "pairs").mkdir()
+    for path, reason in refused.items():
+        assert run(checkpoints[0], "--data", data_folder, "--weight-by", path) == 1
+        assert reason in capsys.readouterr().err
+    assert run(checkpoints[0], "--data", data_folder, "--weight-by", data_folder) == 0
 
 
 def test_fields_are_shown_and_2025_counts_one_more(checkpoints, tmp_path, monkeypatch, capsys):

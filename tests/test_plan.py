@@ -20,17 +20,24 @@ def test_a_small_run_needs_little_room(tmp_path, monkeypatch):
             plans.check_disk(plan, tmp_path, parameters)
 
 
-def test_the_marks_of_the_2025_rules():
-    marks = word_marks(["babylm"], 43_000_000)
+def test_babylm_marks_are_those_of_the_rules():
+    """Every 1M words to 10M, every 10M to 100M, every 100M to 1B: 19 for Strict-Small, 28 for Strict."""
     million = 1_000_000
-    expected = [*range(1, 11), 20, 30, 40]
-    assert marks == {f"chck_{m}M.pt": m * million for m in expected}
-    assert word_marks(["babylm", "1500k", "700"], 2_000_000) == {
+    rules = [*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100)]
+    expected = {f"chck_{m}M.pt": m * million for m in rules}
+    assert word_marks(["babylm"], 1000 * million) == expected and len(expected) == 28
+    assert list(word_marks(["babylm"], 100 * million).values()) == [m * million for m in rules[:19]]
+    assert list(word_marks(["babylm"], 43 * million)) == [f"chck_{m}M.pt" for m in rules[:13]]
+
+
+def test_word_marks_are_numbers_with_a_unit_or_without(capsys):
+    assert word_marks(["babylm", "1500k", "700", "3M"], 2_000_000) == {
         "chck_700.pt": 700,
-        "chck_1M.pt": million,
+        "chck_1M.pt": 1_000_000,
         "chck_1500k.pt": 1_500_000,
-        "chck_2M.pt": 2 * million,
+        "chck_2M.pt": 2_000_000,
     }
+    assert "2,000,000 words and not 3M" in capsys.readouterr().err
     for wrong in ("all", "", "0", "-1M", "1G", "M", "²", "9" * 5000):
         with pytest.raises(UserError, match="--save-at-words"):
             word_marks([wrong], 10)

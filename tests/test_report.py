@@ -306,7 +306,7 @@ def test_the_checkpoint_that_taught_counts_for_lead_and_gap(study):
 
 def test_missing_losses_are_an_error(study):
     (study.folder / "seed-1" / "control.losses.npz").unlink()
-    with pytest.raises(UserError, match=r"control\.losses\.npz holds no losses"):
+    with pytest.raises(UserError, match=r"control\.losses\.npz does not exist"):
         write(study)
 
 

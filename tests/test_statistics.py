@@ -107,6 +107,10 @@ def test_evaluate_prints_the_comparison(losses, tmp_path, capsys):
     assert run_program(lambda: evaluate.main(arguments)) == 0
     printed = capsys.readouterr().out
     assert "train" in printed and "plain" in printed and "-0.1050" in printed
+    seed = str(tmp_path / "s0.npz")
+    for against, reason in (([seed, seed], "twice"), (["gone.npz", "x"], "gone.npz does not exist")):
+        assert run_program(lambda a=against: evaluate.main(["--compare", seed, seed, "--against", *a])) == 1
+        assert reason in capsys.readouterr().err
 
 
 def test_the_interval_over_clusters_is_that_of_a_normal_mean():
@@ -121,6 +125,10 @@ def test_losses_that_do_not_belong_together_are_refused(losses, tmp_path):
     for other in ({"sequence_length": 64}, {"text": "other"}):
         with pytest.raises(UserError, match="not of the same text"):
             statistics.compare([first], [written(tmp_path / "b.npz", losses, **other)], "plain")
+    in_bf16 = written(tmp_path / "b.npz", losses, precision="bf16")
+    with pytest.raises(UserError, match="different precision"):
+        statistics.compare([written(tmp_path / "c.npz", losses, precision="fp32")], [in_bf16], "plain")
+    assert statistics.compare([first], [in_bf16], "plain").mean == 0  # older files do not say it
     with pytest.raises(UserError, match="one per seed"):
         statistics.compare([first], [first, first])
     with pytest.raises(UserError, match="no shares"):
@@ -139,6 +147,7 @@ def test_losses_that_do_not_belong_together_are_refused(losses, tmp_path):
         {"file_of": np.full(48, 7, np.uint16)},
         {"files": np.array([1.0, 2.0])},
         {"share": np.array([1.0])},
+        {"words_per_token": np.array([1e300, -1e300])},
     ],
 )
 def test_odd_arrays_are_no_losses(losses, tmp_path, change):

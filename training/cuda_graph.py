@@ -8,22 +8,20 @@ from training import distributed
 from training.device import skips_on_device
 from training.io import UserError, warn
 
-GRAPH_WARM_UP = 3  # plain steps before a CUDA graph is captured: what is made once is then made
-GRAPH_TOKENS = 8192  # of a step, up to which one is captured unless --no-cuda-graph is given
+GRAPH_WARM_UP = 3  # plain steps before the capture, in which optimizer states and buffers are made
+GRAPH_TOKENS = 8192  # of a step, up to which a graph is the default
 
 
 class GraphedStep:
-    """Calls a train step whose update is captured once as a CUDA graph and then replayed.
+    """Calls a train step whose `update` is captured once as a CUDA graph, and replayed from then on.
 
-    A student's step on few tokens is some hundreds of short kernels, which take longer to launch
-    one by one than to run. `train_step.prepare(batch)`, where the teachers are run or read from the
-    cache, stays outside of the graph: live teachers are long kernels anyway. A graph reads the
-    memory that it was captured with, so batch and learning rates are copied to fixed places, and it
-    keeps the memory of its activations. Numbers that are no tensors stay as captured: all batches
-    must have one shape and the same counts.
+    A student's step on few tokens is hundreds of short kernels, which take longer to launch one by
+    one than to run. Teachers and their cache are in `prepare`, outside of the graph.
 
-    Where no graph can be captured, or its first replay does not do what a plain step does, the
-    plain step is taken from then on, with a warning.
+    A graph reads and writes the memory of its capture. So batch and learning rates are copied to
+    fixed tensors, and all batches must have one shape and the same counts, which are captured as
+    numbers. Where the capture fails, or the first replay differs from a plain step, training goes on
+    with plain steps after a warning.
     """
 
     def __init__(self, train_step):
@@ -32,63 +30,64 @@ class GraphedStep:
         for group in train_step.groups:
             group["lr"], group["capturable"] = torch.zeros((), device=self.device), True
         self.cuda_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
-        self.warm_up, self.parts = GRAPH_WARM_UP, None
-        self.replay = None  # a function without arguments, once a graph is captured and verified
+        self.warm_up = GRAPH_WARM_UP  # plain steps that are left; negative later
+        self.micro_batches = None  # the input of the graph
+        self.replay = None  # a function without arguments, once the graph is captured
 
     def __call__(self, batch, learning_rate):
-        if self.warm_up == 0:  # with the input of the step before: it is verified with another
-            self.replay = self.tried(self.capture)
+        if self.warm_up == 0:  # with the last input, so that the comparison below has another one
+            self.replay = self.attempt(self.capture)
         self.load(batch, learning_rate)
-        if self.warm_up == 0 and self.replay and not self.tried(self.agrees):
+        if self.warm_up == 0 and self.replay and not self.attempt(self.replay_equals_update):
             self.replay = None
         self.warm_up -= 1
         return self.replay() if self.replay else self.update()
 
-    def tried(self, attempt):
-        """What `attempt()` returns, or False, with a warning, where it fails."""
-        problem = "a replayed step is not what a plain one is"
+    def attempt(self, function):
+        """Returns `function()`, or None after a warning if it fails or returns nothing."""
+        problem = "a replayed step differs from a plain one"
         try:
-            if found := attempt():
-                return found
-        except RuntimeError as error:  # any of CUDA's, and memory that does not suffice
+            if result := function():
+                return result
+        except RuntimeError as error:  # CUDA's errors, the lack of memory among them
             problem = str(error).partition("\n")[0]
             for optimizer in self.train_step.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         warn(f"training goes on without a CUDA graph: {problem}")
-        return False
+        return None
 
     def load(self, batch, learning_rate):
-        """Puts a step's input where `update` reads it."""
-        parts = self.train_step.prepare(batch)
-        if self.parts is None:
-            self.parts = [part.clone() for part in parts]
-        for mine, new in zip(self.parts, parts, strict=True):
-            if mine.counts() != new.counts():
-                raise ValueError(f"a batch of {new.counts()} after one of {mine.counts()}")
-            for place, value in zip(mine.tensors(), new.tensors(), strict=True):
-                place.copy_(value)
+        """Copies a step's input to the tensors that `update` reads."""
+        micro_batches = self.train_step.prepare(batch)
+        if self.micro_batches is None:
+            self.micro_batches = [micro_batch.clone() for micro_batch in micro_batches]
+        for target, source in zip(self.micro_batches, micro_batches, strict=True):
+            if target.counts() != source.counts():
+                raise ValueError(f"a batch of {source.counts()} after one of {target.counts()}")
+            for fixed, new in zip(target.tensors(), source.tensors(), strict=True):
+                fixed.copy_(new)
         for group, ratio in zip(self.train_step.groups, self.train_step.rate_ratios):
             group["lr"].fill_(learning_rate * ratio)
 
     def update(self):
-        """The plain step, on the stream on which the graph is captured."""
+        """Takes a plain step, on the stream of the capture, and returns its terms."""
         if not self.cuda_stream:
-            return self.train_step.update(self.parts)
+            return self.train_step.update(self.micro_batches)
         self.cuda_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.cuda_stream):
-            terms = self.train_step.update(self.parts)
+            terms = self.train_step.update(self.micro_batches)
         torch.cuda.current_stream().wait_stream(self.cuda_stream)
         return terms
 
     def capture(self):
-        """Captures the update, which is not executed by that; a function that replays it."""
+        """Captures the update without executing it; returns a function that replays it."""
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             with (
-                torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture leaves its own
+                torch.cuda.stream(torch.cuda.current_stream()),  # restored after a failed capture
                 torch.cuda.graph(graph, pool=pool, stream=self.cuda_stream),
             ):
-                terms = self.train_step.update(self.parts)
+                terms = self.train_step.update(self.micro_batches)
         except RuntimeError:
             end_failed_capture(torch.cuda.current_device(), pool)
             raise
@@ -99,11 +98,11 @@ class GraphedStep:
 
         return replay
 
-    def agrees(self):
-        """Whether a replayed step ends where a plain one does. All is left as it was.
+    def replay_equals_update(self):
+        """Returns whether a replay ends in the state of a plain step; the state is put back.
 
-        To the bit, tensor by tensor, where a plain step repeats its own bits; else the difference
-        is to be of the size of that between two plain steps: atomic additions come in any order.
+        Bits are compared where two plain steps have the same. Elsewhere atomic additions come in any
+        order, and the difference may be four times that of the two plain steps.
         """
         before = [tensor.clone() for tensor in self.state()]
 
@@ -112,33 +111,34 @@ class GraphedStep:
                 with torch.random.fork_rng([self.device] if self.cuda_stream else []):
                     step()
                 return [tensor.clone() for tensor in self.state()]
-            finally:  # also where memory does not suffice for a copy
+            finally:
                 for tensor, value in zip(self.state(), before):
                     tensor.copy_(value)
 
-        def distances(some, others):
-            return [(a - b).abs().max().item() if a.numel() else 0 for a, b in zip(some, others)]
+        def distances(tensors, others):
+            return [(a - b).abs().max().item() if a.numel() else 0 for a, b in zip(tensors, others)]
 
         plain = outcome(self.update)
         allowed = [4 * distance for distance in distances(outcome(self.update), plain)]
-        found = distances(outcome(self.replay), plain)
+        differences = distances(outcome(self.replay), plain)
         if self.cuda_stream:
-            torch.cuda.empty_cache()  # the copies' memory
-        return all(a <= b for a, b in zip(found, allowed))
+            torch.cuda.empty_cache()  # the memory of the copies
+        return all(difference <= limit for difference, limit in zip(differences, allowed))
 
     def state(self):
-        """All tensors that an update changes."""
+        """Returns all tensors that an update changes."""
         step = self.train_step
-        kept = [value for o in step.optimizers for s in o.state.values() for value in s.values()]
-        counters = [step.nonfinite_in_a_row, step.nonfinite_steps]
-        kept += [*counters, *step.parameters.values(), *step.objective.buffers()]
-        return [value.detach() for value in kept if isinstance(value, torch.Tensor)]
+        states = [state for optimizer in step.optimizers for state in optimizer.state.values()]
+        values = [value for state in states for value in state.values()]
+        values += [step.nonfinite_in_a_row, step.nonfinite_steps]
+        values += [*step.parameters.values(), *step.objective.buffers()]
+        return [value.detach() for value in values if isinstance(value, torch.Tensor)]
 
 
 def end_failed_capture(device, pool):
-    """Ends a capture that failed, where torch leaves generator and allocator in its midst.
+    """Ends a capture that failed, which torch 2.11 leaves half open.
 
-    In torch 2.11 dropout would raise after it, as would the end of memory.
+    Without this, dropout raises an error later, and so does a lack of memory.
     """
     generator = torch.cuda.default_generators[device]
     with contextlib.suppress(RuntimeError, AttributeError):
@@ -148,23 +148,18 @@ def end_failed_capture(device, pool):
 
 
 def should_capture(choice, compute, optimizers, tokens):
-    """Whether steps of so many tokens are to be replayed as a CUDA graph.
+    """Returns whether steps of so many tokens are replayed as a CUDA graph.
 
-    `choice` is that of --cuda-graph. None takes one on CUDA where a step has few tokens, so that
-    launching its kernels takes longer than executing them. Raises `UserError` where a graph is
-    asked for and cannot be had.
+    `choice` is --cuda-graph. By default a graph is used on CUDA for steps of few tokens. Raises
+    `UserError` if a graph is asked for and not possible.
     """
-    on_cuda, skipping = compute.device.type == "cuda", all(map(skips_on_device, optimizers))
-    alone = not distributed.is_torchrun()
-    if choice is None:
-        return on_cuda and skipping and alone and tokens <= GRAPH_TOKENS
-    if choice and not alone:
-        raise UserError("--cuda-graph is not for torchrun's processes: leave it out")
-    if choice and not on_cuda:
-        raise UserError(f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}: leave it out")
-    if choice and not skipping:
-        raise UserError(
-            "--cuda-graph needs an optimizer that skips a step on the device, as --optimizer adamw "
-            "does: leave one of the two out"
-        )
-    return choice
+    obstacle = None
+    if distributed.is_torchrun():
+        obstacle = "--cuda-graph is not for torchrun's processes"
+    elif compute.device.type != "cuda":
+        obstacle = f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}"
+    elif not all(map(skips_on_device, optimizers)):
+        obstacle = "--cuda-graph needs an optimizer that skips steps on the device, as --optimizer adamw does"
+    if choice and obstacle:
+        raise UserError(f"{obstacle}: leave it out")
+    return not obstacle and (tokens <= GRAPH_TOKENS if choice is None else choice)

@@ -1,74 +1,86 @@
-"""Where and how to compute: device, precision, compiled layers."""
+"""Where and how to compute: device, precision, compiled layers, recomputed activations, memory."""
 
 import contextlib
 import dataclasses
 import functools
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from training import distributed
-from training.io import UserError, log
+from training.io import UserError, log, warn
 
-LONG_RUN = 1e14  # operations: a quarter of an hour of two CPU cores
-GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a whole batch and a ragged one
+GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a full batch and a smaller one
 
 
 def choose_device(name):
-    """The torch device of that name; `auto` takes CUDA, else MPS, else the CPU.
+    """Returns the torch device of that name; `auto` takes CUDA, else MPS, else the CPU.
 
-    Of several processes on a machine each has a GPU of its own. Raises `UserError` if it is not
-    there. On CUDA, attention by cuDNN is switched off: in torch 2.11 some of its kernels round the
-    dropout probability to sixteenths (pytorch PR 174245).
+    Under torchrun each process takes the GPU of its local rank. Raises `UserError` if the device
+    does not exist. A GPU becomes this process's current device, and attention by cuDNN is switched
+    off for all that follows: in torch 2.11 some of its kernels round the dropout probability to
+    sixteenths (pytorch PR 174245).
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+        name = next(kind for kind in available if available[kind])
     if name == "cuda" and distributed.is_torchrun():
         name = f"cuda:{distributed.local_rank()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: choose auto, cuda, mps or cpu") from error
-    if device.type not in ("cuda", "mps", "cpu"):
+    kind, _, index = name.partition(":")
+    if kind not in available or not (index == "" or index.isdecimal()):
         raise UserError(f"--device {name}: choose auto, cuda, mps or cpu")
-    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
+    if not available[kind]:
         raise UserError(f"--device {name}: this machine has none; try --device auto")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
+    if kind == "cuda":
+        if int(index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
         torch.backends.cuda.enable_cudnn_sdp(False)
-        if device.index is not None:
-            torch.cuda.set_device(device)  # where streams and graphs are made
-    return device
+        if index:
+            torch.cuda.set_device(int(index))  # streams and graphs are made on the current device
+    return torch.device(name)
 
 
 def choose_precision(name, device):
-    """fp32 or bf16; `auto` takes bf16 where the chip multiplies it natively: elsewhere it is slow.
+    """Returns fp32 or bf16; `auto` takes bf16 if the hardware has it: emulated, it is slow.
 
-    Matrix products are in that precision; parameters and the residual stream stay in float32.
+    Matrix products have that precision; parameters and the residual stream stay in float32.
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = device.type == "cpu" and any(getattr(torch.cpu, c)() for c in checks)
+        checks = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+        native = device.type == "cpu" and any(check() for check in checks)
     return "bf16" if native else "fp32"
 
 
+def free_bytes(device):
+    """Returns the free bytes of a GPU's memory or of the host's, or None if that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
 def autocast_for(device, precision):
-    """The autocast context of that precision."""
+    """Returns the autocast context of that precision."""
     context = CPUAutocast if (device.type, precision) == ("cpu", "bf16") else torch.autocast
     return context(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Compute:
-    """Where and how a run computes: its device, its precision, and the autocast of both."""
+    """A device and the precision of its matrix products."""
 
     device: torch.device
     precision: str
@@ -78,12 +90,12 @@ class Compute:
 
     @property
     def autocast(self):
-        """A context in which matrix products are in that precision."""
+        """A new context in which matrix products have that precision."""
         return autocast_for(self.device, self.precision)
 
 
 def choose_compute(device, precision="auto"):
-    """The `Compute` that --device and --precision ask for."""
+    """Returns the `Compute` of --device and --precision."""
     device = choose_device(device)
     return Compute(device, choose_precision(precision, device))
 
@@ -91,13 +103,13 @@ def choose_compute(device, precision="auto"):
 class CPUAutocast(torch.autocast):
     """Autocast in which attention is two bfloat16 products and a softmax between them.
 
-    The CPU's flash kernel takes three times as long for the short sequences here: it saves the
-    memory of scores that are small at 128 positions, and multiplies in float32.
+    The CPU's flash kernel takes three times as long for 128 positions: it multiplies in float32 to
+    save memory for scores, which are small here.
     """
 
     def __enter__(self):
         self.allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # it rules the CPU's too
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, also for the CPU
         self.kernel = sdpa_kernel(SDPBackend.MATH)
         self.kernel.__enter__()
         return super().__enter__()
@@ -108,36 +120,24 @@ class CPUAutocast(torch.autocast):
         return super().__exit__(*error)
 
 
-def compiles(choice, compute, operations=0):
-    """Whether layers are compiled: as --compile says, else on CUDA alone.
-
-    A run of so many operations on a CPU is advised to ask for it.
-    """
-    if choice is None and compute.device.type == "cpu" and operations > LONG_RUN:
-        log("a run as long as this is faster with --compile, which takes about a minute at first")
-    return compute.device.type == "cuda" if choice is None else choice
-
-
 def compile_blocks(objective):
-    """Compiles the layers of all the objective's models (their `blocks`), and the loss's rows.
+    """Compiles the layers (`blocks`) of all the objective's models, and lets it compile its loss.
 
-    The layers of a model are alike, so that each model is compiled once for each shape of its
-    input. Shapes are static: a symbolic batch size makes slower kernels. What earlier runs of this
-    process compiled is dropped, and the limit is raised beyond which torch would go on eagerly,
-    with a warning only: models of one architecture share it. `objective.compiled` tells the
-    objective to compile what is its own.
+    The layers of a model share their graphs, one for each shape of the input. Changes settings of
+    torch._dynamo for the whole process, and drops what it has compiled before.
     """
     objective.compiled = True
+    models = [module for module in objective.modules() if hasattr(module, "blocks")]
     torch._dynamo.reset()
-    torch._dynamo.config.optimize_ddp = False  # it would cut layers, which are graphs already
-    compiled = [module for module in objective.modules() if hasattr(module, "blocks")]
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, GRAPHS_OF_A_MODEL * len(compiled) + 1)
-    # On a CPU dropout is drawn as eager code does: the same masks, and quicker than compiled ones.
+    config = torch._dynamo.config
+    config.optimize_ddp = False  # it would cut layers, which are graphs already
+    # Models of one architecture share a limit, beyond which torch warns and goes on without compiling.
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_OF_A_MODEL * len(models) + 1)
+    # On a CPU dropout is drawn as by eager code: the same masks, and faster than compiled ones.
     options = {"fallback_random": next(objective.parameters()).device.type == "cpu"}
-    for module in compiled:
-        for block in module.blocks:
-            block.compile(options=options, dynamic=False)
+    for model in models:
+        for block in model.blocks:
+            block.compile(options=options, dynamic=False)  # a symbolic batch size makes slower kernels
 
 
 def checkpoint_activations(model, compute):
@@ -146,7 +146,7 @@ def checkpoint_activations(model, compute):
     Dropout draws the same masks again.
     """
 
-    def contexts():  # for the forward pass, and for the recomputation
+    def contexts():  # of the forward pass, and of the recomputation
         # Torch restores autocast for the recomputation, but not the choice of an attention kernel.
         return contextlib.nullcontext(), compute.autocast
 
@@ -159,41 +159,54 @@ def checkpoint_activations(model, compute):
         block.forward = functools.partial(checkpointed, block.forward)
 
 
-def largest_micro_batch(objective, batch, compute, shard=False):
-    """Returns the most sequences of a rank's part of `batch` that a step can take at a time.
+def skips_on_device(optimizer):
+    """Returns whether `found_inf` on the device makes the optimizer skip a step.
 
-    Tries it before the objective is wrapped: one forward and backward pass beside gradients and
-    AdamW's two moments, with half of the sequences each time that memory runs out. Layers are not
-    compiled yet, which takes more memory than later; a sharded model is tried whole. Weights and random state
-    stay as they are. Raises `UserError` if not even one sequence fits.
+    Fused SGD skips too, but starts its momentum from uninitialised memory.
     """
-    sequences = -(-batch.num_sequences // distributed.world_size())
-    while sequences and not _fits(objective, batch.split(sequences)[0], compute, shard):
-        sequences //= 2
-    # No rank waits for another before all have tried.
-    sequences = min(distributed.all_gather(sequences))
-    if not sequences:
-        raise UserError(
-            "--micro-batch-size auto: one sequence does not fit in memory: choose a smaller model, or try "
-            "--checkpoint-activations"
+    return bool(optimizer.defaults.get("fused")) and isinstance(
+        optimizer, (torch.optim.Adam, torch.optim.AdamW)
+    )
+
+
+def largest_micro_batch(objective, batch, compute, shard=False):
+    """Returns the largest micro-batch size of a rank that fits in memory, found by trying.
+
+    A trial is a forward and a backward pass of the first sequences of `batch`, before the objective
+    is wrapped or compiled, beside gradients and AdamW's two moments. It is repeated with half of the
+    sequences until it fits. Weights and random state do not change. Raises `UserError` if one
+    sequence does not fit.
+    """
+    if compute.device.type != "cuda":
+        warn(
+            "--micro-batch-size auto: only a GPU says when its memory is full; give a number if the "
+            "system ends this run"
         )
-    log(f"memory     {sequences} sequences at a time fit (--micro-batch-size {sequences})")
-    return sequences
+    size = -(-batch.num_sequences // distributed.world_size())
+    while size and not _fits(objective, batch.split(size)[0], compute, shard):
+        size //= 2
+    size = min(distributed.all_gather(size))  # nothing before waits for another rank, which may fail
+    if not size:
+        raise UserError(
+            "--micro-batch-size auto: one sequence does not fit in memory: try --checkpoint-activations, "
+            "or a smaller model"
+        )
+    log(f"memory     {size} sequences at a time fit (--micro-batch-size {size})")
+    return size
 
 
 def _fits(objective, batch, compute, shard):
-    """Returns whether a step's forward and backward pass of `batch` fit in memory."""
-    device = compute.device
-    batch = dataclasses.replace(batch, chunk_ids=None)  # no teacher cache keeps these states
-    moments = []
+    """Returns whether a forward and a backward pass of the batch fit in memory."""
+    device, moments = compute.device, []
+    batch = dataclasses.replace(batch, chunk_ids=None)  # so that no teacher cache is filled
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             objective.to(device)
             for parameter in objective.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
-                    size = 2 * parameter.numel() // (distributed.world_size() if shard else 1)
-                    moments.append(torch.empty(size, device=device))
+                    numbers = 2 * parameter.numel() // (distributed.world_size() if shard else 1)
+                    moments.append(torch.empty(numbers, device=device))
             with compute.autocast:
                 terms = objective(objective.prepare(batch.to(device)))
             terms["loss"].backward()
@@ -202,13 +215,3 @@ def _fits(objective, batch, compute, shard):
             return False
         finally:
             objective.zero_grad(set_to_none=True)
-
-
-def skips_on_device(optimizer):
-    """Whether the optimizer reads `found_inf` on the device and then changes nothing.
-
-    Fused SGD does too, but makes its first momentum of what was in memory.
-    """
-    return bool(optimizer.defaults.get("fused")) and isinstance(
-        optimizer, (torch.optim.Adam, torch.optim.AdamW)
-    )

@@ -10,25 +10,20 @@ import typing
 from training.io import UserError
 
 REQUIRED = dataclasses.MISSING
-GROUPS = (  # of --help, in the order in which a user needs them
-    "what to train",
-    "recipe",
-    "distillation",
-    "evaluate and save",
-    "speed and memory",
-    "several GPUs",
-    "stop and inspect",
-)
+# The groups of --help, in the order in which a user needs them.
+GROUPS = ("what to train", "recipe", "distillation", "evaluate and save", "speed and memory")
+GROUPS += ("several GPUs", "stop and inspect")
+TRAIN, RECIPE, DISTILL, SAVE, SPEED, GPUS, STOP = GROUPS
 
 
-def option(default, help, group=GROUPS[0], **details):
+def option(default, help, group=TRAIN, **details):
     """Returns a dataclass field that is also a command-line option, listed under `group` in --help.
 
     A default of None means that the program chooses the value later; `REQUIRED` that the user must.
     Details: `alias` is a second name, such as "--lr"; `minimum`, `maximum` and `above` bound a
     number; `word` may be given instead of a number; `choices` lists the values; options of a group
-    with `exclusive=True` exclude each other; `may_change=True` allows another value when a run is
-    continued.
+    with `exclusive=True` exclude each other; `positional=True` is given without a flag;
+    `may_change=True` allows another value when a run is continued.
     """
     assert group in GROUPS, group
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **details})
@@ -45,66 +40,45 @@ class RunConfig:
     out: str | None = option(
         None, "folder of the run (default: runs/PRESET, or runs/distilled-PRESET)", may_change=True
     )
-    seed: int = option(0, "random seed of initialisation, batch order and dropout", group="recipe", minimum=0)
-    eval_every: int = option(
-        0,
-        "steps between evaluations on dev; 0: only after each epoch and at the end",
-        group="evaluate and save",
-        minimum=0,
-    )
-    log_every: int = option(
-        20, "steps between lines of log.jsonl", group="evaluate and save", minimum=1, may_change=True
-    )
-    save_every: int = option(
-        500,
-        "steps between checkpoints; the last step always saves one",
-        group="evaluate and save",
-        minimum=1,
-        may_change=True,
-    )
+    seed: int = option(0, "random seed of initialisation, batch order and dropout", RECIPE, minimum=0)
+    eval_every: int = option(0, "steps between evaluations within an epoch; 0: none", SAVE, minimum=0)
+    log_every: int = option(20, "steps between lines of log.jsonl", SAVE, minimum=1, may_change=True)
+    save_every: int = option(500, "steps between checkpoints", SAVE, minimum=1, may_change=True)
     save_at_words: list[str] | None = option(
         None,
         "also keep the weights, as chck_1M.pt and so on, after this many words of training: numbers "
-        "such as 500k or 1M, or babylm for 1M to 10M by 1M, then every 10M",
-        group="evaluate and save",
+        "such as 500k or 1M, or babylm for those that the BabyLM rules ask for",
+        SAVE,
         may_change=True,
     )
-    tensorboard: bool = option(
-        False,
-        "also write the values of log.jsonl for TensorBoard, to OUT/tensorboard",
-        group="evaluate and save",
-        may_change=True,
-    )
-    device: str = option("auto", "auto, cuda, mps or cpu", group="speed and memory", may_change=True)
+    tensorboard: bool = option(False, "also log for TensorBoard, to OUT/tensorboard", SAVE, may_change=True)
+    device: str = option("auto", "auto, cuda, mps or cpu", SPEED, may_change=True)
     precision: str = option(
         "auto",
         "precision of matrix products; auto: bf16 where the hardware has it, else fp32",
-        group="speed and memory",
+        SPEED,
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool | None = option(
-        None,
-        "compile the layers with torch.compile (default: on CUDA only)",
-        group="speed and memory",
-        may_change=True,
+        None, "compile the layers with torch.compile (default: on CUDA only)", SPEED, may_change=True
     )
     cuda_graph: bool | None = option(
         None,
         "replay each training step as one CUDA graph, after checking it against a plain step "
         "(default: on CUDA, for steps of at most 8,192 tokens)",
-        group="speed and memory",
+        SPEED,
         may_change=True,
     )
     checkpoint_activations: bool = option(
         False,
-        "recompute the layers' activations in the backward pass: less memory, a third more time",
-        group="speed and memory",
+        "recompute activations in the backward pass: less memory, a third more time",
+        SPEED,
         may_change=True,
     )
     shard: bool = option(
         False,
         "FSDP: shard parameters, gradients and optimizer state across the processes of torchrun",
-        group="several GPUs",
+        GPUS,
         alias="--fsdp",
         may_change=True,
     )
@@ -112,35 +86,28 @@ class RunConfig:
         "auto",
         "auto: continue the run in --out if there is one; never: refuse to; or the path of a checkpoint "
         "to continue from",
-        group="stop and inspect",
+        STOP,
         may_change=True,
     )
     stop_after: float | None = option(
-        None,
-        "save and stop after this many minutes (default: never)",
-        group="stop and inspect",
-        minimum=0,
-        may_change=True,
+        None, "save and stop after this many minutes (default: never)", STOP, minimum=0, may_change=True
     )
     patience: int = option(
         0,
         "early stopping: stop after this many evaluations in a row without improvement; 0: never",
-        group="stop and inspect",
+        STOP,
         minimum=0,
         may_change=True,
     )
     profile: int = option(
         0,
         "write a torch.profiler trace of this many steps, after the first ten, to OUT/trace.json",
-        group="stop and inspect",
+        STOP,
         minimum=0,
         may_change=True,
     )
     dry_run: bool = option(
-        False,
-        "print the run's steps, words, memory and disk space, and stop",
-        group="stop and inspect",
-        may_change=True,
+        False, "print the run's steps, words, memory and disk space, and stop", STOP, may_change=True
     )
 
 
@@ -190,7 +157,7 @@ def parse(config_class, description, argv=None, epilog="", check=None, parser_cl
     hints = typing.get_type_hints(config_class)
     of_any_run = {field.name for field in dataclasses.fields(RunConfig)}  # last in their group
     fields = sorted(dataclasses.fields(config_class), key=lambda field: field.name in of_any_run)
-    required = [f"{_flag(f.name)} {f.name.upper()} ..." for f in fields if f.default is REQUIRED]
+    required = [" ".join([*_names(f), f.name.upper()]) for f in fields if f.default is REQUIRED]
     parser = parser_class(
         usage=" ".join(["%(prog)s", *required, "[options]"]),
         description=description,
@@ -202,9 +169,8 @@ def parse(config_class, description, argv=None, epilog="", check=None, parser_cl
         exclusive = section.add_mutually_exclusive_group()
         for field in fields:
             if field.metadata["group"] == group:
-                names = [_flag(field.name), field.metadata.get("alias")]
                 target = exclusive if field.metadata.get("exclusive") else section
-                target.add_argument(*filter(None, names), **_argument(field, hints[field.name]))
+                target.add_argument(*_names(field), **_argument(field, hints[field.name]))
     config = config_class(**vars(parser.parse_args(argv)))
     for field in fields:
         value = getattr(config, field.name)
@@ -220,12 +186,21 @@ def _flag(name):
     return "--" + name.replace("_", "-")
 
 
+def _names(field):
+    """Returns the names of an option on the command line: none of its own for a positional one."""
+    if field.metadata.get("positional"):
+        return []
+    return [name for name in (_flag(field.name), field.metadata.get("alias")) if name]
+
+
 def _argument(field, hint):
     """Returns the keywords of argparse's `add_argument` for a field of the type `hint`."""
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
     argument = {"help": field.metadata["help"].replace("%", "%%")}
-    if field.default is REQUIRED:
+    if field.metadata.get("positional"):
+        argument["dest"] = field.name
+    elif field.default is REQUIRED:
         argument["required"] = True
     else:
         argument["default"] = field.default
