@@ -1,9 +1,9 @@
-"""One of several processes that torchrun starts: does the tasks of a file, one after the other.
+"""A rank that torchrun starts, as `-m tests.ranks FILE`: runs the tasks of a file one after the other.
 
-Each task is a JSON object: "program" and "arguments", where "{rank}" stands for the process's rank;
-"signal_at": a step at which the last process gets a SIGTERM; "nan_at": a step at which its gradient
-is not finite; "die_at": a step at which it is killed, the first time. Exit codes go to FILE.RANK.
-At the very end FILE.RANK.threads gets the names of gloo's threads that are left.
+A task is a JSON object: "program" and "arguments", in which "{rank}" stands for the rank; and mishaps
+of the last rank: it gets a SIGTERM at step "signal_at", has a gradient that is not finite at step
+"nan_at", and is killed at step "die_at", unless the file "died" exists. FILE.RANK gets the exit codes,
+and FILE.RANK.threads, at the very end, the names of the threads of gloo that are left.
 """
 
 import atexit
@@ -14,47 +14,44 @@ import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import distill  # noqa: E402
-import train  # noqa: E402
-from training.io import run_program  # noqa: E402
+import distill
+import train
+from training.io import run_program
 
 PROGRAMS = {"train": train.main, "distill": distill.main}
 
 
-def disturbed(task, rank):
-    """The train step's update, to which a task's mishaps come."""
-    update, count = train.TrainStep.update, 0
+def with_mishaps(update, task):
+    """Returns `TrainStep.update` with the mishaps of a task."""
+    step = 0
 
     @functools.wraps(update)
-    def with_mishaps(self, parts):
-        nonlocal count
-        count += 1
-        if count == task.get("signal_at"):
+    def disturbed(self, micro_batches):
+        nonlocal step
+        step += 1
+        if step == task.get("signal_at"):
             os.kill(os.getpid(), signal.SIGTERM)
-        if count == task.get("die_at") and not Path(task["died"]).exists():
+        if step == task.get("die_at") and not Path(task["died"]).exists():
             Path(task["died"]).touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if count != task.get("nan_at"):
-            return update(self, parts)
+        if step != task.get("nan_at"):
+            return update(self, micro_batches)
         weight = next(iter(self.parameters.values()))
         hook = weight.register_hook(lambda gradient: gradient * float("nan"))
         try:
-            return update(self, parts)
+            return update(self, micro_batches)
         finally:
             hook.remove()
 
-    is_last = rank == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    return with_mishaps if is_last else update
+    return disturbed
 
 
-def do(task, rank):
-    """The exit code of a task."""
+def run_task(task, rank=0):
+    """Returns the exit code of a task."""
     arguments = [argument.replace("{rank}", str(rank)) for argument in task["arguments"]]
     update = train.TrainStep.update
-    train.TrainStep.update = disturbed(task, rank)
+    if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        train.TrainStep.update = with_mishaps(update, task)
     try:
         return run_program(lambda: PROGRAMS[task["program"]](arguments))
     finally:
@@ -62,17 +59,18 @@ def do(task, rank):
 
 
 def write_gloo_threads(path):
-    """Writes the names of gloo's threads in this process, as Linux has them."""
+    """Writes the names of gloo's threads in this process, as Linux lists them."""
     names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
     path.write_text(json.dumps([name for name in names if "gloo" in name]))
 
 
 def main(path):
-    rank = int(os.environ.get("RANK", "0"))
-    atexit.register(write_gloo_threads, Path(f"{path}.{rank}.threads"))  # the first is the last
-    codes = [do(task, rank) for task in json.loads(Path(path).read_text())]
+    rank = int(os.environ["RANK"])
+    # What is registered first runs last.
+    atexit.register(write_gloo_threads, Path(f"{path}.{rank}.threads"))
+    codes = [run_task(task, rank) for task in json.loads(Path(path).read_text())]
     Path(f"{path}.{rank}").write_text(json.dumps(codes))
-    return max(codes) if codes == [1] else 0  # a lone task that failed is one to be restarted
+    return max(codes) if codes == [1] else 0  # so that torchrun restarts a single task that failed
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Where and how a step is computed: precision, compiled layers, and one CUDA graph for a step."""
+"""Devices, precision, compiled and recomputed layers, and a training step as one CUDA graph."""
 
-import dataclasses
 import functools
 import math
 
@@ -16,26 +15,24 @@ import model as models
 from conftest import interrupt_after, step_of
 from data import BatchStream, count_chunks
 from distill import DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
-from test_train import config_for, fitted, trained
+from test_train import config_for, fitted
 from train import CrossEntropyObjective
 from training.cuda_graph import GraphedStep, should_capture
-from training.device import (
-    Compute,
-    checkpoint_activations,
-    choose_device,
-)
+from training.device import Compute, checkpoint_activations, choose_device
 from training.io import UserError
 from training.resume import training_state
 from training.teacher_cache import Layout, TeacherCache
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
 
 def objectives():
-    """Names of both kinds of objective, with dropout in the student."""
+    """Runs a test with both kinds of objective, with dropout in the student."""
     return pytest.mark.parametrize("kind", ["alone", "distilled"])
 
 
-def full_step(kind, device, precision):
-    """A step of three and three and two of eight sequences."""
+def full_step(kind, device="cpu", precision="fp32"):
+    """Returns a train step with micro-batches of 3, 3 and 2 of eight sequences."""
     torch.manual_seed(0)
     model = models.build_model("gpt2-tiny", 300)
     teachers = [models.build_model(name, 300) for name in ("gpt2-tiny", "llama-tiny")]
@@ -45,39 +42,48 @@ def full_step(kind, device, precision):
     return step_of(objective.to(device).train(), 3, 0.1, device, precision)
 
 
-class Recording(TorchDispatchMode):
-    """The operations run in it: their names, numbers, and what memory they read, and as what.
+def full_cache(train_shard, device="cpu"):
+    """Returns an empty cache for the teachers of `full_step`."""
+    chunks = count_chunks(len(train_shard.tokens), 32)
+    return TeacherCache.in_memory(Layout(chunks, 32, (96, 96), torch.bfloat16), device)
 
-    Memory from outside is known by its address, what was made inside by its number.
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Recording(TorchDispatchMode):
+    """Records operations: their names, numbers, and the memory and views that they read.
+
+    Memory from outside is known by its address, memory from inside by the order in which it was made.
     """
 
     def __init__(self):
         super().__init__()
-        self.operations, self.made, self.kept = [], {}, []
+        self.operations, self.made, self.alive = [], {}, []
 
-    def place(self, leaf):
+    def identity(self, leaf):
         if not isinstance(leaf, torch.Tensor):
             return str(leaf)
         storage = leaf.untyped_storage()
-        where = self.made.get(storage._cdata, storage.data_ptr())
-        return where, leaf.storage_offset(), tuple(leaf.shape), leaf.stride(), leaf.dtype
+        memory = self.made.get(storage._cdata, storage.data_ptr())
+        return memory, leaf.storage_offset(), tuple(leaf.shape), leaf.stride(), leaf.dtype
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        read = tree_leaves((args, kwargs or {}))
-        self.operations.append((str(operation), [self.place(leaf) for leaf in read]))
+        inputs = tree_leaves((args, kwargs or {}))
+        self.operations.append((str(operation), [self.identity(leaf) for leaf in inputs]))
         result = operation(*args, **(kwargs or {}))
-        here = {t.untyped_storage()._cdata for t in read if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.kept.append(tensor)  # so that no address is used twice
-                storage = tensor.untyped_storage()._cdata
-                if storage not in here:
-                    self.made.setdefault(storage, f"made {len(self.made)}")
+        read = {tensor.untyped_storage()._cdata for tensor in tensors_in(inputs)}
+        for tensor in tensors_in(result):
+            self.alive.append(tensor)  # so that no address is used twice
+            storage = tensor.untyped_storage()._cdata
+            if storage not in read:
+                self.made.setdefault(storage, f"made {len(self.made)}")
         return result
 
 
 def recorded(step, batches):
-    """The operations of each `update`, with another batch and another rate each time."""
+    """Returns the operations of each `update`, with another batch and learning rate each time."""
     operations = []
     for i, batch in enumerate(batches):
         step.load(batch, 1e-3 * i)
@@ -89,10 +95,10 @@ def recorded(step, batches):
 
 @objectives()
 def test_every_update_does_the_same_to_the_same_memory(train_shard, kind):
-    """What a CUDA graph replays, once captured, must be what the next update would have done.
+    """A CUDA graph that is replayed then does what the next update would have done.
 
-    Shown without a GPU for each operation of an eager update on a CPU, whose loss takes other
-    branches and whose kernels are others. The first update also makes what is made once.
+    It is shown for each operation of an eager update on a CPU. The first update also makes
+    optimizer states and buffers.
     """
     stream = BatchStream(train_shard, 8, 32, seed=0)
     step = GraphedStep(full_step(kind, "cpu", "bf16"))
@@ -101,20 +107,19 @@ def test_every_update_does_the_same_to_the_same_memory(train_shard, kind):
     names = {name.split(".")[1] for name, _ in second}
     assert names.isdisjoint({"_local_scalar_dense", "nonzero", "masked_select", "_unique2"})
 
-    # The check can fail: rates and counts that move to new memory.
+    # The test can fail: rates and counts that move to new memory are seen.
     for group in step.train_step.groups:
         group["lr"] = group["lr"].clone()
     step.train_step.nonfinite_steps = step.train_step.nonfinite_steps.clone()
     [changed] = recorded(step, [stream(4)])
-    differing = [(a, b) for a, b in zip(changed, fourth, strict=True) if a != b]
-    assert 0 < len(differing) < 10
+    assert 0 < sum(a != b for a, b in zip(changed, fourth, strict=True)) < 10
 
 
 class NoWaiting(TorchDispatchMode):
-    """Forbids whatever would make a GPU's step wait: to read a value of the device on the host.
+    """Raises AssertionError if an operation would read a value of the device on the host.
 
-    On a CPU the device's memory is told from the host's by where it comes from: `host` are the
-    tensors that are on the host beside a GPU too, and what is made of them alone is there as well.
+    On a CPU `host` lists the tensors that are on the host beside a GPU too; so is what is made of
+    them alone.
     """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "item")
@@ -122,19 +127,18 @@ class NoWaiting(TorchDispatchMode):
     def __init__(self, host):
         super().__init__()
         self.host = {tensor.untyped_storage()._cdata for tensor in host}
-        self.kept, self.asked_of_host = list(host), 0
+        self.alive, self.reads_of_host = list(host), 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        read = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)]
+        read = tensors_in((args, kwargs or {}))
         on_host = read and all(t.untyped_storage()._cdata in self.host for t in read)
-        name = str(operation).split(".")[1]
-        if name in self.WAITING:
+        if str(operation).split(".")[1] in self.WAITING:
             assert on_host, f"{operation} waits for the device"
-            self.asked_of_host += 1
+            self.reads_of_host += 1
         result = operation(*args, **(kwargs or {}))
-        self.kept += (made := [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)])
+        self.alive += tensors_in(result)
         if on_host:
-            self.host |= {t.untyped_storage()._cdata for t in made}
+            self.host |= {t.untyped_storage()._cdata for t in tensors_in(result)}
         return result
 
 
@@ -142,19 +146,18 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["alone", "distilled", "cached"])
 def test_a_step_never_waits_for_the_device(train_shard, kind, micro_batch_size):
     """A whole step: teachers, filling and reading of the cache, clipping, skipping."""
-    step = full_step("alone" if kind == "alone" else "distilled", "cpu", "bf16")
-    step.micro_batch_size, host = micro_batch_size, []
+    step, host = full_step("alone" if kind == "alone" else "distilled", "cpu", "bf16"), []
+    step.micro_batch_size = micro_batch_size
     if kind == "cached":
-        chunks = count_chunks(len(train_shard.tokens), 32)
-        cache = TeacherCache.in_memory(Layout(chunks, 32, (96, 96), torch.bfloat16), "cpu")
-        step.objective.cache, host = cache, [cache.filled]
+        step.objective.cache = full_cache(train_shard)
+        host = [step.objective.cache.filled]
     batch = BatchStream(train_shard, 8, 32, seed=0)(0)
     for _ in range(2):
         with NoWaiting([*host, batch.chunk_ids]) as mode:
             step(batch, 1e-3)
-    assert bool(mode.asked_of_host) == (kind == "cached")  # whether the chunks are in the cache
+    assert bool(mode.reads_of_host) == (kind == "cached")  # are the chunks in the cache?
 
-    step.optimizers[0].defaults["fused"] = False  # one that asks on the host whether to skip
+    step.optimizers[0].defaults["fused"] = False  # asks on the host whether to skip a step
     with pytest.raises(AssertionError, match="waits"), NoWaiting(host):
         step(batch, 1e-3)
 
@@ -162,9 +165,9 @@ def test_a_step_never_waits_for_the_device(train_shard, kind, micro_batch_size):
 @objectives()
 def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
     stream = BatchStream(train_shard, 8, 32, seed=0)
-    plain = full_step(kind, "cpu", "fp32")
+    plain = full_step(kind)
     terms = [plain(stream(i), 1e-3 * i) for i in range(3)]
-    loading = GraphedStep(full_step(kind, "cpu", "fp32"))
+    loading = GraphedStep(full_step(kind))
     for i in range(3):
         loading.load(stream(i), 1e-3 * i)
         loaded = loading.train_step.update(loading.micro_batches)
@@ -187,7 +190,7 @@ class Replaying(GraphedStep):
 
 
 class Drifting(Replaying):
-    """One whose replay also changes a weight by the least that a weight can change."""
+    """Its replay also changes a weight by the least that a weight can change."""
 
     def capture(self):
         replay, weight = super().capture(), next(iter(self.train_step.parameters.values()))
@@ -202,14 +205,14 @@ class Drifting(Replaying):
 
 
 class Stale(Replaying):
-    """One whose replay reads the input that it was captured with."""
+    """Its replay reads the input of the capture."""
 
     def capture(self):
-        parts = [part.clone() for part in self.micro_batches]
+        captured = [micro_batch.clone() for micro_batch in self.micro_batches]
 
         def stale():
             self.replays += 1
-            return self.train_step.update(parts)
+            return self.train_step.update(captured)
 
         return stale
 
@@ -220,16 +223,16 @@ class Uncapturable(Replaying):
 
 
 @pytest.mark.parametrize("step_class", [Replaying, Drifting, Stale, Uncapturable])
-def test_a_graph_is_taken_once_its_replay_is_what_a_plain_step_is(train_shard, capsys, step_class):
-    """Verifying changes nothing: dropout draws on as it would have without."""
+def test_a_graph_is_used_if_its_replay_equals_a_plain_step(train_shard, capsys, step_class):
+    """The comparison changes nothing: dropout draws the same masks as without it."""
     stream = BatchStream(train_shard, 8, 32, seed=0)
-    plain = GraphedStep(full_step("alone", "cpu", "fp32"))
+    plain, step = GraphedStep(full_step("alone")), step_class(full_step("alone"))
     plain.warm_up = math.inf
-    torch.manual_seed(1)
-    losses = [plain(stream(i), 1e-3)["loss"].item() for i in range(7)]
-    step = step_class(full_step("alone", "cpu", "fp32"))
-    torch.manual_seed(1)
-    assert losses == [step(stream(i), 1e-3)["loss"].item() for i in range(7)]
+    losses = []
+    for each in (plain, step):
+        torch.manual_seed(1)
+        losses.append([each(stream(i), 1e-3)["loss"].item() for i in range(7)])
+    assert losses[0] == losses[1]
     weights = zip(plain.train_step.parameters.values(), step.train_step.parameters.values())
     assert all(torch.equal(a, b) for a, b in weights)
     warnings = capsys.readouterr().err.splitlines()
@@ -243,22 +246,21 @@ def test_a_graph_is_taken_once_its_replay_is_what_a_plain_step_is(train_shard, c
 
 def test_a_graph_is_the_default_on_cuda_for_steps_of_few_tokens():
     parameter = torch.nn.Parameter(torch.zeros(2))
-    adamw = [torch.optim.AdamW([parameter], fused=True)]
-    muonish = [torch.optim.SGD([parameter])]
-    cuda, cpu = Compute(torch.device("cuda"), "bf16"), Compute(torch.device("cpu"), "fp32")
+    adamw, sgd = [torch.optim.AdamW([parameter], fused=True)], [torch.optim.SGD([parameter])]
+    cuda, cpu = Compute(CUDA, "bf16"), Compute(CPU, "fp32")
     assert should_capture(None, cuda, adamw, 4096) and should_capture(True, cuda, adamw, 1 << 20)
-    assert not should_capture(None, cuda, adamw, 32_768) and not should_capture(None, cuda, muonish, 64)
+    assert not should_capture(None, cuda, adamw, 32_768) and not should_capture(None, cuda, sgd, 64)
     assert not should_capture(None, cpu, adamw, 64) and not should_capture(False, cuda, adamw, 64)
-    for compute, optimizers in ((cpu, adamw), (cuda, muonish)):
+    for compute, optimizers in ((cpu, adamw), (cuda, sgd)):
         with pytest.raises(UserError, match="leave"):
             should_capture(True, compute, optimizers, 64)
 
 
 def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(data_folder, tmp_path, monkeypatch):
-    """Teachers, a control and a student in one process, as reproduce.py trains them.
+    """Teachers, a baseline and a student in one process, as reproduce.py trains them.
 
-    Batches and dev batches are ragged, which is another graph each. Beyond its limit torch would
-    go on without compiling and only warn; here it raises. The graphs are executed eagerly.
+    Training and evaluation have batches of two sizes, with a graph each. Beyond its limit torch
+    would go on without compiling and only warn; here it raises. The graphs are executed eagerly.
     """
     counter = CompileCounter()
 
@@ -273,15 +275,8 @@ def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(data_fo
 
     def graphs_of(name, out, teachers=()):
         counter.clear()
-        config = config_for(
-            data_folder,
-            tmp_path / out,
-            model=name,
-            steps=2,
-            micro_batch_size=3,
-            compile=True,
-            eval_sequences=37,
-        )
+        options = {"model": name, "steps": 2, "micro_batch_size": 3, "compile": True}
+        config = config_for(data_folder, tmp_path / out, eval_sequences=37, **options)
         model = models.build_model(name, 300)
         objective = CrossEntropyObjective(model)
         if teachers:
@@ -320,7 +315,7 @@ def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind, precision
     for checkpointed in (False, True):
         step = full_step(kind, "cpu", precision)
         if checkpointed:
-            checkpoint_activations(step.objective.model, Compute(torch.device("cpu"), precision))
+            checkpoint_activations(step.objective.model, Compute(CPU, precision))
         torch.manual_seed(3)
         losses = [step(stream(i), 1e-3)["loss"] for i in range(4)]
         ends.append([*losses, *(p.detach() for p in step.parameters.values())])
@@ -330,29 +325,27 @@ def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind, precision
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["alone", "distilled", "cached"])
 def test_a_step_never_waits_for_a_gpu(train_shard, kind):
-    """As above, but what is copied to the host or without `non_blocking` shows here alone."""
+    """Copies to the host, or without `non_blocking`, are only seen here."""
     step = full_step("alone" if kind == "alone" else "distilled", "cuda", "bf16")
     if kind == "cached":
-        chunks = count_chunks(len(train_shard.tokens), 32)
-        layout = Layout(chunks, 32, (96, 96), torch.bfloat16)
-        step.objective.cache = TeacherCache.in_memory(layout, "cuda")
+        step.objective.cache = full_cache(train_shard, "cuda")
     stream = BatchStream(train_shard, 8, 32, seed=0, device="cuda")
-    step(stream(0), 1e-3)  # what is made once
-    batches = [stream(1), stream(1)]
+    step(stream(0), 1e-3)  # makes optimizer states
+    batches = [stream(1), stream(1)]  # the second one reads what the first has put into the cache
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches:  # the second one reads what the first has put into the cache
+        for batch in batches:
             step(batch, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
-def test_what_a_checkpoint_keeps_has_left_the_gpu(train_shard):
+def test_the_state_of_a_checkpoint_has_left_the_gpu(train_shard):
     step = full_step("alone", "cuda", "bf16")
     step(BatchStream(train_shard, 8, 32, seed=0, device="cuda")(0), 1e-3)
-    kept = [t for t in tree_leaves(training_state(step)) if isinstance(t, torch.Tensor)]
-    assert len(kept) > 50 and not any(tensor.is_cuda for tensor in kept)
+    state = tensors_in(training_state(step))
+    assert len(state) > 50 and not any(tensor.is_cuda for tensor in state)
 
 
 @pytest.mark.gpu
@@ -390,60 +383,36 @@ def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind, size):
     assert (moved - moved_by_graph).norm() < 0.2 * moved.norm()
 
 
-def runs_with_and_without_a_graph(run_in, out, monkeypatch):
-    """Dev cross-entropies of both, the former stopped and resumed in the middle of its replays."""
-    plain = run_in(out / "plain", cuda_graph=False)
+@pytest.mark.gpu
+@objectives()
+def test_a_run_with_a_graph_ends_where_one_without_does_on_a_gpu(
+    data_folder, train_shard, tmp_path, monkeypatch, kind
+):
+    """Compiled layers, a cache that is filled, evaluations between replays, a stop and a resume."""
+
+    def run(name, cuda_graph):
+        options = {"device": "cuda", "precision": "bf16", "compile": True, "steps": 24, "batch_size": 16}
+        config = config_for(data_folder, tmp_path / name, model="gpt2-tiny", cuda_graph=cuda_graph, **options)
+        objective = full_step(kind, "cuda").objective
+        if kind == "distilled":
+            objective.cache = full_cache(train_shard, "cuda")
+        return fitted(objective, config)
+
+    plain = run("plain", False)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 8)
-        assert run_in(out / "graph", cuda_graph=True)["step"] == 8
-    graphed = run_in(out / "graph", cuda_graph=True)
+        assert run("graph", True)["step"] == 8
+    graphed = run("graph", True)
     assert graphed["step"] == plain["step"] == 24
-    return graphed["dev_cross_entropy"], plain["dev_cross_entropy"]
-
-
-GPU_RUN = {"device": "cuda", "precision": "bf16", "compile": True, "steps": 24}
-
-
-@pytest.mark.gpu
-def test_a_run_with_a_graph_ends_where_one_without_does_on_a_gpu(data_folder, tmp_path, monkeypatch):
-    """Compiled layers, evaluations between the replays, a stop and a resume."""
-
-    def run_in(out, **changes):
-        return trained(config_for(data_folder, out, **GPU_RUN, **changes))
-
-    graphed, plain = runs_with_and_without_a_graph(run_in, tmp_path, monkeypatch)
-    assert abs(graphed - plain) < 0.01 * plain
-
-
-@pytest.mark.gpu
-def test_a_distilled_run_with_a_graph_and_cached_teachers_on_a_gpu(
-    data_folder, train_shard, tmp_path, monkeypatch
-):
-    """What the graph is for. The cache is filled in the first of some two epochs."""
-
-    def run_in(out, **changes):
-        config = config_for(data_folder, out, model="llama-tiny-student", **GPU_RUN, **changes)
-        config = dataclasses.replace(config, batch_size=16)
-        torch.manual_seed(0)
-        names = ("llama-tiny-student", "gpt2-tiny", "llama-tiny")
-        student, *teachers = (models.build_model(name, 300) for name in names)
-        chunks = count_chunks(len(train_shard.tokens), 32)
-        sizes = [t.config.hidden_size for t in teachers]
-        cache = TeacherCache.in_memory(Layout(chunks, 32, tuple(sizes), torch.bfloat16), "cuda")
-        options = DistillConfig(teachers=[])
-        return fitted(FusedDistillationObjective(student, teachers, options, cache), config)
-
-    graphed, plain = runs_with_and_without_a_graph(run_in, tmp_path, monkeypatch)
-    assert abs(graphed - plain) < 0.01 * plain
+    assert abs(graphed["dev_cross_entropy"] - plain["dev_cross_entropy"]) < 0.01 * plain["dev_cross_entropy"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("probability", [0.1, 0.03, 0.3])
 def test_attention_drops_the_share_that_it_is_asked_to_drop_on_a_gpu(probability):
-    """Counted, because some of cuDNN's kernels round the probability to sixteenths in torch 2.11.
+    """Some kernels of cuDNN round the probability to sixteenths in torch 2.11.
 
-    With values of one the output is the sum of the weights that are kept, each over 1 - p: of N
-    equal weights the kept ones are counted.
+    With values of one and N equal weights the output is the share of weights that are kept, over 1 - p.
     """
     device = choose_device("cuda")
     N = 128
