@@ -37,7 +37,7 @@ from evaluation.perplexity import (
     shard_losses,
     training_shares,
 )
-from evaluation.scoring import CONVENTIONS, Ensemble
+from evaluation.scoring import CONVENTIONS, Ensemble, choose_convention
 from evaluation.statistics import comparison_table, read_losses, write_losses
 from evaluation.surprisal import write_surprisals
 from model import check_weights, count_parameters, load_checkpoint
@@ -265,6 +265,7 @@ def score(args, compute):
     """Scores models on text and minimal pairs; prints tables and writes files."""
     pairs = {folder: read_pairs(folder, args.convention) for folder in args.pairs}
     models, tokenizer, config = load_models(args, compute.device)
+    convention = choose_convention(tokenizer, args.convention) if pairs else args.convention
     shard = open_dev_text(args, tokenizer, config)
     results, log_p = [], []
     for scored in models:
@@ -273,7 +274,7 @@ def score(args, compute):
         with compute.autocast:
             if shard is not None:
                 result |= text_scores(scored, shard, args, compute.precision)
-            by_folder = [pair_scores(scored.model, tokenizer, p, args.convention) for p in pairs.values()]
+            by_folder = [pair_scores(scored.model, tokenizer, p, convention) for p in pairs.values()]
         result["pairs"] = {f: accuracies(files, s) for (f, files), s in zip(pairs.items(), by_folder)}
         results.append(result)
         log_p.append(by_folder)
@@ -284,10 +285,10 @@ def score(args, compute):
             "pairs": {folder: pairs_digest(files) for folder, files in pairs.items()},
             "losses": args.losses and sha256(Path(args.losses).read_bytes()),
         }
-        settings = {"convention": args.convention, "precision": compute.precision, "digests": digests}
+        settings = {"convention": convention, "precision": compute.precision, "digests": digests}
         write_json(args.json, settings | {"checkpoints": results})
     if args.pair_scores:
-        write_pair_scores(args.pair_scores, [r["path"] for r in results], args.convention, pairs, log_p)
+        write_pair_scores(args.pair_scores, [r["path"] for r in results], convention, pairs, log_p)
 
 
 def print_comparison(paths, baseline_paths):
@@ -311,10 +312,9 @@ def main(argv=None):
     if not args.surprisals:
         return score(args, compute)
     (scored,), tokenizer, _ = load_models(args, compute.device)
+    convention = choose_convention(tokenizer, args.convention)
     with compute.autocast:
-        write_surprisals(
-            args.surprisals, args.text, scored.model, tokenizer, args.convention, args.bow_correction
-        )
+        write_surprisals(args.surprisals, args.text, scored.model, tokenizer, convention, args.bow_correction)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from loss import BLOCK_ROWS, ensemble_logits
-from tokenizer import BOS, EOS
+from training.io import UserError, warn
 
 BATCH_TOKENS = 8192  # of a forward pass
 
 
 class Ensemble(nn.Module):
-    """The weighted mean of the logits of several models, (B, T) → (B, T, V)."""
+    """The weighted mean of the logits of several models of one tokenizer, (B, T) → (B, T, V).
+
+    V is the smallest of their vocabularies: a model may have rows that its tokenizer has no piece for.
+    """
 
     def __init__(self, members, weights=None):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.weights = weights or [1.0] * len(members)
         self.max_position_embeddings = min(m.config.max_position_embeddings for m in members)
+        self.vocabulary_size = min(m.config.vocab_size for m in members)
 
     def forward(self, tokens):
-        return ensemble_logits([m(tokens).float() for m in self.members], self.weights)
+        logits = [m(tokens)[..., : self.vocabulary_size].float() for m in self.members]
+        return ensemble_logits(logits, self.weights)
 
 
 def context_length(model):
@@ -45,20 +50,20 @@ def token_losses(model, tokens, targets):
 class ScoringConvention:
     """The context in which a sentence is scored.
 
-    `prefix` precedes the sentence and is not scored: text, the id of a special token, or None. A
-    leading space belongs to the sentence and is scored with it.
+    `prefix` precedes the sentence and is not scored: a newline, the special token bos or eos, or
+    None. A leading space belongs to the sentence and is scored with it.
     """
 
-    prefix: str | int | None
+    prefix: str | None
     leading_space: bool = False
 
 
 CONVENTIONS = {  # "newline" is the context of training; the years are those of BabyLM's pipelines
     "newline": ScoringConvention("\n"),
-    "2023": ScoringConvention(EOS),
-    "2024": ScoringConvention(BOS, leading_space=True),
+    "2023": ScoringConvention("eos"),
+    "2024": ScoringConvention("bos", leading_space=True),
     "2025": ScoringConvention(None),
-    "bos": ScoringConvention(BOS),  # minicons with bos_token=True
+    "bos": ScoringConvention("bos"),  # minicons with bos_token=True
 }
 
 
@@ -68,8 +73,33 @@ def scored_text(sentence, convention):
 
 
 def prefix_ids(tokenizer, convention):
-    """The ids that precede a sentence in a convention."""
-    prefix = CONVENTIONS[convention].prefix
-    if isinstance(prefix, str):
-        return tokenizer.encode(prefix)
-    return [] if prefix is None else [prefix]
+    """The ids that precede a sentence in a convention.
+
+    Raises `UserError` if the tokenizer lacks what the convention puts before a sentence.
+    """
+    prefix, processor = CONVENTIONS[convention].prefix, tokenizer.processor
+    if CONVENTIONS[convention].leading_space and processor.encode(" a", return_type=str)[0][0] != "\u2581":
+        raise UserError(f"--convention {convention}: the tokenizer drops a leading space: choose another")
+    if prefix is None:
+        return []
+    if prefix == "\n":
+        ids = tokenizer.encode("\n")
+        exists = tokenizer.decode(ids) == "\n"
+    else:
+        ids = [processor.bos_id() if prefix == "bos" else processor.eos_id()]
+        exists = ids[0] >= 0
+    if not exists:
+        raise UserError(f"--convention {convention}: the tokenizer has no {prefix!r}: choose another")
+    return ids
+
+
+def choose_convention(tokenizer, convention):
+    """`convention`, or for a tokenizer that drops newlines "2023" in place of "newline", with a warning.
+
+    Raises `UserError` for a convention that the tokenizer cannot follow.
+    """
+    if convention == "newline" and tokenizer.decode(tokenizer.encode("\n")) != "\n":
+        warn("the tokenizer drops newlines: sentences are scored after </s>, as with --convention 2023")
+        convention = "2023"
+    prefix_ids(tokenizer, convention)
+    return convention

@@ -1,6 +1,7 @@
 """Fixtures: a corpus, a tokenizer and shards so small that every test can have its own run."""
 
 import datetime
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 import model as models
@@ -45,6 +47,22 @@ def write_text(num_words, seed):
 def train_tokenizer(text, vocabulary_size=300):
     """A tokenizer of a few hundred pieces."""
     return Tokenizer(tokenize_corpus.train_tokenizer([text], vocabulary_size))
+
+
+def make_tokenizer(**options):
+    """A tokenizer of SentencePiece's default options, but for some."""
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(write_text(2000, seed=1).split("\n")),
+        model_writer=buffer,
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
+    )
+    return Tokenizer(buffer.getvalue())
 
 
 def write_split(folder, split, tokenizer, texts):

@@ -12,7 +12,7 @@ from torch import nn
 
 import evaluate
 import model as models
-from conftest import save_model, train_tokenizer, write_split, write_text
+from conftest import make_tokenizer, save_model, train_tokenizer, write_split, write_text
 from data import TokenShard
 from evaluation.minimal_pairs import accuracies, pair_scores, read_pairs, sentence_scores
 from evaluation.perplexity import TemperatureScaled, corpus_scores, fitted_temperature, shard_losses
@@ -106,6 +106,20 @@ def test_the_ensemble_averages_logits():
     members = [models.build_model(n, V).eval() for n in ("gpt2-tiny", "llama-tiny")]
     expected = (members[0](tokens) + members[1](tokens)) / 2
     torch.testing.assert_close(Ensemble(members)(tokens), expected)
+
+
+def test_rows_that_pad_a_vocabulary_change_no_ensemble():
+    """Hugging Face's resize_token_embeddings(pad_to_multiple_of=64) adds them."""
+    torch.manual_seed(0)
+    plain, padded = (models.build_model("gpt2-tiny", size).eval() for size in (V, 320))
+    padded.load_state_dict(
+        {
+            name: torch.cat([tensor, torch.randn(20, tensor.shape[1])]) if len(tensor) == V else tensor
+            for name, tensor in plain.state_dict().items()
+        }
+    )
+    tokens = torch.randint(V, (2, 6))
+    torch.testing.assert_close(Ensemble([padded, plain])(tokens), plain(tokens))
 
 
 # ---- minimal pairs
@@ -213,6 +227,30 @@ def test_conventions_differ_in_the_prefix_of_a_sentence(tokenizer):
         (score,) = sentence_scores(model, tokenizer, ["the cat"], convention)
         expected = sum(log_p[a, b] for a, b in itertools.pairwise(chain))
         assert math.isclose(score, expected, rel_tol=1e-5), convention
+
+
+def test_special_tokens_have_the_ids_of_the_tokenizer_and_what_it_lacks_is_refused(tmp_path, capsys):
+    """T5's numbering: pad 0, eos 1, unk 2, no bos; SentencePiece's default rules drop newlines."""
+    tokenizer = make_tokenizer(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    model = Fixed(torch.randn(tokenizer.vocabulary_size, tokenizer.vocabulary_size))
+    log_p, ids = model.logits.detach().log_softmax(-1), tokenizer.encode("the cat")
+    (score,) = sentence_scores(model, tokenizer, ["the cat"], "2023")
+    expected = sum(log_p[a, b] for a, b in itertools.pairwise([1, *ids]))
+    assert math.isclose(score, expected, rel_tol=1e-5)
+    for convention in ("newline", "2024", "bos"):
+        with pytest.raises(UserError, match=f"--convention {convention}: the tokenizer has no"):
+            sentence_scores(model, tokenizer, ["the cat"], convention)
+    with pytest.raises(UserError, match="drops a leading space"):
+        no_prefix = make_tokenizer(add_dummy_prefix=False)
+        sentence_scores(model, no_prefix, ["the cat"], "2024")
+    llama = models.build_model("llama-tiny", tokenizer.vocabulary_size)
+    save_model(tmp_path / "a.pt", llama, tokenizer, "llama-tiny")
+    pairs = write_pairs(tmp_path / "pairs", PAIRS)
+    for convention, code in (("newline", 0), ("bos", 1)):
+        options = ["--pairs", pairs, "--convention", convention, "--json", tmp_path / "s.json"]
+        assert run(tmp_path / "a.pt", *options) == code
+    assert json.loads((tmp_path / "s.json").read_text())["convention"] == "2023"
+    assert "the tokenizer drops newlines" in capsys.readouterr().err
 
 
 def test_a_single_token_without_context_is_no_evidence(tokenizer):

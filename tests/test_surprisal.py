@@ -1,19 +1,16 @@
 """Surprisals are the model's own log-probabilities, and every token belongs to the word that it spells."""
 
 import csv
-import io
 import math
 
 import pytest
-import sentencepiece
 import torch
 
 import evaluate
 import model as models
-from conftest import save_model, write_text
+from conftest import make_tokenizer, save_model, write_text
 from evaluation.minimal_pairs import sentence_scores
 from evaluation.surprisal import align, blank_pieces, token_bits, word_surprisals
-from tokenizer import Tokenizer
 from training.io import run_program
 
 V = 300
@@ -23,22 +20,6 @@ V = 300
 def model():
     torch.manual_seed(0)
     return models.build_model("llama-tiny", V).eval()
-
-
-def make_tokenizer(**options):
-    """A tokenizer of SentencePiece's default options, but for some."""
-    buffer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(write_text(2000, seed=1).split("\n")),
-        model_writer=buffer,
-        model_type="bpe",
-        vocab_size=V,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=2,
-        **options,
-    )
-    return Tokenizer(buffer.getvalue())
 
 
 LINES = ["the cat runs", "  the  old dog sees it. ", "ünïcode 漢字 x", "a", "the \u2581\u2581 dog sees"]
