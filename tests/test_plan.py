@@ -4,6 +4,7 @@ from collections import namedtuple
 
 import pytest
 
+from test_train import config_for, trained
 from training import plan as plans
 from training.io import UserError
 from training.plan import Plan, word_marks
@@ -41,3 +42,20 @@ def test_word_marks_are_numbers_with_a_unit_or_without(capsys):
     for wrong in ("all", "", "0", "-1M", "1G", "M", "²", "9" * 5000):
         with pytest.raises(UserError, match="--save-at-words"):
             word_marks([wrong], 10)
+
+
+def test_a_mark_that_training_has_passed_is_named(data_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    trained(config_for(data_folder, out, stop_after=0))
+    trained(config_for(data_folder, out, save_at_words=["20", "200"]))
+    assert "training is past chck_20.pt" in capsys.readouterr().err
+    assert (out / "chck_200.pt").exists() and not (out / "chck_20.pt").exists()
+    trained(config_for(data_folder, tmp_path / "other", save_at_words=["20"]))
+    assert not capsys.readouterr().err
+
+
+def test_a_run_that_is_too_short_for_a_trace_says_so(data_folder, tmp_path, capsys):
+    trained(config_for(data_folder, tmp_path / "short", steps=10, profile=2))
+    assert "--profile: no trace was written" in capsys.readouterr().err
+    trained(config_for(data_folder, tmp_path / "long", steps=11, profile=2))
+    assert not capsys.readouterr().err and (tmp_path / "long" / "trace.json").exists()

@@ -285,6 +285,10 @@ class TrainingLogger:
             path = self.out / "log.jsonl"
             board = self.out / "tensorboard" if config.tensorboard else None
         self.log = JSONLog(path, first, progress["step"], board)
+        self.first_step = progress["step"]
+        passed = plan.marks_passed(self.first_step, since=0)
+        if missing := [name for name in passed if not (self.out / name).exists()]:
+            warn(f"--save-at-words: training is past {', '.join(missing)}, which cannot be written any more")
         self.profiler = None
         if config.profile and self.writes:
             self.profiler = profiler(config.profile, self.out / "trace.json")
@@ -297,6 +301,8 @@ class TrainingLogger:
     def __exit__(self, *_error):
         if self.profiler:
             self.profiler.stop()
+            if self.progress["step"] - self.first_step <= PROFILE_AFTER:
+                warn(f"--profile: no trace was written, because it begins after {PROFILE_AFTER} steps")
         self.line.bar.close()
         self.log.close()
 

@@ -48,9 +48,9 @@ class Plan:
         epoch_ends = int(self.epochs(step)) > int(self.epochs(step - 1))
         return (self.eval_epochs and epoch_ends) or bool(self.eval_every and step % self.eval_every == 0)
 
-    def marks_passed(self, step):
-        """Returns the file names of the marks that this step reaches."""
-        before, now = self.words_seen(step - 1), self.words_seen(step)
+    def marks_passed(self, step, since=None):
+        """Returns the file names of the marks that are passed after the step `since`: the one before."""
+        before, now = self.words_seen(step - 1 if since is None else since), self.words_seen(step)
         return [name for name, words in self.marks.items() if before < words <= now]
 
 
