@@ -56,35 +56,17 @@ def parse_arguments(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("models, one row each").add_argument
     add("checkpoints", nargs="*", metavar="CHECKPOINT", help="for example runs/llama-58m/best.pt")
-    add(
-        "--ensemble",
-        nargs="+",
-        default=[],
-        metavar="CHECKPOINT",
-        help="score the mean of the logits of these checkpoints, in the last row",
-    )
-    add(
-        "--teacher-weights",
-        nargs="+",
-        type=float,
-        metavar="WEIGHT",
-        help="weights of the checkpoints of --ensemble (default: equal)",
-    )
+    add("--ensemble", nargs="+", default=[], metavar="CHECKPOINT", help="add a row: the mean of their logits")
+    add("--teacher-weights", nargs="+", type=float, metavar="X", help="weights in that mean (default: equal)")
     add = parser.add_argument_group("text and minimal pairs").add_argument
-    add("--data", metavar="DIR", help="folder of dev.bin (default: data of the first run, else data/babylm)")
+    add("--data", metavar="DIR", help="folder of dev.bin (default: that of the first run, else data/babylm)")
     add(
-        "--weight-by",
-        metavar="FILE",
-        help="train.bin whose shares of the sub-corpora weight the mean over them",
+        "--weight-by", metavar="FILE", help="also the mean over sub-corpora by their shares of this train.bin"
     )
-    add("--temperature-scaled", metavar="DIR", help="score also at the best temperature on DIR/dev.bin")
+    add("--temperature-scaled", metavar="DIR", help="also the scores at the best temperature on DIR/dev.bin")
     add("--pairs", nargs="+", default=[], metavar="DIR", help="folders of BLiMP-style *.jsonl")
-    add(
-        "--convention",
-        choices=CONVENTIONS,
-        default="newline",
-        help="prefix of a sentence of --pairs or --surprisals, see above (default: newline)",
-    )
+    prefix_help = "prefix of each sentence or line, see above (default: newline)"
+    add("--convention", choices=CONVENTIONS, default="newline", help=prefix_help)
     add = parser.add_argument_group("files to write").add_argument
     add("--json", metavar="FILE", help="all scores")
     add("--losses", metavar="FILE", help="the losses of one model by chunk (npz), for --compare")
@@ -97,12 +79,8 @@ def parse_arguments(argv):
     add("--against", nargs="+", metavar="FILE", help="... with another, in the same order of seeds")
     add = parser.add_argument_group("speed").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="fp32",
-        help="precision of matrix products; bf16: faster on a GPU, scores agree nearly (default: fp32)",
-    )
+    precision_help = "of matrix products; bf16 is faster on a GPU, scores differ slightly (default: fp32)"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="fp32", help=precision_help)
     args = parser.parse_args(argv)
     for message, is_wrong in usage_errors(args).items():
         if is_wrong:
@@ -113,18 +91,16 @@ def parse_arguments(argv):
 def usage_errors(args):
     """{message: whether it applies} for options that do not go together."""
     outputs = (args.losses, args.pair_scores, args.json)
-    scores = any((args.data, args.weight_by, args.temperature_scaled, args.pairs, *outputs))
+    scoring = any((args.data, args.weight_by, args.temperature_scaled, args.pairs, *outputs))
     num_models = len(args.checkpoints) + bool(args.ensemble)
+    one_model = args.surprisals or args.losses
     return {
         "--compare and --against go together": (args.compare is None) != (args.against is None),
         "--surprisals and --text go together": (args.surprisals is None) != (args.text is None),
-        "--compare scores nothing: give it and --against alone": args.compare
-        and (num_models or scores or args.surprisals),
+        "--compare goes with --against alone": args.compare and (num_models or scoring or args.surprisals),
+        "--surprisals excludes options of scoring, but for --convention": args.surprisals and scoring,
         "give at least one checkpoint": not num_models and not args.compare,
-        "--surprisals scores nothing else: of these options only --convention goes with it": args.surprisals
-        and scores,
-        "--surprisals and --losses are of one model: give one checkpoint, or one --ensemble": num_models > 1
-        and (args.surprisals or args.losses),
+        "--surprisals and --losses take one checkpoint, or one --ensemble": num_models > 1 and one_model,
         "--bow-correction needs --surprisals": args.bow_correction and not args.surprisals,
         "--pair-scores needs --pairs": args.pair_scores and not args.pairs,
         "--teacher-weights needs --ensemble": args.teacher_weights and not args.ensemble,
@@ -161,27 +137,28 @@ class ScoredModel:
 
 
 def load_models(args, device):
-    """(ScoredModels, the ensemble last; their tokenizer; path and config of the first checkpoint).
+    """(ScoredModels, the ensemble last; their tokenizer; the config of the first checkpoint).
 
     Raises `UserError` unless all have the same tokenizer.
     """
-    paths = list(dict.fromkeys(args.checkpoints + args.ensemble))
-    loaded = {path: load_checkpoint(path) for path in paths}
-    first = loaded[paths[0]][1]
-    for path, (model, checkpoint) in loaded.items():
-        if checkpoint["tokenizer"]["identity"] != first["tokenizer"]["identity"]:
-            raise UserError(f"{path} has another tokenizer than {paths[0]}: score them separately")
-        model.to(device)
-    lengths = {path: checkpoint["config"]["sequence_length"] for path, (_, checkpoint) in loaded.items()}
-    models = [
-        ScoredModel(path, loaded[path][1]["model"]["name"], loaded[path][0], lengths[path])
-        for path in args.checkpoints
-    ]
+    scored, checkpoints = {}, {}
+    for path in dict.fromkeys(args.checkpoints + args.ensemble):
+        model, checkpoint = load_checkpoint(path)
+        length = checkpoint["config"]["sequence_length"]
+        scored[path] = ScoredModel(path, checkpoint["model"]["name"], model.to(device), length)
+        checkpoints[path] = checkpoint
+    first, *others = checkpoints
+    for path in others:
+        if checkpoints[path]["tokenizer"]["identity"] != checkpoints[first]["tokenizer"]["identity"]:
+            raise UserError(f"{path} has another tokenizer than {first}: score them separately")
+    models = [scored[path] for path in args.checkpoints]
     if args.ensemble:
-        ensemble = Ensemble([loaded[path][0] for path in args.ensemble], args.teacher_weights).eval()
-        length = min(lengths[path] for path in args.ensemble)
+        members = [scored[path] for path in args.ensemble]
+        ensemble = Ensemble([member.model for member in members], args.teacher_weights).eval()
+        length = min(member.sequence_length for member in members)
         models.append(ScoredModel(" + ".join(args.ensemble), "ensemble", ensemble, length))
-    return models, Tokenizer.of_checkpoint(first, paths[0]), first["config"]
+    tokenizer = Tokenizer.of_checkpoint(checkpoints[first], first)
+    return models, tokenizer, checkpoints[first]["config"]
 
 
 def open_dev_text(args, tokenizer, config):
@@ -235,10 +212,8 @@ def format_table(results):
     weighted = ["weighted_cross_entropy"] if "weighted_cross_entropy" in results[0] else []
     columns = {"files": "accuracy_over_files", "fields": "accuracy_over_fields", "ties": "tie_rate"}
     heading = ["model", "parameters", "cross-entropy", "perplexity", "per word", "bits/byte"]
-    heading += ["weighted" for _ in weighted] + [
-        f"{Path(f).name} {column}" for f in folders for column in columns
-    ]
-    rows = [heading]
+    heading += ["weighted" for _ in weighted]
+    rows = [heading + [f"{Path(folder).name} {column}" for folder in folders for column in columns]]
     for r in results:
         cells = [f"{r['model']} ({r['path']})", f"{r['parameters']:,}"]
         cells += ["-" if r[key] is None else f"{r[key]:.4g}" for key in (*TEXT_SCORES, *weighted)]
