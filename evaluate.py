@@ -5,10 +5,11 @@
     python evaluate.py student.pt --surprisals bits.tsv --text stimuli.txt       for psycholinguists
     python evaluate.py --compare student-*.npz --against baseline-*.npz     one --losses file per seed
 
-Cross-entropy is in nats per token, over the chunks of training. Perplexity per word and bits per
-byte, of the cleaned text, do not depend on the tokenizer. A minimal pair is right if the acceptable
-sentence has the higher log-probability; a tie counts half. Products are in float32 by default,
-because fewer digits make ties.
+Cross-entropy is in nats per token, over the chunks of training. Bits per byte and perplexity per
+word, of the cleaned text, do not depend on the tokenizer; a language that is written without blanks
+has no perplexity per word. A minimal pair is right if the acceptable sentence has the higher
+log-probability; a tie counts half. Products are in float32 by default, because fewer digits make
+ties.
 
 --convention chooses the prefix of a sentence. `newline`, the default, is the context in which
 sentences begin in training. The official BabyLM pipelines use other prefixes: 2023 has </s> (and
@@ -46,7 +47,7 @@ from training.device import choose_compute
 from training.io import UserError, aligned, run_program, sha256, warn, write_json
 from training.options import Parser
 
-TEXT_SCORES = ("cross_entropy", "perplexity", "perplexity_per_word", "bits_per_byte")
+TEXT_SCORES = ("cross_entropy", "bits_per_byte", "perplexity", "perplexity_per_word")
 
 
 # ---- command line
@@ -211,7 +212,7 @@ def format_table(results):
     folders = list(results[0]["pairs"])
     weighted = ["weighted_cross_entropy"] if "weighted_cross_entropy" in results[0] else []
     columns = {"files": "accuracy_over_files", "fields": "accuracy_over_fields", "ties": "tie_rate"}
-    heading = ["model", "parameters", "cross-entropy", "perplexity", "per word", "bits/byte"]
+    heading = ["model", "parameters", "cross-entropy", "bits/byte", "perplexity", "per word"]
     heading += ["weighted" for _ in weighted]
     rows = [heading + [f"{Path(folder).name} {column}" for folder in folders for column in columns]]
     for r in results:
@@ -245,7 +246,7 @@ def score(args, compute):
     results, log_p = [], []
     for scored in models:
         result = {"path": scored.path, "model": scored.name, "parameters": count_parameters(scored.model)}
-        result |= dict.fromkeys(TEXT_SCORES) | {"per_file": {}}
+        result |= {**dict.fromkeys(TEXT_SCORES), "per_file": {}}
         with compute.autocast:
             if shard is not None:
                 result |= text_scores(scored, shard, args, compute.precision)

@@ -13,6 +13,7 @@ from loss import BLOCK_ROWS
 from training.io import UserError, warn
 
 NEWTON_STEPS = 10
+MAX_WORD_BYTES = 40  # on average; longer "words" are those of a language that is written without blanks
 
 
 def shard_losses(model, shard, sequence_length):
@@ -68,17 +69,18 @@ def corpus_scores(shard, losses, shares=None):
 
 
 def _text_scores(losses, words, num_bytes):
+    """Scores per token, word and byte; those that do not exist are None."""
     nats = losses.double().sum().item()
     if not math.isfinite(nats):
         raise UserError("the model's losses are not finite: use an earlier checkpoint of its run")
 
-    def exp(value):  # None for an overflow: text without blanks has hardly any words
-        return math.exp(value) if value < 700 else None
+    def exp(value):
+        return math.exp(value) if value < 700 else None  # beyond 700 it overflows
 
     return {
         "cross_entropy": nats / len(losses),
         "perplexity": exp(nats / len(losses)),
-        "perplexity_per_word": exp(nats / words) if words else None,
+        "perplexity_per_word": exp(nats / words) if num_bytes < MAX_WORD_BYTES * words else None,
         "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
     }
 

@@ -81,8 +81,9 @@ def test_every_token_but_the_first_is_scored_once(dev_shard, sequence_length):
         assert scores["per_file"][file.name]["cross_entropy"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_text_without_spaces_has_no_perplexity_per_word(tokenizer, tmp_path):
-    write_split(tmp_path, "dev", tokenizer, {"text": "x" * 3000})
+@pytest.mark.parametrize("text", ["x" * 3000, "小猫喜欢苹果老师看见红书那个大苹果。\n" * 50])
+def test_text_without_spaces_has_no_perplexity_per_word(tokenizer, tmp_path, text):
+    write_split(tmp_path, "dev", tokenizer, {"text": text})
     scores = scores_of(uniform(), TokenShard(tmp_path / "dev.bin"), 32)
     assert scores["perplexity_per_word"] is None and scores["bits_per_byte"] > 1
 
@@ -293,7 +294,7 @@ def test_several_checkpoints_and_their_ensemble_side_by_side(checkpoints, data_f
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("gpt2-tiny", "llama-tiny", "ensemble"))
     results = results_in(out)
-    text = "cross_entropy perplexity perplexity_per_word bits_per_byte per_file".split()
+    text = "cross_entropy bits_per_byte perplexity perplexity_per_word per_file".split()
     means = "accuracy_over_files accuracy_over_fields tie_rate per_file per_field".split()
     for result in results:
         assert [*result] == ["path", "model", "parameters", *text, "pairs"]
