@@ -1,7 +1,7 @@
-"""What tokenize_corpus.py wrote into a folder, and the order of batches.
+"""Batches of a tokenised corpus and their order.
 
 A batch is a function of (seed, step) and of nothing else: resuming, or asking what step 1234 saw,
-needs only the number. How tokens are kept in files: corpus/token_shards.py.
+needs only the number. corpus/token_shards.py has the format of the files.
 """
 
 import concurrent.futures
@@ -17,8 +17,8 @@ from corpus.token_shards import TokenShard
 from tokenizer import Tokenizer
 from training.io import UserError
 
-GPU_SHARE = 1 / 8  # of a GPU's free memory that tokens may take
-COPIED_TOKENS = 1 << 24  # at a time, on their way to a GPU
+GPU_FRACTION = 1 / 8  # of a GPU's free memory that the training tokens may take
+COPY_TOKENS = 1 << 24  # copied to a GPU at a time
 DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
 
 
@@ -27,7 +27,7 @@ DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same de
 
 @dataclass(frozen=True)
 class Corpus:
-    """What tokenize_corpus.py wrote into a folder: both splits, and their tokenizer."""
+    """A folder that tokenize_corpus.py wrote: both splits and their tokenizer."""
 
     folder: Path
     train: TokenShard
@@ -36,7 +36,7 @@ class Corpus:
 
 
 def open_corpus(folder):
-    """The corpus in `folder`. `UserError` if a file is missing, damaged or foreign."""
+    """The corpus in `folder`. Raises `UserError` if a file is missing, damaged or of another corpus."""
     folder = Path(folder)
     corpus = Corpus(
         folder,
@@ -58,11 +58,11 @@ def open_corpus(folder):
 
 @dataclass(frozen=True)
 class Batch:
-    """B chunks, or a part of them: `chunk_ids` (B,), `tokens` (B, T), `targets` (B, T).
+    """Sequences of one step: `chunk_ids` (B,), `tokens` (B, T), `targets` (B, T).
 
-    `teacher_states`, K × (B, T, C_k), are there once an objective with teachers has prepared it.
-    `num_sequences` and `num_targets` count the whole step, not this part of it: losses divide by
-    them, so that micro-batches, however uneven, add up to the one batch.
+    `num_sequences` and `num_targets` count the whole step even in a micro-batch or in a rank's
+    slice. Losses divide by them, so that parts of any size add up to the loss of the one batch.
+    `teacher_states`, K × (B, T, C_k), are filled in by an objective with teachers.
     """
 
     chunk_ids: torch.Tensor
@@ -77,42 +77,38 @@ class Batch:
         """The batch of a whole step; targets below 0, which have no loss, are not counted."""
         return cls(chunk_ids, tokens, targets, len(tokens), int((targets >= 0).sum()))
 
-    def rank_slice(self, rank, size):
-        """The sequences of one of `size` processes; the counts stay those of the whole step."""
-        tensors = (t[rank::size].contiguous() for t in (self.chunk_ids, self.tokens, self.targets))
+    def rank_slice(self, rank, world_size):
+        """Every `world_size`-th sequence, from that of `rank` on."""
+        tensors = (t[rank::world_size].contiguous() for t in (self.chunk_ids, self.tokens, self.targets))
         return Batch(*tensors, self.num_sequences, self.num_targets)
 
     def split(self, size):
-        """Parts of at most `size` sequences, or of the sizes in that list."""
+        """Micro-batches of at most `size` sequences, or of the sizes in that list."""
         parts = zip(self.chunk_ids.split(size), self.tokens.split(size), self.targets.split(size))
         return [Batch(*part, self.num_sequences, self.num_targets) for part in parts]
 
     def tensors(self):
-        """All that a step reads of it on the device."""
+        """All tensors that a step reads on the device."""
         return (self.tokens, self.targets, *self.teacher_states)
 
     def counts(self):
-        """Sequences and positions of this part, and what losses divide by."""
+        """(B, T, num_sequences, num_targets)."""
         return (*self.tokens.shape, self.num_sequences, self.num_targets)
 
     def clone(self):
-        """The same in memory of its own."""
+        """A copy with tensors of its own."""
         tokens, targets, *states = (tensor.clone() for tensor in self.tensors())
         return replace(self, tokens=tokens, targets=targets, teacher_states=tuple(states))
 
     def to(self, device):
-        """The batch on `device`, but for the chunk ids; a copy to CUDA does not wait for it."""
+        """The batch with tokens and targets on `device`; the CPU does not wait for a copy to CUDA."""
 
         def move(tensor):
             if device.type == "cuda" and not tensor.is_cuda:
                 return tensor.pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 
-        return replace(
-            self,
-            tokens=move(self.tokens),
-            targets=move(self.targets),
-        )
+        return replace(self, tokens=move(self.tokens), targets=move(self.targets))
 
 
 def count_chunks(num_tokens, sequence_length, random_offset=False):
@@ -124,9 +120,9 @@ def count_chunks(num_tokens, sequence_length, random_offset=False):
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed, epoch, num_chunks, sequence_length, random_offset):
-    """The epoch's permutation of chunk ids and where each chunk starts, both (N,), by position.
+    """The chunk ids of an epoch in their order, and where each chunk starts: both (N,).
 
-    A function of its arguments alone. The generator gets 32 bits, all that it uses, of a hash.
+    A function of its arguments alone. torch's generator uses 32 bits of a seed: those of a hash.
     """
     mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4]
     generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
@@ -138,23 +134,23 @@ def epoch_order(seed, epoch, num_chunks, sequence_length, random_offset):
 
 
 class BatchStream:
-    """`stream(step)` is the step's batch: consecutive positions of the epochs' permutations.
+    """`stream(step)` is the batch of a step: consecutive positions of the epochs' permutations.
 
-    Every chunk is seen once an epoch, no batch is ragged, and a batch may span two epochs. On a GPU
-    all tokens are kept there, in two bytes each where the vocabulary allows, if they fit into
-    `GPU_SHARE` of its free memory: a batch is then gathered without a copy of tokens. `num_tokens`
-    and `words` are those of an epoch. Raises `UserError` if the shard is shorter than one batch.
+    Every chunk is seen once an epoch, all batches have the same size, and a batch may span two
+    epochs. `num_chunks`, `num_tokens` and `words` are those of an epoch. On CUDA all tokens are
+    copied to the GPU if they fit in `GPU_FRACTION` of its free memory, and batches are gathered
+    there. Raises `UserError` if the shard is shorter than one batch.
     """
 
     def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False, device="cpu"):
         self.shard, self.batch_size, self.seed = shard, batch_size, seed
         self.num_tokens, self.words = shard.num_tokens, shard.words
         self.sequence_length, self.random_offset = sequence_length, random_offset
-        self.resident = None
+        self.tokens_on_gpu = None
         if torch.device(device).type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if self.resident_bytes <= GPU_SHARE * free:
-                self.keep_on(device)
+            if self.num_tokens * shard.dtype.itemsize <= GPU_FRACTION * free:
+                self.load_to_device(device)
         self.num_chunks = count_chunks(shard.num_tokens, sequence_length, random_offset)
         if self.num_chunks < batch_size:
             raise UserError(
@@ -169,47 +165,44 @@ class BatchStream:
             order = epoch_order(
                 self.seed, int(epoch), self.num_chunks, self.sequence_length, self.random_offset
             )
-            here = positions[positions // self.num_chunks == epoch] % self.num_chunks
-            chunk_ids.append(order[0][here])
-            starts.append(order[1][here])
+            in_epoch = positions[positions // self.num_chunks == epoch] % self.num_chunks
+            chunk_ids.append(order[0][in_epoch])
+            starts.append(order[1][in_epoch])
         chunk_ids, starts = torch.cat(chunk_ids), torch.cat(starts)
-        if self.resident is None:
+        if self.tokens_on_gpu is None:
             tokens, targets = self.shard.chunks(starts.numpy(), self.sequence_length)
         else:
-            device = self.resident.device
-            positions = torch.arange(self.sequence_length + 1, device=device)
-            positions = positions + starts.to(device, non_blocking=True)[:, None]  # (B, T + 1)
-            chunk = self.resident[positions].long()
-            if self.resident.dtype == torch.int16:
-                chunk &= 0xFFFF  # an id above 32,767 was kept as the negative number of its bits
-            tokens, targets = chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
-        # Every target counts: to count them on the device would wait for it.
+            tokens, targets = self.gather(starts)
+        # Every target counts here: counting them on the device would wait for it.
         return Batch(chunk_ids, tokens, targets, len(tokens), targets.numel())
 
-    @property
-    def resident_bytes(self):
-        """What `keep_on` takes."""
-        return self.num_tokens * (2 if self.shard.dtype.itemsize == 2 else 4)
+    def load_to_device(self, device):
+        """Copies all tokens of the shard to `device`, in two bytes each if the shard has them so."""
+        # As signed integers of the same size: torch cannot index uint16 on all devices.
+        ids = self.shard.tokens.view(f"int{8 * self.shard.dtype.itemsize}")
+        dtype = {2: torch.int16, 4: torch.int32}[ids.itemsize]
+        self.tokens_on_gpu = torch.empty(self.num_tokens, dtype=dtype, device=device)
+        for start in range(0, len(ids), COPY_TOKENS):
+            tokens = torch.from_numpy(ids[start : start + COPY_TOKENS].copy())
+            self.tokens_on_gpu[start : start + len(tokens)] = tokens
 
-    def keep_on(self, device):
-        """Keeps the shard's tokens on `device`, and gathers batches there."""
-        narrow = self.shard.dtype.itemsize == 2
-        dtype = torch.int16 if narrow else torch.int32  # uint16 cannot be indexed everywhere
-        self.resident = torch.empty(self.num_tokens, dtype=dtype, device=device)
-        ids = self.shard.tokens
-        for start in range(0, len(ids), COPIED_TOKENS):
-            part = ids[start : start + COPIED_TOKENS]
-            part = part.view(np.int16) if narrow else part.astype(np.int32)
-            self.resident[start : start + len(part)] = torch.from_numpy(part.copy())
+    def gather(self, starts):
+        """Tokens and targets (B, T), int64, of the chunks at `starts`, from the tokens on the GPU."""
+        device = self.tokens_on_gpu.device
+        offsets = torch.arange(self.sequence_length + 1, device=device)
+        positions = offsets + starts.to(device, non_blocking=True)[:, None]  # (B, T + 1)
+        chunk = self.tokens_on_gpu[positions].long()
+        if self.tokens_on_gpu.dtype == torch.int16:
+            chunk &= 0xFFFF  # ids above 32,767 are negative as int16
+        return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
 class PrefetchStream:
-    """The batches of a stream, each gathered from the files while the one before it is computed on.
+    """The batches of a stream, each read from the files while the one before it is computed on.
 
-    `stream(step)` is on the device. To a GPU a batch is copied from pinned memory, on a CUDA stream
-    of its own, so that what is still computed there is not waited for. The thread that gathers
-    calls nothing of CUDA, which could disturb the capture of a graph. What goes wrong in it is
-    raised when that batch is asked for.
+    `stream(step)` is on the device. On CUDA a batch is copied from pinned memory on a CUDA stream
+    of its own, so that the copy overlaps with compute. The thread that reads does not call CUDA,
+    which could disturb the capture of a graph. Its exceptions are raised by the call for their step.
     """
 
     def __init__(self, stream, device):
@@ -218,28 +211,28 @@ class PrefetchStream:
         self.num_tokens = stream.num_tokens
         self.copies = torch.cuda.Stream(device) if self.device.type == "cuda" else None
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.step, self.gathered = None, None
+        self.step, self.next_batch = None, None
 
     def __call__(self, step):
-        if step != self.step:  # the first one, or that of a run which is resumed
-            self.gathered = self.thread.submit(self.stream, step)
-        batch = self.gathered.result()
-        self.step, self.gathered = step + 1, self.thread.submit(self.stream, step + 1)
+        if step != self.step:  # the first step, of a new run or of one that is resumed
+            self.next_batch = self.thread.submit(self.stream, step)
+        batch = self.next_batch.result()
+        self.step, self.next_batch = step + 1, self.thread.submit(self.stream, step + 1)
         if self.copies is None:
             return batch.to(self.device)
         with torch.cuda.stream(self.copies):
             batch = batch.to(self.device)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self.copies)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self.copies)
         for tensor in batch.tensors():
-            tensor.record_stream(computing)  # until that is done, no later copy gets its memory
+            tensor.record_stream(compute)  # no later copy gets its memory before compute is done
         return batch
 
 
 def prefetch(stream, device):
-    """The stream, or, where a GPU has no room for its tokens, an `PrefetchStream` of it."""
-    away = torch.device(device).type == "cuda" and stream.resident is None
-    return PrefetchStream(stream, device) if away else stream
+    """The stream, or a `PrefetchStream` of it if its tokens are not on the GPU that reads them."""
+    on_host = torch.device(device).type == "cuda" and stream.tokens_on_gpu is None
+    return PrefetchStream(stream, device) if on_host else stream
 
 
 def dev_subset(shard, sequence_length, num_sequences):
@@ -254,5 +247,5 @@ def dev_subset(shard, sequence_length, num_sequences):
             f"{sequence_length}: add text or lower --sequence-length"
         )
     generator = torch.Generator().manual_seed(DEV_SUBSET_SEED)
-    chosen = torch.randperm(num_chunks, generator=generator)[:num_sequences]
-    return (chosen.sort().values * sequence_length).numpy()
+    chunk_ids = torch.randperm(num_chunks, generator=generator)[:num_sequences]
+    return (chunk_ids.sort().values * sequence_length).numpy()

@@ -36,7 +36,7 @@ from finetuning.tables import task_rows
 from finetuning.tasks import SETTINGS
 from model import load_checkpoint
 from tokenizer import Tokenizer
-from train import TrainConfig, fit
+from train import Objective, TrainConfig, fit
 from training import distributed
 from training.device import Compute, choose_compute
 from training.io import UserError, aligned, locked, log, printable, run_program, warn, write_json
@@ -136,18 +136,8 @@ class FinetuneConfig(TrainConfig):
 # ---- objective, stream and evaluation, which `fit` is given
 
 
-class ClassificationObjective(nn.Module):
+class ClassificationObjective(Objective):
     """-log p(class), the mean over the step's examples."""
-
-    compiled = False
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def prepare(self, batch):
-        """Nothing more is needed."""
-        return batch
 
     def forward(self, batch):
         last = tasks.last_positions(batch.targets)  # (B,)

@@ -16,11 +16,11 @@ from training.io import UserError, run_program
 
 @torch.no_grad()
 def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None, num_pieces=None):
-    """`tokens` (T,) int64 with `num_tokens` more: sampled, or the likeliest at temperature 0.
+    """`tokens` (T,) int64 and `num_tokens` more: sampled, or the likeliest ones at temperature 0.
 
-    `top_k` keeps the k likeliest only (0: all). Left out are special tokens, which training never
-    saw, and ids from `num_pieces` on, if given: an imported model may have rows for them. Beyond
-    the model's context the oldest tokens are forgotten.
+    `top_k` samples from the k likeliest tokens (0: from all). Special tokens are never sampled,
+    because training text has none, nor ids from `num_pieces` on: an imported model may have logits
+    without a piece. The model reads the last `max_position_embeddings` tokens.
     """
     device = next(model.parameters()).device
     context = model.config.max_position_embeddings
@@ -33,22 +33,27 @@ def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None
             threshold = logits.topk(min(top_k, len(logits))).values[-1]
             logits[logits < threshold] = -torch.inf
         if temperature == 0:
-            chosen = logits.argmax()[None]
+            sampled = logits.argmax()[None]
         else:
-            # On the CPU, so that one seed gives one text on every device.
+            # On the CPU, so that a seed gives the same text on every device.
             probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
-            chosen = torch.multinomial(probabilities, 1, generator=generator).to(device)
-        tokens = torch.cat((tokens, chosen))
+            sampled = torch.multinomial(probabilities, 1, generator=generator).to(device)
+        tokens = torch.cat((tokens, sampled))
     return tokens.cpu()
 
 
-def written(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, seed=0):
-    """The prompt and how the model goes on, as text."""
-    # A newline first, as before every sentence in training; it is not part of the text.
-    tokens = torch.tensor(tokenizer.encode("\n" + prompt))
-    generator = torch.Generator().manual_seed(seed)
-    options = temperature, top_k, generator, tokenizer.vocabulary_size
-    tokens = generate(model, tokens, num_tokens, *options)
+def complete(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, seed=0):
+    """The prompt with the model's continuation, as text."""
+    # Every sentence of the training text follows a newline. It is removed at the end.
+    tokens = generate(
+        model,
+        torch.tensor(tokenizer.encode("\n" + prompt)),
+        num_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        generator=torch.Generator().manual_seed(seed),
+        num_pieces=tokenizer.vocabulary_size,
+    )
     return tokenizer.decode(tokens.tolist()).removeprefix("\n")
 
 
@@ -63,9 +68,11 @@ def main(argv=None):
         "--temperature",
         type=float,
         default=0.8,
-        help="0: always the likeliest token (default: 0.8)",
+        help="softmax temperature; 0: always the likeliest token (default: 0.8)",
     )
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all (default: 0)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
@@ -83,7 +90,7 @@ def main(argv=None):
     model, checkpoint = load_checkpoint(args.checkpoint)
     model.to(choose_device(args.device))
     tokenizer = Tokenizer.of_checkpoint(checkpoint, args.checkpoint)
-    print(written(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))
+    print(complete(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Learned positions, LayerNorm before each sublayer, one joined projection for que
 values, GELU in its tanh form, biases everywhere, and a head that is the token embedding itself.
 Attribute names are those of the reference state dict; weights are stored (out, in).
 
-Dimensions: B sequences, T positions, C hidden, H heads, D head size, F inner, V vocabulary.
+Dimensions: B sequences, T positions, C hidden, H heads, D head size, I inner, V vocabulary.
 """
 
 import math
@@ -54,7 +54,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, F)
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, I)
         return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
@@ -83,7 +83,7 @@ class GPT2(nn.Module):
 
     def _initialise(self):
         std = self.config.initializer_range
-        # What is added to the residual stream 2 L times is scaled down: it starts at unit variance.
+        # Each layer adds two outputs of a c_proj to the residual stream: its variance stays about 1.
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -102,22 +102,14 @@ class GPT2(nn.Module):
         """The list of identical layers."""
         return self.h
 
-    def hidden_states(self, tokens, layers=()):
-        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C).
-
-        With `layers` a second value: {i: (B, T, C)} for each i in it, the residual stream after
-        layer i; 0 is the embedding.
-        """
+    def hidden_states(self, tokens):
+        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        states = {0: x} if 0 in layers else {}
-        for i, block in enumerate(self.h, 1):
+        for block in self.h:
             x = block(x)
-            if i in layers:
-                states[i] = x
-        x = self.ln_f(x)
-        return (x, states) if layers else x
+        return self.ln_f(x)
 
     def forward(self, tokens):
         """Logits of the next token: (B, T) int64 → (B, T, V)."""

@@ -4,7 +4,7 @@ RMSNorm before each sublayer (Zhang and Sennrich 2019), rotary positions (Su et 
 as in Hugging Face's weights, SwiGLU (Shazeer 2020), no biases, and a head of its own.
 Attribute names are those of the reference state dict.
 
-Dimensions: B sequences, T positions, C hidden, H heads, D head size, F inner, V vocabulary.
+Dimensions: B sequences, T positions, C hidden, H heads, D head size, I inner, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config):
-    """cos and sin (P, D) of position p times frequency theta^(-2i/D), the D/2 values twice."""
+    """cos and sin (positions, D) of position p times frequency theta^(-2i/D), the D/2 values twice."""
     D = config.hidden_size // config.num_attention_heads
-    # On the CPU even where a model is laid out on "meta" to receive its weights from a file.
+    # On the CPU, because `load_checkpoint` builds models on "meta" and loads only their parameters.
     frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device="cpu").float() / D)  # (D/2,)
     positions = torch.arange(config.max_position_embeddings, device="cpu").float()
-    angles = torch.outer(positions, frequencies).repeat(1, 2)  # (P, D)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)  # (positions, D)
     return angles.cos(), angles.sin()
 
 
@@ -97,7 +97,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = joined_product(x, self.gate_proj, self.up_proj)  # (B, T, F)
+        gate, up = joined_product(x, self.gate_proj, self.up_proj)  # (B, T, I)
         x = self.down_proj(F.silu(gate) * up)  # (B, T, C)
         return F.dropout(x, self.dropout, self.training)
 
@@ -145,23 +145,15 @@ class Llama(nn.Module):
         """The list of identical layers."""
         return self.layers
 
-    def hidden_states(self, tokens, layers=()):
-        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C).
-
-        With `layers` a second value: {i: (B, T, C)} for each i in it, the residual stream after
-        layer i; 0 is the embedding.
-        """
+    def hidden_states(self, tokens):
+        """Final hidden states, after the last norm: (B, T) int64 → (B, T, C)."""
         T = tokens.shape[1]
         cos, sin = self.cos[:T], self.sin[:T]  # (T, D)
         x = self.embed_tokens(tokens)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        states = {0: x} if 0 in layers else {}
-        for i, block in enumerate(self.layers, 1):
+        for block in self.layers:
             x = block(x, cos, sin)
-            if i in layers:
-                states[i] = x
-        x = self.norm(x)
-        return (x, states) if layers else x
+        return self.norm(x)
 
     def forward(self, tokens):
         """Logits of the next token: (B, T) int64 → (B, T, V)."""

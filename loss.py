@@ -1,10 +1,10 @@
 """The objectives: the plain formulas first, then the fused one that is trained with.
 
-    loss = alpha · CE + (1 - alpha) · T² · KL( softmax(z_teachers / T) ‖ softmax(z_student / T) )
+    loss = alpha · CE + (1 - alpha) · tau² · KL( softmax(z_teachers / tau) ‖ softmax(z_student / tau) )
 
 where z_teachers is the weighted mean of the teachers' *logits* (Timiryasov and Tastet 2023;
-temperature and T² from Hinton et al. 2015): the ensemble is the normalised geometric mean of its
-members. CE is summed over targets and divided by `num_targets`. The KL is summed over positions and
+temperature tau and tau² from Hinton et al. 2015): the ensemble is the normalised geometric mean of
+its members. CE is summed over targets and divided by `num_targets`. KL is summed over positions and
 divided by `kl_denominator`: the sequences of the step as the original ran, or its tokens. Both are
 counts of the whole step, so that micro-batches and ranks add up exactly. All losses are in nats.
 
@@ -12,8 +12,7 @@ Dimensions: N tokens, C hidden, V vocabulary, K teachers.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +20,28 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # a target that has no loss: torch's own convention
 REDUCTIONS = ("sequence", "token")
-BLOCK_ROWS = 32  # rows of 16,000 float32 logits are two megabytes: a processor's cache
+GPU_CHUNK_TOKENS = 4096  # few, large chunks keep a GPU busy
+CPU_CHUNK_TOKENS = 512  # as fast on a CPU as 4096, with an eighth of the memory
+BLOCK_ROWS = 32  # rows of 16,000 float32 logits are two megabytes: they fit a CPU core's L2 cache
+
+
+class Coefficients(NamedTuple):
+    """The numbers in the formula above; the two counts are those of the whole step."""
+
+    alpha: float
+    tau: float
+    num_targets: int
+    kl_denominator: float
 
 
 def cross_entropy(logits, targets, num_targets):
     """Σ -log softmax(logits)[target] / num_targets: (..., V), (...) → ().
 
-    Targets below 0 count nothing. In nats per token where `num_targets` is the number of others.
+    Targets below 0 are ignored. Nats per token if `num_targets` is the number of the others.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()
     targets = targets.masked_fill(targets < 0, IGNORED)
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_targets
-
-
-def smoothed_cross_entropy(logits, targets, num_targets, label_smoothing):
-    """Cross-entropy against (1 - ε) of the target and ε spread evenly over the vocabulary.
-
-    (Szegedy et al. 2016.) Same shapes as `cross_entropy`, which this is at ε = 0.
-    """
-    if not label_smoothing:
-        return cross_entropy(logits, targets, num_targets)
-    spread = -F.log_softmax(logits, dim=-1).mean(-1)
-    spread = (spread * (targets >= 0)).sum() / num_targets
-    ce = cross_entropy(logits, targets, num_targets)
-    return (1 - label_smoothing) * ce + label_smoothing * spread
 
 
 def ensemble_logits(teacher_logits, weights):
@@ -52,47 +49,31 @@ def ensemble_logits(teacher_logits, weights):
     return sum(w * z for w, z in zip(weights, teacher_logits)) / sum(weights)
 
 
-def kl_divergence(student_logits, teacher_logits, temperature, kl_denominator, kl_mask=None):
-    """Σ_positions KL(teacher ‖ student) at a temperature, / kl_denominator: 2 × (..., V) → ().
+def kl_divergence(p_logits, q_logits, tau, kl_denominator):
+    """Σ_positions KL(p ‖ q) / kl_denominator, p and q at temperature tau: 2 × (..., V) → ().
 
-    `kl_mask` (...) leaves positions out: it is the KL's own, independent of ignored targets.
+    p is the distribution that is imitated. The original's KL has the teachers there.
     """
-    log_student = F.log_softmax(student_logits / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    per_position = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
-    if kl_mask is not None:
-        per_position = per_position * kl_mask
-    return per_position.sum() / kl_denominator
+    log_p = F.log_softmax(p_logits / tau, dim=-1)
+    log_q = F.log_softmax(q_logits / tau, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).sum() / kl_denominator
 
 
-def mixed_loss(ce, kl, alpha, temperature):
-    """alpha · CE + (1 - alpha) · T² · KL."""
-    return alpha * ce + (1 - alpha) * temperature**2 * kl
+def mixed_loss(ce, kl, alpha, tau):
+    """alpha · CE + (1 - alpha) · tau² · KL."""
+    return alpha * ce + (1 - alpha) * tau**2 * kl
 
 
-def plain_distillation_loss(
-    student_logits,
-    teacher_logits,
-    weights,
-    targets,
-    *,
-    alpha,
-    temperature,
-    num_targets,
-    kl_denominator,
-    kl_mask=None,
-    label_smoothing=0.0,
-):
-    """The objective as the paper writes it, from logits: what `distillation_loss` must equal.
+def plain_distillation_loss(student_logits, teacher_logits, weights, targets, coefficients):
+    """The objective as the paper writes it, from logits: `distillation_loss` must equal it.
 
-    student_logits (..., V), teacher_logits K × (..., V), weights K, targets (...). A dict of
-    `loss`, `cross_entropy` and `kl`, each ().
+    student_logits (..., V), teacher_logits K × (..., V), weights K, targets (...). Returns a dict
+    of `loss`, `cross_entropy` and `kl`, each ().
     """
+    alpha, tau, num_targets, kl_denominator = coefficients
     ce = cross_entropy(student_logits, targets, num_targets)
-    teacher = ensemble_logits(teacher_logits, weights)
-    kl = kl_divergence(student_logits, teacher, temperature, kl_denominator, kl_mask)
-    smoothed = smoothed_cross_entropy(student_logits, targets, num_targets, label_smoothing)
-    return {"loss": mixed_loss(smoothed, kl, alpha, temperature), "cross_entropy": ce, "kl": kl}
+    kl = kl_divergence(ensemble_logits(teacher_logits, weights), student_logits, tau, kl_denominator)
+    return {"loss": mixed_loss(ce, kl, alpha, tau), "cross_entropy": ce, "kl": kl}
 
 
 # ---- the fused objective
@@ -102,9 +83,10 @@ def plain_distillation_loss(
 # student's logits z is known in closed form,
 #
 #     dz = alpha · (softmax(z) - onehot) / num_targets
-#        + (1 - alpha) · T · (softmax(z / T) - softmax(z_teachers / T)) / kl_denominator
+#        + (1 - alpha) · tau · (softmax(z / tau) - softmax(z_teachers / tau)) / kl_denominator
 #
-# so it is computed in the forward pass, a chunk of tokens at a time, and no logits are kept.
+# so the forward pass computes it, a chunk of tokens at a time, and keeps no logits.
+# docs/method.md derives both.
 
 
 def center_head(head):
@@ -128,7 +110,7 @@ def join_heads(heads, weights, dtype):
 
 
 def matmul_dtype(tensor):
-    """The type that matrix products read here: autocast's where it is on, else the tensor's own."""
+    """The dtype of matrix products with `tensor`: autocast's where it is on, else the tensor's."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -138,13 +120,8 @@ def distillation_loss(
     student_head,
     teachers,
     targets,
+    coefficients,
     *,
-    alpha,
-    temperature,
-    num_targets,
-    kl_denominator,
-    kl_mask=None,
-    label_smoothing=0.0,
     joined_head=None,
     chunk_tokens=None,
     compiled=False,
@@ -154,118 +131,78 @@ def distillation_loss(
     student_hidden (..., C), student_head (V, C), targets (...), and teachers
     [(hidden_k (..., C_k), head_k (V, C_k), weight_k), ...]. Heads are the float32 parameters; they
     are cast for the product inside. `joined_head` is `join_heads` of the teachers' heads, for
-    callers who keep it. At most `chunk_tokens` tokens have logits at a time; `compiled` passes over
-    them once. Only `loss` has a gradient, with respect to the student alone, and only once.
+    callers that keep it from step to step. Logits of at most `chunk_tokens` tokens exist at a time;
+    `compiled` runs the row arithmetic as one torch.compile'd kernel. Only `loss` has a gradient,
+    only with respect to the student, and only once.
     """
     dtype = matmul_dtype(student_hidden)
-    joined = Teachers.join(teachers, dtype, joined_head, kl_mask)
-    constants = Constants(alpha, temperature, len(teachers), num_targets, kl_denominator, label_smoothing)
-    loss, ce, kl = _fused(student_hidden, student_head, targets, joined, constants, chunk_tokens, compiled)
+    hiddens, heads, weights = zip(*teachers)
+    if joined_head is None:
+        joined_head = join_heads([h.detach() for h in heads], weights, dtype)
+    hidden = torch.cat([h.detach().to(dtype) for h in hiddens], dim=-1).flatten(0, -2)  # (N, ΣC_k)
+    ensemble, gradient = (hidden, joined_head, len(teachers)), torch.is_grad_enabled()
+    loss, ce, kl = _FusedLoss.apply(
+        student_hidden, student_head, targets, ensemble, coefficients, chunk_tokens, compiled, gradient
+    )
     return {"loss": loss, "cross_entropy": ce, "kl": kl}
 
 
-def linear_cross_entropy(
-    hidden, head, targets, num_targets, label_smoothing=0.0, chunk_tokens=None, compiled=False
-):
-    """`smoothed_cross_entropy` and `cross_entropy`, fused, of hidden states through a head.
+def linear_cross_entropy(hidden, head, targets, num_targets, *, chunk_tokens=None, compiled=False):
+    """`cross_entropy` of hidden states through a head, fused: (..., C), (V, C), (...) → ().
 
-    (..., C), (V, C) → (), (). No logits are kept. Only the first has a gradient.
+    This is `distillation_loss` without teachers; options and gradient are as there.
     """
-    constants = Constants(1.0, 1.0, 0, num_targets, 1, label_smoothing)
-    return _fused(hidden, head, targets, None, constants, chunk_tokens, compiled)[:2]
-
-
-@dataclass(frozen=True)
-class Constants:
-    """The constants of one step's objective; without teachers there is no KL."""
-
-    alpha: float
-    temperature: float
-    num_teachers: int
-    num_targets: int
-    kl_denominator: float
-    label_smoothing: float = 0.0
-
-
-@dataclass(frozen=True)
-class Teachers:
-    """The ensemble as one linear map: hidden (N, ΣC_k), head (V, ΣC_k), the KL's mask (N,) or None.
-
-    Its logits are K times the ensemble's; the rows divide by K, where nothing is rounded.
-    """
-
-    hidden: torch.Tensor
-    head: torch.Tensor
-    mask: torch.Tensor | None
-
-    @classmethod
-    def join(cls, teachers, dtype, joined_head, kl_mask):
-        """The record of [(hidden_k, head_k, weight_k), ...] for products in `dtype`."""
-        hiddens, heads, weights = zip(*teachers)
-        if joined_head is None:
-            joined_head = join_heads([h.detach() for h in heads], weights, dtype)
-        hidden = torch.cat([h.detach().to(dtype) for h in hiddens], dim=-1).flatten(0, -2)
-        return cls(hidden, joined_head, None if kl_mask is None else kl_mask.flatten())
-
-    def rows(self, rows):
-        """Logits (n, V) and mask (n,) or None of a slice of the tokens."""
-        return self.hidden[rows] @ self.head.T, None if self.mask is None else self.mask[rows]
-
-
-@dataclass(frozen=True)
-class Chunking:
-    """How the tokens are passed over: so many at a time, products in `dtype`, by which function."""
-
-    chunk_tokens: int
-    dtype: torch.dtype
-    gradients_wanted: bool
-    row_function: Callable
-
-    def chunks(self, num_tokens):
-        """The slices of the tokens, in order."""
-        return [slice(i, i + self.chunk_tokens) for i in range(0, num_tokens, self.chunk_tokens)]
-
-
-def _fused(hidden, head, targets, teachers, constants, chunk_tokens, compiled):
-    if chunk_tokens is None:
-        # Few, large chunks keep a GPU busy; a CPU is as fast with smaller ones, in less memory.
-        chunk_tokens = 4096 if hidden.is_cuda else 512
-    row_function = _row_function(hidden.is_cuda, compiled)
-    gradients = torch.is_grad_enabled()
-    chunking = Chunking(chunk_tokens, matmul_dtype(hidden), gradients, row_function)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _FusedLoss.apply(hidden.flatten(0, -2), head, targets.flatten(), teachers, constants, chunking)
+    coefficients = Coefficients(alpha=1.0, tau=1.0, num_targets=num_targets, kl_denominator=1)
+    gradient = torch.is_grad_enabled()
+    return _FusedLoss.apply(hidden, head, targets, None, coefficients, chunk_tokens, compiled, gradient)[0]
 
 
 class _FusedLoss(torch.autograd.Function):
+    """Loss, cross-entropy and KL, each (). The ensemble is (hidden (N, ΣC_k), joined head, K) or None."""
+
     @staticmethod
-    def forward(ctx, hidden, head, targets, teachers, constants, chunking):
-        wanted = [chunking.gradients_wanted and needed for needed in ctx.needs_input_grad[:2]]
-        d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_head = torch.zeros_like(head) if wanted[1] else None
-        head_cast = center_head(head).to(chunking.dtype)  # (V, C)
-        zero = torch.zeros((), dtype=_row_dtype(chunking.dtype), device=hidden.device)
-        smoothed = ce = kl = zero
-        for rows in chunking.chunks(len(hidden)):
-            hidden_cast = hidden[rows].to(chunking.dtype)  # (N, C)
-            logits = hidden_cast @ head_cast.T  # (N, V)
-            taught = (None, None) if teachers is None else teachers.rows(rows)
-            *sums, dz = chunking.row_function(logits, targets[rows], *taught, constants, any(wanted))
-            smoothed, ce, kl = smoothed + sums[0], ce + sums[1], kl + sums[2]
-            if wanted[0]:
-                d_hidden[rows] = dz @ head_cast
-            if wanted[1]:
-                d_head += _product_in_float32(dz.T, hidden_cast)
-        ctx.save_for_backward(d_hidden, d_head)
+    def forward(ctx, hidden, head, targets, ensemble, coefficients, chunk_tokens, compiled, gradient):
+        shape, dtype = hidden.shape, matmul_dtype(hidden)
+        hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+        chunk_tokens = chunk_tokens or (GPU_CHUNK_TOKENS if hidden.is_cuda else CPU_CHUNK_TOKENS)
+        row_function = _row_function(hidden.is_cuda, compiled)
+        # needs_input_grad is also True under no_grad, where nobody will read a gradient.
+        needs_d_hidden, needs_d_head = (gradient and needed for needed in ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if needs_d_hidden else None
+        d_head = torch.zeros_like(head) if needs_d_head else None
+        ce = kl = torch.zeros((), dtype=_row_dtype(dtype), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head_cast = center_head(head).to(dtype)  # (V, C)
+            for start in range(0, len(hidden), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                hidden_cast = hidden[rows].to(dtype)  # (n, C)
+                logits, teacher_logits, num_teachers = hidden_cast @ head_cast.T, None, 0  # (n, V)
+                if ensemble is not None:
+                    teacher_hidden, joined_head, num_teachers = ensemble
+                    teacher_logits = teacher_hidden[rows] @ joined_head.T  # (n, V): K times the mean
+                chunk_ce, chunk_kl, dz = row_function(
+                    logits,
+                    targets[rows],
+                    teacher_logits,
+                    num_teachers,
+                    coefficients,
+                    needs_d_hidden or needs_d_head,
+                )
+                ce, kl = ce + chunk_ce, kl + chunk_kl
+                if needs_d_hidden:
+                    d_hidden[rows] = dz @ head_cast
+                if needs_d_head:
+                    d_head += _product_in_float32(dz.T, hidden_cast)
+        ctx.save_for_backward(None if d_hidden is None else d_hidden.view(shape), d_head)
         ctx.mark_non_differentiable(ce, kl)
-        return mixed_loss(smoothed, kl, constants.alpha, constants.temperature), ce, kl
+        return mixed_loss(ce, kl, coefficients.alpha, coefficients.tau), ce, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss, _d_ce, _d_kl):
         # A device scalar times a tensor: the caller's scale costs no synchronisation.
         gradients = [None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors]
-        return (*gradients, *[None] * 4)
+        return (*gradients, *[None] * 6)
 
 
 def _row_dtype(dtype):
@@ -279,78 +216,68 @@ def _product_in_float32(a, b):
     return a @ b
 
 
-def _rows(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
-    """One chunk's smoothed CE and CE / num_targets, Σ KL / kl_denominator, and dz (N, V) or None.
+def _rows(logits, targets, teacher_logits, num_teachers, coefficients, need_gradient):
+    """A chunk's Σ CE / num_targets and Σ KL / kl_denominator, and dz (n, V) or None.
 
-    Row arithmetic is in float32 whatever the logits are in; dz is rounded at the very end.
+    `teacher_logits` (n, V) are the sum of K teachers', or None: then the KL is 0. The arithmetic is
+    in float32 for logits of any dtype; dz is rounded at the very end.
     """
+    alpha, tau, num_targets, kl_denominator = coefficients
+    num_targets = max(num_targets, 1)  # a step without targets: 0, not 0 / 0
     z = logits.to(_row_dtype(logits.dtype))
-    T = constants.temperature
     if teacher_logits is None:
         log_sum = z.logsumexp(-1, keepdim=True)
-        p = (z - log_sum).exp() if want_gradient else None
+        softmax = (z - log_sum).exp() if need_gradient else None
     else:
-        log_q, q, log_sum, p = _softmaxes(z, T)  # q at the temperature, p = exp(z - log_sum) at 1
-    valid = targets >= 0
+        log_q, q, log_sum, softmax = _softmaxes(z, tau)
+    has_target = targets >= 0
     index = targets.clamp(min=0)[:, None]
-    num_targets = max(constants.num_targets, 1)  # no target at all: 0, not 0 / 0
-    ce = smoothed = ((log_sum - z.gather(1, index)).squeeze(1) * valid).sum() / num_targets
-    epsilon = constants.label_smoothing
-    if epsilon:
-        spread = ((log_sum.squeeze(1) - z.mean(-1)) * valid).sum() / num_targets
-        smoothed = (1 - epsilon) * ce + epsilon * spread
-    dz = None
-    if want_gradient:
-        wanted = (torch.arange(z.shape[1], device=z.device) == index).to(z.dtype)
-        if epsilon:
-            wanted = (1 - epsilon) * wanted + epsilon / z.shape[1]
-        weight = valid[:, None].to(z.dtype) * (constants.alpha / num_targets)
-        dz = (p - wanted) * weight
-    if teacher_logits is None:
-        return smoothed, ce, torch.zeros_like(ce), None if dz is None else dz.to(logits.dtype)
-    log_teacher = F.log_softmax(teacher_logits.to(z.dtype) / (constants.num_teachers * T), dim=-1)
-    p_teacher = log_teacher.exp()
-    per_row = (p_teacher * (log_teacher - log_q)).sum(-1)
-    weight = (1 - constants.alpha) * T / constants.kl_denominator
-    if kl_mask is not None:
-        per_row = per_row * kl_mask
-        weight = weight * kl_mask[:, None].to(z.dtype)
-    kl = per_row.sum() / constants.kl_denominator
-    if want_gradient:
-        dz = (dz + weight * (q - p_teacher)).to(logits.dtype)
-    return smoothed, ce, kl, dz
+    ce = ((log_sum - z.gather(1, index)).squeeze(1) * has_target).sum() / num_targets
+    kl, dz = torch.zeros_like(ce), None
+    if need_gradient:
+        onehot = (torch.arange(z.shape[1], device=z.device) == index).to(z.dtype)
+        dz = (softmax - onehot) * (has_target[:, None].to(z.dtype) * (alpha / num_targets))
+    if teacher_logits is not None:
+        log_p = F.log_softmax(teacher_logits.to(z.dtype) / (num_teachers * tau), dim=-1)
+        p = log_p.exp()
+        kl = (p * (log_p - log_q)).sum(-1).sum() / kl_denominator
+        if need_gradient:
+            dz = dz + (1 - alpha) * tau / kl_denominator * (q - p)
+    return ce, kl, None if dz is None else dz.to(logits.dtype)
 
 
-def _softmaxes(z, temperature):
-    """log softmax(z / T), softmax(z / T), log Σ exp(z) and softmax(z): (n, V) or (n, 1) each.
+def _softmaxes(z, tau):
+    """log softmax(z / tau), softmax(z / tau), log Σ exp(z) and softmax(z): (n, V) or (n, 1) each.
 
-    exp(z) is the T-th power of exp(z / T): at the paper's temperature, 2, one exponential of each
-    logit serves both softmaxes. Exponentials are what takes the time here.
+    exp(z) is exp(z / tau) to the power tau: at the paper's tau, 2, one exponential of each logit
+    serves both softmaxes. The exponentials take most of the time here.
     """
     top = z.amax(-1, keepdim=True)
-    shifted = (z - top) / temperature
-    at_temperature = shifted.exp()
-    total = at_temperature.sum(-1, keepdim=True)
-    q, log_q = at_temperature / total, shifted - total.log()
-    if temperature == 1:
+    shifted = (z - top) / tau
+    exp_tau = shifted.exp()
+    total = exp_tau.sum(-1, keepdim=True)
+    q, log_q = exp_tau / total, shifted - total.log()
+    if tau == 1:
         return log_q, q, top + total.log(), q
-    powers = at_temperature.square() if temperature == 2 else (z - top).exp()
-    total = powers.sum(-1, keepdim=True)
-    return log_q, q, top + total.log(), powers / total
+    exp = exp_tau.square() if tau == 2 else (z - top).exp()
+    total = exp.sum(-1, keepdim=True)
+    return log_q, q, top + total.log(), exp / total
 
 
-def _rows_in_blocks(logits, targets, teacher_logits, kl_mask, constants, want_gradient):
-    """`_rows`, a few rows at a time: what a processor's cache holds, it passes over cheaply."""
-    sums = 0, 0, 0
-    dz = torch.empty_like(logits) if want_gradient else None
+def _rows_in_blocks(logits, targets, teacher_logits, num_teachers, coefficients, need_gradient):
+    """`_rows` of BLOCK_ROWS rows at a time: eager row arithmetic on a CPU is bound by its cache."""
+    ce = kl = 0
+    dz = torch.empty_like(logits) if need_gradient else None
     for start in range(0, len(logits), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
-        parts = [None if x is None else x[rows] for x in (targets, teacher_logits, kl_mask)]
-        *block, block_dz = _rows(logits[rows], *parts, constants, want_gradient)
-        sums = [total + part for total, part in zip(sums, block)]
-        if want_gradient:
+        block_teacher = None if teacher_logits is None else teacher_logits[rows]
+        block_ce, block_kl, block_dz = _rows(
+            logits[rows], targets[rows], block_teacher, num_teachers, coefficients, need_gradient
+        )
+        ce, kl = ce + block_ce, kl + block_kl
+        if need_gradient:
             dz[rows] = block_dz
-    return *sums, dz
+    return ce, kl, dz
 
 
 @functools.cache

@@ -50,7 +50,7 @@ from experiments.results import (
 )
 from experiments.sampling import sample_corpus, write_dev_halves
 from finetuning.tasks import read_tasks
-from generate import written
+from generate import complete
 from model import load_checkpoint
 from tokenizer import Tokenizer
 from training.checkpoint import content_digest, read_checkpoint
@@ -565,7 +565,7 @@ def samples(path, device):
     model.to(choose_device(device))
     tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
     return {
-        prompt: written(model, tokenizer, prompt, SAMPLE_TOKENS).removeprefix(prompt) for prompt in PROMPTS
+        prompt: complete(model, tokenizer, prompt, SAMPLE_TOKENS).removeprefix(prompt) for prompt in PROMPTS
     }
 
 

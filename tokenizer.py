@@ -1,4 +1,4 @@
-"""The tokenizer: a SentencePiece model, known by what is in it."""
+"""The tokenizer: a SentencePiece model, identified by its pieces."""
 
 import hashlib
 import json
@@ -13,17 +13,14 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in trai
 
 
 class Tokenizer:
-    """A SentencePiece model with an identity.
+    """A SentencePiece model.
 
-    `identity` is the SHA-256 of the list of (piece, type, score): two files of the same pieces are
-    the same tokenizer, two tokenizers of the same size are not.
+    `identity` is the SHA-256 of its pieces, types and scores: it is equal for two files with the
+    same pieces, and different for two tokenizers that only have the same size.
     """
 
     def __init__(self, model_bytes, name="tokenizer.model"):
         self.model_bytes = bytes(model_bytes)
-        # A piece begins with this byte, and takes up to 80 bytes of memory.
-        if 80 * self.model_bytes.count(b"\n") > (64 << 20) + 6 * len(self.model_bytes):
-            raise UserError(f"{name} is not a SentencePiece model: it is nothing but empty pieces")
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocabulary_size = self.processor.vocab_size()
@@ -44,7 +41,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """The tokenizer in `path`. Raises `UserError` where there is none."""
+        """The tokenizer in the file `path`. Raises `UserError` if there is none."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path} does not exist: make it with python tokenize_corpus.py")
@@ -54,12 +51,12 @@ class Tokenizer:
     def of_checkpoint(cls, checkpoint, path):
         """The tokenizer in a checkpoint that was read from `path`.
 
-        Raises `UserError` if it is damaged, another than the checkpoint says, or too large for it.
+        Raises `UserError` if it is damaged, has another identity, or has more pieces than logits.
         """
-        described = checkpoint["tokenizer"]
-        tokenizer = cls(described["model"].numpy(), f"the tokenizer in {path}")
+        saved = checkpoint["tokenizer"]
+        tokenizer = cls(saved["model"].numpy(), f"the tokenizer in {path}")
         fits = tokenizer.vocabulary_size <= checkpoint["model"]["shape"]["vocab_size"]
-        if not fits or tokenizer.identity != described["identity"]:
+        if not fits or tokenizer.identity != saved["identity"]:
             raise UserError(f"the tokenizer in {path} is not that of its model: use another")
         return tokenizer
 

@@ -9,23 +9,22 @@ the best dev cross-entropy) and log.jsonl. The same command continues a run that
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 
 import torch
 from torch import nn
 
-import model as models
-from data import BatchStream, dev_subset, open_corpus, prefetch
 from loss import linear_cross_entropy
 from training import distributed, resume
-from training.cuda_graph import GraphedStep, should_capture
 from training.device import (
     checkpoint_activations,
     choose_compute,
     choose_device,
     compile_blocks,
     largest_micro_batch,
+    should_capture,
     skips_on_device,
 )
 from training.io import locked, log, run_program
@@ -37,88 +36,106 @@ EVAL_BATCH_SIZE = 32  # sequences
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
 
 
+recipe = functools.partial(option, group="recipe")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    model: str = option("llama-58m", "preset, from the list below")
+    model: str = option("llama-58m", "preset to train, from the list below")
+    data: str = option("data/babylm", "folder with train.bin, dev.bin and tokenizer.model", may_change=True)
     init: str | None = option(
         None,
-        "start from this checkpoint's weights and shape; --model then only gives the recipe",
+        "start from the weights and shape of this checkpoint; --model then only gives the recipe",
         may_change=True,
     )
-    shape: str | None = option(None, "change the preset's shape: hidden_size=384 and so on")
-    dropout: float | None = option(
-        None, "probability; default: the shape's", minimum=0, maximum=0.999, may_change=True
+    shape: str | None = option(
+        None, "change the preset's shape, such as hidden_size=384,num_hidden_layers=10"
     )
-    data: str = option("data/babylm", "folder of train.bin, dev.bin and tokenizer.model", may_change=True)
-    epochs: float | None = option(
-        None, "passes over the data; default: the preset's", exclusive=True, above=0
+    epochs: float | None = recipe(
+        None, "passes over the training data (default: the preset's)", exclusive=True, above=0
     )
-    steps: int | None = option(
-        None, "number of optimizer steps (give this or --epochs)", exclusive=True, minimum=1
+    steps: int | None = recipe(
+        None, "number of optimizer steps, instead of --epochs", exclusive=True, minimum=1
     )
-    batch_size: int | None = option(None, "sequences a step; default: the preset's", minimum=1)
+    batch_size: int | None = recipe(
+        None, "sequences per optimizer step, over all GPUs (default: the preset's)", minimum=1
+    )
+    sequence_length: int = recipe(128, "tokens per sequence", minimum=1)
+    random_offset: bool = recipe(False, "shift each sequence by 0 to 127 tokens, drawn anew each epoch")
+    learning_rate: float | None = recipe(
+        None, "peak learning rate (default: the preset's)", minimum=0, alias="--lr"
+    )
+    warmup_steps: int | None = recipe(
+        None, "steps of linear warm-up, at most a tenth of all (default: the preset's)", minimum=0
+    )
+    schedule: str = recipe("cosine", "learning-rate decay after warm-up", choices=("cosine", "linear"))
+    min_lr_ratio: float = recipe(0.0, "final learning rate divided by the peak", minimum=0, maximum=1)
+    weight_decay: float | None = recipe(None, "decoupled weight decay (default: the preset's)", minimum=0)
+    no_decay: str = recipe(
+        "layernorm", "parameters without weight decay besides biases; norms: RMSNorm too", choices=NO_DECAY
+    )
+    dropout: float | None = recipe(
+        None, "dropout probability (default: the preset's)", minimum=0, maximum=0.999, may_change=True
+    )
+    clip: float = recipe(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
+    optimizer: str = recipe(
+        "adamw", "muon: Muon for the layers' weight matrices, AdamW for the rest", choices=("adamw", "muon")
+    )
+    beta2: float = recipe(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
+    eval_sequences: int = option(
+        1024, "dev sequences per evaluation, the same in all runs", minimum=1, group="evaluate and save"
+    )
     micro_batch_size: int | None = option(
         None,
-        "sequences a rank computes at a time; auto: as many as fit in a GPU's memory (default: all)",
+        "sequences per forward and backward pass (gradient accumulation); auto: as many as fit in "
+        "memory (default: the whole batch)",
         word="auto",
         minimum=1,
         may_change=True,
+        group="speed and memory",
     )
-    sequence_length: int = option(128, "tokens of a chunk, T", minimum=1)
-    random_offset: bool = option(False, "shift each chunk by 0 to T-1 tokens, redrawn each epoch")
-    optimizer: str = option("adamw", "muon takes the layers' matrices", choices=("adamw", "muon"))
-    learning_rate: float | None = option(None, "peak rate; default: the preset's", minimum=0)
-    schedule: str = option("cosine", "from the peak to the end", choices=("cosine", "linear"))
-    min_lr_ratio: float = option(0.0, "the last rate as a share of the peak", minimum=0, maximum=1)
-    warmup_steps: int | None = option(
-        None, "steps to the peak, at most a tenth of all; default: the preset's", minimum=0
-    )
-    weight_decay: float | None = option(None, "decoupled; default: the preset's", minimum=0)
-    no_decay: str = option(
-        "layernorm", "exempt from decay, with all biases; RMSNorm is among norms", choices=NO_DECAY
-    )
-    label_smoothing: float = option(
-        0.0, "share of the target spread over the vocabulary", minimum=0, maximum=0.999
-    )
-    beta2: float = option(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
-    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", minimum=0)
-    eval_sequences: int = option(1024, "dev chunks of an evaluation, always the same", minimum=1)
 
 
 # ---- objective, schedule, optimizer, step
 
 
-class CrossEntropyObjective(nn.Module):
-    """-log p(next token), the mean over the step's targets: what a model trains on alone."""
+class Objective(nn.Module):
+    """What `fit` trains: a module that owns the model in training, `model`, and computes a loss.
 
-    compiled = False
+    All parameters that require gradients are trained, clipped and saved, the model's and others.
+    """
 
-    def __init__(self, model, label_smoothing=0.0):
+    compiled = False  # set with --compile: `forward` may then compile what is its own
+
+    def __init__(self, model):
         super().__init__()
-        self.model, self.label_smoothing = model, label_smoothing
+        self.model = model
 
     def prepare(self, batch):
-        """Plain training needs nothing more; the ensemble objective adds the teachers' states."""
+        """The micro-batch with what needs no gradient, such as the teachers' hidden states."""
         return batch
 
     def forward(self, batch):
-        hidden = self.model.hidden_states(batch.tokens)
-        loss, cross_entropy = linear_cross_entropy(
-            hidden,
-            self.model.head,
-            batch.targets,
-            batch.num_targets,
-            self.label_smoothing,
-            compiled=self.compiled,
+        """A dict of tensors () of a prepared micro-batch: "loss", and whatever else is logged."""
+        raise NotImplementedError
+
+
+class CrossEntropyObjective(Objective):
+    """-log p(next token), the mean over the step's targets: training without a teacher."""
+
+    def forward(self, batch):
+        hidden = self.model.hidden_states(batch.tokens)  # (B, T, C)
+        loss = linear_cross_entropy(
+            hidden, self.model.head, batch.targets, batch.num_targets, compiled=self.compiled
         )
-        return {"loss": loss, "cross_entropy": cross_entropy}
+        return {"loss": loss, "cross_entropy": loss.detach()}
 
 
 def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0, schedule="cosine"):
-    """The rate of step 0, 1, ...: linear to `peak` at `warmup_steps`, then a cosine to its end.
+    """The learning rate of step 0, 1, ...: linear warm-up to `peak`, then decay.
 
-    The end, at `steps`, is `min_ratio` of the peak: 0 in the original, as is a warm-up's first.
-    With the schedule "linear" a line takes the cosine's place.
+    It begins at 0 and reaches `peak` at `warmup_steps`, at most a tenth of the steps; a cosine, or
+    a line with the schedule "linear", ends at `min_ratio` of the peak. The original ends at 0.
     """
     warmup_steps = min(warmup_steps, steps // 10)
     if step < warmup_steps:
@@ -129,13 +146,13 @@ def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0, schedule="cosi
 
 
 def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay="layernorm"):
-    """The optimizers, a list, of all parameters that require gradients. Another one goes here.
+    """A list of optimizers of all parameters that require gradients. Add an optimizer here.
 
-    `lr` of a group is its ratio to the scheduled rate; what an optimizer keeps by parameter is
-    saved and resumed. AdamW 0.9 / beta2 / 1e-8 decays all but biases and what `no_decay` says: only
-    LayerNorm in the version that the paper ran (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`), but
-    strong decay needs `norms`, as it takes RMSNorm's gains to zero. Muon's updates have AdamW's
-    size ("match_rms_adamw"), so that both take the same rate.
+    The `lr` of a group is its ratio to the scheduled learning rate. AdamW's other values are
+    0.9 / beta2 / 1e-8. Biases have no weight decay, nor what `no_decay` names: LayerNorm alone in
+    the version that the paper ran (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`), but strong decay
+    needs "norms", as it takes RMSNorm's gains to zero. Muon's updates have AdamW's size
+    ("match_rms_adamw"), so that one learning rate suits both.
     """
     trained = resume.trained_parameters(objective).values()
     exempt = {
@@ -154,21 +171,23 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
         {"params": [p for p in others if p not in exempt], "weight_decay": weight_decay},
         {"params": [p for p in others if p in exempt], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
+    groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=1.0, betas=(0.9, beta2), eps=1e-8, fused=True)]
     if matrices:
-        muon = {"lr": 1.0, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon([p for p in trained if p in matrices], **muon))
+        parameters = [p for p in trained if p in matrices]
+        optimizers.append(
+            torch.optim.Muon(parameters, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
     return optimizers
 
 
 class TrainStep:
     """`train_step(batch, learning_rate)`: forward, backward, clip, update, all on the device.
 
-    `module` is the objective, perhaps wrapped for several ranks (`training/distributed.py`).
-    Returns the objective's terms and the gradient's norm before clipping, as tensors on the device.
-    A gradient that is not finite changes nothing, and is counted, in a row and in all. Fused
-    optimizers skip such a step on the device, others at the cost of waiting for it.
+    `module` is the objective, or the DistributedDataParallel or FSDP2 module of it. Returns the
+    objective's terms and the gradient norm before clipping, as tensors on the device. A step whose
+    gradient is not finite changes no parameter and is counted. Fused AdamW skips it on the device,
+    other optimizers after waiting for the device.
     """
 
     def __init__(self, module, optimizers, autocast, micro_batch_size=None, clip=1.0):
@@ -191,19 +210,19 @@ class TrainStep:
         return self.update(self.prepare(batch))
 
     def prepare(self, batch):
-        """The micro-batches of a step, each with the teachers' states where there are teachers."""
-        share = len(batch.tokens), batch.num_sequences
-        parts = batch.split(distributed.micro_batch_sizes(*share, self.micro_batch_size))
+        """The micro-batches of a step, as the objective prepares them."""
+        sizes = distributed.micro_batch_sizes(len(batch.tokens), batch.num_sequences, self.micro_batch_size)
         with self.autocast:
-            return [self.objective.prepare(part) for part in parts]
+            return [self.objective.prepare(micro_batch) for micro_batch in batch.split(sizes)]
 
-    def update(self, parts):
-        """The step itself, once its input is there: the same work on the same memory each time."""
+    def update(self, micro_batches):
+        """The step from prepared micro-batches: always the same kernels, so that a CUDA graph fits."""
         sums = {}
-        for part in parts:
-            distributed.set_gradient_sync(self.module, part is parts[-1])
+        for micro_batch in micro_batches:
+            # Gradients are all-reduced once a step, in the backward pass of its last micro-batch.
+            distributed.set_gradient_sync(self.module, micro_batch is micro_batches[-1])
             with self.autocast:
-                terms = self.module(part)
+                terms = self.module(micro_batch)
             terms["loss"].backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach()
@@ -222,21 +241,36 @@ class TrainStep:
         return {**sums, "gradient_norm": norm, "nonfinite_steps": self.nonfinite_steps}
 
 
+def build_train_step(objective, config, stream, compute):
+    """The `TrainStep` of a config. Moves the objective to its device and wraps it for several GPUs."""
+    objective.train()
+    if config.checkpoint_activations:
+        checkpoint_activations(objective.model, compute)
+    micro_batch_size = config.micro_batch_size
+    if micro_batch_size == "auto":
+        micro_batch_size = largest_micro_batch(objective, stream(0), compute, config.shard)
+    wrap = distributed.wrap_fsdp if config.shard else distributed.wrap_ddp
+    module = wrap(objective, compute.device)
+    optimizers = build_optimizer(
+        objective, config.weight_decay, config.optimizer, beta2=config.beta2, no_decay=config.no_decay
+    )
+    return TrainStep(module, optimizers, compute.autocast, micro_batch_size, config.clip)
+
+
 @torch.no_grad()
 def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
-    """Mean nats per token of the dev chunks that begin at `starts`."""
-    device = next(model.parameters()).device
-    training = model.training
+    """Mean cross-entropy, in nats per token, of the dev chunks that begin at `starts`."""
+    device, training = next(model.parameters()).device, model.training
     model.eval()
-    total, rank, processes = 0.0, distributed.rank(), distributed.world_size()
-    for i in range(0, len(starts), EVAL_BATCH_SIZE * processes):
-        mine = starts[i : i + EVAL_BATCH_SIZE * processes][rank::processes]
-        some = mine if len(mine) else starts[:1]  # all take part in putting layers together
-        tokens, targets = shard.chunks(some, sequence_length)
+    total, rank, world_size = 0.0, distributed.rank(), distributed.world_size()
+    for i in range(0, len(starts), EVAL_BATCH_SIZE * world_size):
+        own = starts[i : i + EVAL_BATCH_SIZE * world_size][rank::world_size]
+        # A rank without chunks of its own runs the model too: all ranks must join FSDP's all-gather.
+        tokens, targets = shard.chunks(own if len(own) else starts[:1], sequence_length)
         with autocast:
             hidden = model.hidden_states(tokens.to(device))
-            loss = linear_cross_entropy(hidden, model.head, targets.to(device), 1)[1].item()
-        total += loss if len(mine) else 0.0
+            loss = linear_cross_entropy(hidden, model.head, targets.to(device), 1).item()
+        total += loss if len(own) else 0.0
     model.train(training)
     return sum(distributed.all_gather(total)) / (len(starts) * sequence_length)
 
@@ -245,15 +279,12 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
 
 
 def fit(objective, config, stream, evaluate, provenance):
-    """Trains `objective`, and returns its progress: step, steps, dev cross-entropies, ...
+    """Trains an `Objective` and returns its progress: "step", "steps", "dev_cross_entropy", ...
 
-    `objective.prepare(batch)` does what needs no gradient, `objective(batch)` returns a dict of
-    tensors, `loss` and whatever else is to be logged; `objective.model` is evaluated and exported,
-    and all parameters that require gradients are trained. `stream(step)` is a batch, and says
-    `num_chunks`, `num_tokens` and `words` of an epoch; `evaluate(model, autocast)` returns
-    {"dev_cross_entropy": ..., whatever else}, and where it returns a "score", the highest chooses
-    best.pt; the config is complete (`with_hyperparameters`). "stopped_by" in the result is a signal that
-    came, or None. Raises `UserError` for what can be known before.
+    `stream(step)` is a batch; its `num_chunks`, `num_tokens` and `words` are those of an epoch.
+    `evaluate(model, autocast)` returns {"dev_cross_entropy": ..., whatever else is logged}; best.pt
+    has the lowest dev cross-entropy or, if one is returned, the highest "score". "stopped_by" in
+    the progress is the signal that stopped the run, or None. Raises `UserError` for a bad config.
     """
     compute = choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
@@ -261,30 +292,31 @@ def fit(objective, config, stream, evaluate, provenance):
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
     if config.dry_run:
         return resume.new_progress(plan.steps)
-    objective.train()
-    if config.checkpoint_activations:
-        checkpoint_activations(objective.model, compute)
-    if config.micro_batch_size == "auto":
-        sequences = largest_micro_batch(objective, stream(0), compute, config.shard)
-        config = dataclasses.replace(config, micro_batch_size=sequences)
-    wrap = distributed.wrap_fsdp if config.shard else distributed.wrap_ddp
-    module = wrap(objective, compute.device)
-    recipe = config.weight_decay, config.optimizer, config.beta2, config.no_decay
-    optimizers = build_optimizer(objective, *recipe)
-    train_step = TrainStep(module, optimizers, compute.autocast, config.micro_batch_size, config.clip)
-    graphed = should_capture(config.cuda_graph, compute, optimizers, plan.tokens_seen(1))
-    schedule = config.learning_rate, config.warmup_steps, config.min_lr_ratio, config.schedule
+    train_step = build_train_step(objective, config, stream, compute)
+    config = dataclasses.replace(config, micro_batch_size=train_step.micro_batch_size)
+    graphed = should_capture(config.cuda_graph, compute, train_step.optimizers, plan.tokens_seen(1))
     with locked(config.out) if distributed.rank() == 0 else contextlib.nullcontext():
         progress = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):
             return progress
         if config.compile or (config.compile is None and compute.device.type == "cuda"):
             compile_blocks(objective)
-        take_step = GraphedStep(train_step) if graphed else train_step
+        take_step = train_step
+        if graphed:
+            from training.cuda_graph import GraphedStep  # here, because most runs capture no graph
+
+            take_step = GraphedStep(train_step)
         logger = TrainingLogger(train_step, config, plan, provenance, progress)
         with logger, StopSignal(config.stop_after) as stop:
             for step in range(progress["step"] + 1, plan.steps + 1):
-                rate = learning_rate(step - 1, plan.steps, *schedule)
+                rate = learning_rate(
+                    step - 1,
+                    plan.steps,
+                    config.learning_rate,
+                    config.warmup_steps,
+                    min_ratio=config.min_lr_ratio,
+                    schedule=config.schedule,
+                )
                 batch = stream(step - 1).rank_slice(distributed.rank(), distributed.world_size())
                 terms = take_step(batch.to(compute.device), rate)
                 logger.count(step)
@@ -307,33 +339,44 @@ def fit(objective, config, stream, evaluate, provenance):
 
 
 def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
-    """`fit` on a corpus's chunks, evaluated on the same dev chunks always. Returns its progress.
+    """`fit` on the chunks of a corpus, evaluated on a fixed subset of its dev chunks.
 
-    `name` is what checkpoints call the model; `teachers` are [{"name", "digest"}].
+    `name` is the model's name in checkpoints; `teachers` are [{"name", "digest"}].
     """
+    # Here, because a program that brings its own data to `fit` needs no corpus and no presets.
+    from data import BatchStream, dev_subset, prefetch
+    from model import architecture
+
     length, device = config.sequence_length, choose_compute(config.device).device
-    chunks = (corpus.train, config.batch_size, length, config.seed, config.random_offset)
-    stream = prefetch(BatchStream(*chunks, device), device)
+    stream = BatchStream(
+        corpus.train, config.batch_size, length, config.seed, config.random_offset, device=device
+    )
     starts = dev_subset(corpus.dev, length, config.eval_sequences)
 
     def evaluate(model, autocast):
         return {"dev_cross_entropy": dev_cross_entropy(model, corpus.dev, starts, length, autocast)}
 
-    shape, train, dev = objective.model.config, corpus.train.digest, corpus.dev.digest
-    digests = {"train_shard": train, "dev_shard": dev, "init_digest": init_digest}
+    shape = objective.model.config
+    digests = {
+        "train_shard": corpus.train.digest,
+        "dev_shard": corpus.dev.digest,
+        "init_digest": init_digest,
+    }
     provenance = resume.Provenance(
-        name, models.architecture(shape), shape, corpus.tokenizer, digests, tuple(teachers)
+        name, architecture(shape), shape, corpus.tokenizer, digests, tuple(teachers)
     )
-    return fit(objective, config, stream, evaluate, provenance)
+    return fit(objective, config, prefetch(stream, device), evaluate, provenance)
 
 
 def main(argv=None):
-    config = models.with_hyperparameters(parse(TrainConfig, __doc__, argv, models.preset_names()))
+    import model as models  # here as in `fit_corpus`
+    from data import open_corpus
+
+    config = models.with_hyperparameters(parse(TrainConfig, __doc__, argv, models.preset_table))
     distributed.init_distributed(choose_device(config.device))
     corpus = open_corpus(config.data)
     model, name, init_digest = models.initial_model(config, corpus)
-    objective = CrossEntropyObjective(model, config.label_smoothing)
-    return exit_code(fit_corpus(objective, config, corpus, name, init_digest))
+    return exit_code(fit_corpus(CrossEntropyObjective(model), config, corpus, name, init_digest))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks.measurement import Results, benchmark_parser, print_table
 from benchmarks.workers import time_variants
-from loss import distillation_loss, join_heads, plain_distillation_loss
+from loss import Coefficients, distillation_loss, join_heads, plain_distillation_loss
 from training.device import autocast_for, choose_device, choose_precision
 from training.io import run_program
 
@@ -48,17 +48,15 @@ def random_inputs(tokens, device):
 def loss_function(variant, hidden, head, teachers, targets, dtype):
     """Returns the variant as a function without arguments that computes the loss of these inputs."""
     teacher_states, heads, weights = zip(*teachers)
-    options = {"alpha": 0.5, "temperature": 2.0, "num_targets": len(targets)}
-    options["kl_denominator"] = len(targets) / LENGTH
+    coefficients = Coefficients(0.5, 2.0, num_targets=len(targets), kl_denominator=len(targets) / LENGTH)
     if variant.startswith("fused"):
-        options |= {"joined_head": join_heads(heads, weights, dtype)}
-        options |= {"compiled": variant == "fused_compiled"}
-        return lambda: distillation_loss(hidden, head, teachers, targets, **options)["loss"]
+        options = {"joined_head": join_heads(heads, weights, dtype), "compiled": variant == "fused_compiled"}
+        return lambda: distillation_loss(hidden, head, teachers, targets, coefficients, **options)["loss"]
 
     def plain():
         teacher_logits = [F.linear(states, teacher) for states, teacher in zip(teacher_states, heads)]
         logits = F.linear(hidden, head)
-        return plain_distillation_loss(logits, teacher_logits, weights, targets, **options)["loss"]
+        return plain_distillation_loss(logits, teacher_logits, weights, targets, coefficients)["loss"]
 
     return torch.compile(plain) if variant == "plain_compiled" else plain
 

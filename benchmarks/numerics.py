@@ -28,11 +28,10 @@ class ExactObjective(DistillationObjective):
     """The plain objective without its casts to float32, so that float64 models compute in float64."""
 
     def forward(self, batch):
-        batch = self.prepare(batch)
         teacher_logits = [F.linear(h, t.head) for h, t in zip(batch.teacher_states, self.teachers)]
-        constants = self.constants(batch)
         logits = self.model(batch.tokens)
-        return plain_distillation_loss(logits, teacher_logits, self.weights, batch.targets, **constants)
+        coefficients = self.coefficients(batch)
+        return plain_distillation_loss(logits, teacher_logits, self.weights, batch.targets, coefficients)
 
 
 def loss_and_gradients(objective, batch, autocast, micro_batch_size=SEQUENCES):
@@ -41,7 +40,7 @@ def loss_and_gradients(objective, batch, autocast, micro_batch_size=SEQUENCES):
     loss = 0.0
     for micro_batch in batch.split(micro_batch_size):
         with autocast:
-            terms = objective(micro_batch)
+            terms = objective(objective.prepare(micro_batch))
         terms["loss"].backward()
         loss += terms["loss"].item()
     gradients = [p.grad.double().flatten() for p in objective.model.parameters()]

@@ -22,7 +22,7 @@ from benchmarks.workers import synchronize
 from data import TokenShard
 from evaluation.minimal_pairs import sentence_scores
 from evaluation.perplexity import shard_losses
-from loss import distillation_loss
+from loss import Coefficients, distillation_loss
 from model import build_model
 from tokenizer import Tokenizer
 from training.device import autocast_for, choose_device, choose_precision
@@ -44,14 +44,12 @@ def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
     hidden, head = random(tokens, requires_grad=True), random(vocabulary, requires_grad=True)
     teacher_outputs = [(random(tokens), random(vocabulary), 1.0) for _ in range(teachers)]
     targets = torch.randint(vocabulary, (tokens,), device=device)
-    counts = {"num_targets": tokens, "kl_denominator": tokens / 128}
+    coefficients = Coefficients(alpha=0.5, tau=2.0, num_targets=tokens, kl_denominator=tokens / 128)
     autocast = autocast_for(device, choose_precision("auto", device))
 
     def compute():
         with autocast:
-            terms = distillation_loss(
-                hidden, head, teacher_outputs, targets, alpha=0.5, temperature=2.0, **counts
-            )
+            terms = distillation_loss(hidden, head, teacher_outputs, targets, coefficients)
         terms["loss"].backward()
         synchronize(device)
 

@@ -97,13 +97,13 @@ def main(argv=None):
     heading = ["preset", "GiB of state", "GiB with its whole batch"]
     rows = [heading + [f"{text}, {size} GB" for size in CARDS for text in ("micro-batch", "hours")]]
     for name, preset in PRESETS.items():
-        model, batch_size = build(preset.config), preset.recipe.batch_size
+        model, batch_size = build(preset.config), preset.hyperparameters.batch_size
         parameters = sum(p.numel() for p in model.parameters())
         if parameters < LEAST_PARAMETERS:
             continue
         memory = estimate(CrossEntropyObjective(model), LENGTH)
         row = [name, f"{16 * parameters / GIB:.1f}", f"{memory.of(batch_size) / GIB:.1f} ({batch_size})"]
-        flops = flops_per_token(preset.config, LENGTH, training=True) * TOKENS * preset.recipe.epochs
+        flops = flops_per_token(preset.config, LENGTH, training=True) * TOKENS * preset.hyperparameters.epochs
         for size, speed in CARDS.items():
             sequences = memory.sequences(batch_size, size * 10**9)
             row += [str(sequences or "none"), f"{flops / (DATA_SHEET_SHARE * speed) / 3600:.2f}"]

@@ -334,7 +334,7 @@ def _model_spec(name, tables, specs, shared_options):
     if len(set(teachers)) < len(teachers):
         raise UserError(f"{name}: a teacher is there twice: use teacher_weights")
     if not isinstance(preset, str):
-        raise UserError(f"{name}: model must be a preset: {models.preset_names()}")
+        raise UserError(f"{name}: model must be a preset: {', '.join(models.PRESETS)}")
     if type(offset) is not int or offset < 0 or not isinstance(title, str):
         raise UserError(f"{name}: seed_offset must be a whole number, title a text")
     options = {**shared_options, **table}
@@ -388,10 +388,7 @@ def costs(experiment, num_tokens, words):
     result, blocks, heads, widths = {}, {}, {}, {}
     for name, spec in experiment.specs.items():
         config = spec.config()
-        changes = models.parse_shape(config.shape)
-        if config.dropout is not None:
-            changes |= {"dropout": config.dropout}
-        shape = models.with_overrides(models.preset(spec.preset).config, changes)
+        shape = models.preset_shape(config)
         with torch.device("meta"):
             model = models.build(dataclasses.replace(shape, vocab_size=experiment.vocabulary_size))
         parameters = models.count_parameters(model)

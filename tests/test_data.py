@@ -62,25 +62,24 @@ def test_a_batch_is_a_function_of_seed_and_step(train_shard):
 
 @pytest.mark.parametrize("random_offset", [False, True])
 def test_a_shard_that_is_kept_on_the_device_gives_the_same_batches(train_shard, random_offset):
-    mapped, kept = (BatchStream(train_shard, 8, 32, 0, random_offset) for _ in range(2))
-    kept.keep_on("cpu")
+    mapped, on_device = (BatchStream(train_shard, 8, 32, 0, random_offset) for _ in range(2))
+    on_device.load_to_device("cpu")
     for step in (0, 1, 65, 66, 200):  # some span two epochs
-        for a, b in zip(vars(mapped(step)).values(), vars(kept(step)).values()):
+        for a, b in zip(vars(mapped(step)).values(), vars(on_device(step)).values()):
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 @pytest.mark.parametrize("vocabulary_size", [65_536, 65_537])
 def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(tmp_path, monkeypatch, vocabulary_size):
-    monkeypatch.setattr(data, "COPIED_TOKENS", 1000)
+    monkeypatch.setattr(data, "COPY_TOKENS", 1000)
     ids = np.random.default_rng(0).permutation(vocabulary_size)
     shard = shard_of(tmp_path / "x.bin", ids, vocabulary_size)
-    mapped, kept = (BatchStream(shard, 64, 128, seed=0) for _ in range(2))
-    kept.keep_on("cpu")
-    assert kept.resident.element_size() == shard.dtype.itemsize
-    assert kept.resident.nbytes == kept.resident_bytes
+    mapped, on_device = (BatchStream(shard, 64, 128, seed=0) for _ in range(2))
+    on_device.load_to_device("cpu")
+    assert on_device.tokens_on_gpu.element_size() == shard.dtype.itemsize
     for step in range(8):
-        assert torch.equal(mapped(step).tokens, kept(step).tokens)
-        assert torch.equal(mapped(step).targets, kept(step).targets)
+        assert torch.equal(mapped(step).tokens, on_device(step).tokens)
+        assert torch.equal(mapped(step).targets, on_device(step).targets)
 
 
 def test_batches_that_are_made_ahead_are_the_same_also_after_a_jump(train_shard):
@@ -114,7 +113,7 @@ def test_on_a_cpu_no_batch_is_made_ahead(train_shard):
 
 @pytest.mark.gpu
 def test_batches_come_from_the_host_where_the_gpu_has_no_room(train_shard, monkeypatch):
-    monkeypatch.setattr(data, "GPU_SHARE", 0)
+    monkeypatch.setattr(data, "GPU_FRACTION", 0)
     mapped = BatchStream(train_shard, 8, 32, 0)
     stream = prefetch(BatchStream(train_shard, 8, 32, 0, device="cuda"), "cuda")
     assert isinstance(stream, PrefetchStream)
@@ -126,12 +125,12 @@ def test_batches_come_from_the_host_where_the_gpu_has_no_room(train_shard, monke
 
 @pytest.mark.gpu
 def test_a_batch_that_is_gathered_on_a_gpu_is_the_same(train_shard):
-    mapped, kept = (
+    mapped, on_device = (
         BatchStream(train_shard, 8, 32, 0),
         BatchStream(train_shard, 8, 32, 0, device="cuda"),
     )
     for step in (0, 65, 200):
-        batch = kept(step)
+        batch = on_device(step)
         assert batch.tokens.is_cuda and batch.to(torch.device("cuda")).tokens is batch.tokens
         assert torch.equal(mapped(step).tokens, batch.tokens.cpu())
         assert torch.equal(mapped(step).targets, batch.targets.cpu())

@@ -17,8 +17,8 @@ from data import BatchStream, count_chunks
 from distill import DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
 from test_train import config_for, fitted
 from train import CrossEntropyObjective
-from training.cuda_graph import GraphedStep, should_capture
-from training.device import Compute, checkpoint_activations, choose_device
+from training.cuda_graph import GraphedStep
+from training.device import Compute, checkpoint_activations, choose_device, should_capture
 from training.io import UserError
 from training.resume import training_state
 from training.teacher_cache import Layout, TeacherCache

@@ -11,7 +11,7 @@ import train
 from conftest import save_model, step_of, train_tokenizer, write_split, write_text
 from data import BatchStream
 from distill import DistillConfig, FusedDistillationObjective
-from loss import plain_distillation_loss
+from loss import Coefficients, plain_distillation_loss
 from training.checkpoint import content_digest, read_checkpoint
 from training.device import autocast_for, compile_blocks
 from training.io import run_program
@@ -33,20 +33,17 @@ def test_the_objective_is_the_formula_of_the_paper(train_shard):
     for reduction, denominator in (("sequence", 4), ("token", 4 * 32)):
         options = config(alpha=0.4, temperature=1.5, kl_reduction=reduction, teacher_weights=[2, 1])
         objective = FusedDistillationObjective(student, teachers, options).train()
-        got = objective(batch)
+        result = objective(objective.prepare(batch))
         expected = plain_distillation_loss(
             student(batch.tokens),
             [t.eval()(batch.tokens) for t in teachers],
             [2, 1],
             batch.targets,
-            alpha=0.4,
-            temperature=1.5,
-            num_targets=128,
-            kl_denominator=denominator,
+            Coefficients(alpha=0.4, tau=1.5, num_targets=128, kl_denominator=denominator),
         )
         for key in expected:
-            torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-6)
-        ours = torch.autograd.grad(got["loss"], list(student.parameters()))
+            torch.testing.assert_close(result[key], expected[key], rtol=1e-5, atol=1e-6)
+        ours = torch.autograd.grad(result["loss"], list(student.parameters()))
         theirs = torch.autograd.grad(expected["loss"], list(student.parameters()))
         for a, b in zip(ours, theirs):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max()
@@ -73,7 +70,7 @@ def test_teachers_stay_in_eval_mode_while_the_student_trains():
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(train_shard):
     teacher = models.build_model("llama-tiny", 300)
     objective = FusedDistillationObjective(teacher, [teacher], config(alpha=0.0))
-    terms = objective(BatchStream(train_shard, 4, 32, seed=0)(0))
+    terms = objective(objective.prepare(BatchStream(train_shard, 4, 32, seed=0)(0)))
     assert terms["kl"] < 1e-5
 
 
@@ -81,7 +78,7 @@ def gradients(objective, batch, device):
     torch.manual_seed(1)  # for dropout
     objective.model.zero_grad()
     with autocast_for(torch.device(device), "bf16"):
-        loss = objective(batch)["loss"]
+        loss = objective(objective.prepare(batch))["loss"]
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in objective.model.parameters()])
 

@@ -22,7 +22,7 @@ from data import Batch, BatchStream, open_corpus
 from distill import DistillationObjective, DistillConfig, FusedDistillationObjective
 from loss import cross_entropy, ensemble_logits, kl_divergence, mixed_loss
 from test_train import config_for, fitted, trained
-from train import CrossEntropyObjective, build_optimizer
+from train import CrossEntropyObjective, Objective, build_optimizer
 from training.checkpoint import content_digest, read_checkpoint
 from training.io import UserError, run_program
 
@@ -52,12 +52,17 @@ class MatchingObjective(CrossEntropyObjective):
         sizes = model.config.hidden_size, teacher.config.hidden_size
         self.projection = nn.Linear(*sizes, bias=False)
 
+        model.blocks[0].register_forward_hook(self.keep_hidden)
+
+    def keep_hidden(self, block, inputs, output):
+        self.first_layer = output  # (B, T, C)
+
     def forward(self, batch):
-        hidden, states = self.model.hidden_states(batch.tokens, layers=(1,))
-        ce = F.cross_entropy(F.linear(hidden, self.model.head).mT, batch.targets)
+        logits = self.model(batch.tokens)
+        ce = F.cross_entropy(logits.mT, batch.targets)
         with torch.no_grad():
-            theirs = self.teacher.hidden_states(batch.tokens)
-        distance = F.mse_loss(self.projection(states[1]), theirs)
+            teacher_hidden = self.teacher.hidden_states(batch.tokens)
+        distance = F.mse_loss(self.projection(self.first_layer), teacher_hidden)
         return {"loss": ce + 0.5 * distance, "cross_entropy": ce, "distance": distance}
 
 
@@ -139,7 +144,7 @@ class Averager(nn.Module):
     def head(self):
         return self.embedding.weight
 
-    def hidden_states(self, tokens, layers=()):
+    def hidden_states(self, tokens):
         x = self.embedding(tokens).cumsum(1)
         x = x / torch.arange(1, tokens.shape[1] + 1, device=tokens.device)[:, None]
         for block in self.blocks:
@@ -153,7 +158,7 @@ class Averager(nn.Module):
 @pytest.fixture
 def averager(monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, "averager", (Averager, AveragerConfig))
-    preset = models.Preset(AveragerConfig(16_000, 24), models.Recipe(3e-3, 4, 1, 2))
+    preset = models.Preset(AveragerConfig(16_000, 24), models.Hyperparameters(3e-3, 4, 1, 2))
     monkeypatch.setitem(models.PRESETS, "averager-tiny", preset)
 
 
@@ -184,18 +189,18 @@ def test_a_checkpoint_of_an_unknown_architecture_says_so(averager, data_folder, 
 # ---- another optimizer: `build_optimizer`, and nothing else
 
 
-def sgd_with_momentum(objective, weight_decay, *_):
+def sgd_with_momentum(objective, weight_decay, *_, **__):
     parameters = [p for p in objective.parameters() if p.requires_grad]
     half = len(parameters) // 2
     groups = [{"params": parameters[:half], "lr": 0.5}, {"params": parameters[half:]}]
     return [torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=weight_decay)]
 
 
-def adagrad(objective, weight_decay, *_):
+def adagrad(objective, weight_decay, *_, **__):
     return [torch.optim.Adagrad(objective.model.parameters(), lr=1.0, weight_decay=weight_decay)]
 
 
-def lion_like(objective, weight_decay, *_):
+def lion_like(objective, weight_decay, *_, **__):
     """An optimizer nobody has heard of, whose state is a tensor and a whole number."""
 
     class Sign(torch.optim.Optimizer):
@@ -260,7 +265,7 @@ def test_muon_gets_the_layers_matrices_and_adamw_the_rest():
         assert others == set(model.parameters()) - matrices and model.head in others
 
 
-def fused_sgd(objective, weight_decay, *_):
+def fused_sgd(objective, weight_decay, *_, **__):
     return [torch.optim.SGD(objective.parameters(), lr=1.0, momentum=0.9, fused=True)]
 
 
@@ -333,18 +338,15 @@ def test_distill_trains_with_the_plain_objective(data_folder, tmp_path, capsys):
 
 
 class ReverseObjective(DistillationObjective):
-    """KL(student ‖ teachers) beside the cross-entropy."""
+    """Cross-entropy and KL(student ‖ teachers)."""
 
     def forward(self, batch):
-        batch = self.prepare(batch)
-        z = self.model(batch.tokens)  # (B, T, V)
-        with torch.no_grad():
-            logits = [s @ t.head.T for s, t in zip(batch.teacher_states, self.teachers)]
-            z_teachers = ensemble_logits(logits, self.weights)
-        constants = self.constants(batch)
-        T, ce = self.temperature, cross_entropy(z, batch.targets, batch.num_targets)
-        kl = kl_divergence(z_teachers, z, T, constants["kl_denominator"])
-        return {"loss": mixed_loss(ce, kl, self.alpha, T), "cross_entropy": ce, "kl": kl}
+        alpha, tau, num_targets, kl_denominator = self.coefficients(batch)
+        student = self.model(batch.tokens).float()  # (B, T, V)
+        ensemble = ensemble_logits(self.teacher_logits(batch), self.weights)  # (B, T, V)
+        ce = cross_entropy(student, batch.targets, num_targets)
+        kl = kl_divergence(student, ensemble, tau, kl_denominator)
+        return {"loss": mixed_loss(ce, kl, alpha, tau), "cross_entropy": ce, "kl": kl}
 
 
 def test_the_example_in_the_contributors_page_is_this_one():
@@ -373,15 +375,8 @@ def log_lines(path):
     return [e for e in map(json.loads, path.read_text().splitlines()) if "loss" in e]
 
 
-class LossAlone(nn.Module):
+class LossAlone(Objective):
     """The least that an objective can be."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def prepare(self, batch):
-        return batch
 
     def forward(self, batch):
         logits = self.model(batch.tokens)
@@ -426,23 +421,6 @@ def test_a_parameter_that_no_optimizer_has_is_an_error():
     objective.projection = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="each parameter that is trained"):
         train.TrainStep(objective, [optimizer], torch.autocast("cpu", enabled=False))
-
-
-# ---- states of every layer
-
-
-@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
-def test_hidden_states_of_any_layer_are_the_residual_stream(name):
-    torch.manual_seed(0)
-    model = models.build_model(name, 300).eval()
-    tokens, inputs = torch.randint(300, (2, 9)), []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-    final, states = model.hidden_states(tokens, layers=(0, 2, 3))
-    assert list(states) == [0, 2, 3] and torch.equal(final, model.hidden_states(tokens))
-    assert torch.equal(states[0], inputs[0]) and torch.equal(states[2], inputs[2])
-    norm = model.ln_f if name.startswith("gpt2") else model.norm
-    assert torch.equal(norm(states[3]), final)
 
 
 # ---- shapes of one's own
@@ -540,34 +518,6 @@ def test_what_decays_is_an_option(name):
         (optimizer,) = build_optimizer(CrossEntropyObjective(model), 0.1, no_decay=choice)
         groups = [g for g in optimizer.param_groups if not g["weight_decay"]]
         assert {names[p] for g in groups for p in g["params"]} == exempt
-
-
-def test_smoothed_labels_are_trained_with_and_cross_entropy_is_logged(data_folder, tmp_path):
-    """The dev cross-entropy too is that of the text itself."""
-    for name, more in (("plain", []), ("smooth", ["--label-smoothing", "0.2"])):
-        out = tmp_path / name
-        assert run_train(data_folder, out, "--model", "llama-tiny-student", *more) == 0
-    plain, smooth = (log_lines(tmp_path / name / "log.jsonl") for name in ("plain", "smooth"))
-    assert all(e["loss"] == e["cross_entropy"] for e in plain)
-    assert all(e["loss"] != e["cross_entropy"] for e in smooth)
-    model, checkpoint = models.load_checkpoint(tmp_path / "smooth" / "best.pt")
-    corpus = open_corpus(data_folder)
-    starts = train.dev_subset(corpus.dev, 32, 8)
-    autocast = torch.autocast("cpu", enabled=False)
-    value = train.dev_cross_entropy(model, corpus.dev, starts, 32, autocast)
-    assert value == pytest.approx(checkpoint["progress"]["dev_cross_entropy"], rel=1e-6)
-
-
-def test_smoothed_labels_of_a_student_are_those_of_the_plain_formula(train_shard):
-    student, teachers = teachers_and_student()
-    config, found = DistillConfig(teachers=[], label_smoothing=0.1, kl_reduction="token"), []
-    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
-    for objective_class in (FusedDistillationObjective, DistillationObjective):
-        terms = objective_class(student, teachers, config).train()(batch)
-        found.append((terms, torch.autograd.grad(terms["loss"], list(student.parameters()))))
-    (fused, ours), (plain, theirs) = found
-    assert torch.isclose(fused["loss"], plain["loss"], rtol=1e-5)
-    assert all((a - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(ours, theirs))
 
 
 def test_clipping_and_beta2_are_options(data_folder, tmp_path):

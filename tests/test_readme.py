@@ -44,9 +44,9 @@ def small_world(tmp_path, monkeypatch):
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "stimuli.txt").write_text("the cat runs\nthe old dog sees\n")
     tiny = {"gpt2": models.PRESETS["gpt2-tiny"], "llama": models.PRESETS["llama-tiny-student"]}
-    recipe = models.Recipe(1e-3, 4, 0.1, 10)
+    hyperparameters = models.Hyperparameters(1e-3, 4, 0.1, 10)
     for name in models.PRESETS:
-        preset = dataclasses.replace(tiny[name.split("-")[0]], recipe=recipe)
+        preset = dataclasses.replace(tiny[name.split("-")[0]], hyperparameters=hyperparameters)
         monkeypatch.setitem(models.PRESETS, name, preset)
     (tmp_path / "recipes").mkdir()
     for path in recipes.FOLDER.glob("*.json"):
@@ -111,10 +111,10 @@ def test_the_table_of_presets_is_that_of_the_code():
     for name, preset in models.PRESETS.items():
         with torch.device("meta"):
             parameters = models.count_parameters(models.build_model(name))
-        config, recipe = preset.config, preset.recipe
+        config, hyperparameters = preset.config, preset.hyperparameters
         shape = (config.num_hidden_layers, config.num_attention_heads)
         shape += (config.hidden_size, config.intermediate_size)
-        values = dataclasses.astuple(recipe)
+        values = dataclasses.astuple(hyperparameters)
         assert f"| {parameters:,} | {', '.join(map(str, shape))} |" in rows[name]
         assert f"| {', '.join(f'{v:g}' for v in values)} |" in rows[name]
 

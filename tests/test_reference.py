@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import types
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import model as models
 from benchmarks.reference import hugging_face_model, original_loss
 from conftest import step_of
 from data import Batch
-from distill import FusedDistillationObjective
+from distill import DistillConfig, FusedDistillationObjective
 from export_hf import hf_config, hf_name, is_transposed
 from generate import generate
 from gpt2 import GPT2Config
@@ -207,14 +206,7 @@ def ensemble():
     """(our objective, the student's twin, the teachers' twins) with the same weights."""
     student = perturbed(SMALL["llama"], spread=0.0).train()
     teachers = [perturbed(SMALL["gpt2"], 1, 0.1), perturbed(SMALL["llama, tied"], 2, 0.1)]
-    options = types.SimpleNamespace(
-        teacher_weights=None,
-        alpha=0.5,
-        temperature=2.0,
-        kl_reduction="sequence",
-        label_smoothing=0.0,
-    )
-    objective = FusedDistillationObjective(student, teachers, options)
+    objective = FusedDistillationObjective(student, teachers, DistillConfig(teachers=[]))
     return objective, hugging_face_model(student).train(), [hugging_face_model(t) for t in teachers]
 
 
@@ -228,7 +220,7 @@ def as_the_original_cuts(batch):
 def test_the_distillation_step_is_the_originals(ensemble):
     objective, student, teachers = ensemble
     batch = as_the_original_cuts(random_batches(1)[0])
-    ours, theirs = objective(batch)["loss"], original_loss(student, teachers, batch.tokens)
+    ours, theirs = objective(objective.prepare(batch))["loss"], original_loss(student, teachers, batch.tokens)
     assert abs(ours - theirs) <= 1e-5 * theirs
     ours.backward()
     theirs.backward()
@@ -255,7 +247,7 @@ def test_a_mean_over_tokens_would_not_be_the_original(ensemble):
     objective, student, teachers = ensemble
     objective.kl_reduction = "token"
     batch = as_the_original_cuts(random_batches(1)[0])
-    assert objective(batch)["loss"] < 0.9 * original_loss(student, teachers, batch.tokens)
+    assert objective(objective.prepare(batch))["loss"] < 0.9 * original_loss(student, teachers, batch.tokens)
 
 
 def test_hf_configs_state_both_generations():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import distill
 import model as models
 import train
@@ -312,8 +313,8 @@ def test_a_checkpoint_names_its_data_by_digests(data_folder, tmp_path):
 
 
 def test_shards_are_read_once_by_a_run(data_folder, tmp_path, monkeypatch):
-    opened, original = [], train.open_corpus
-    monkeypatch.setattr(train, "open_corpus", lambda f: opened.append(f) or original(f))
+    opened, original = [], data.open_corpus
+    monkeypatch.setattr(data, "open_corpus", lambda f: opened.append(f) or original(f))
     arguments = ["--model", "llama-tiny-student", "--data", str(data_folder), "--steps", "1"]
     arguments += ["--batch-size", "2", "--out", str(tmp_path / "r"), "--device", "cpu"]
     assert run_program(lambda: train.main(arguments)) == 0

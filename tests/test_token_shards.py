@@ -114,7 +114,7 @@ def test_chunks_are_inputs_and_the_tokens_that_follow(path, ids):
         assert np.array_equal(tokens, np.stack([ids[i : i + length] for i in starts]))
         assert np.array_equal(targets, np.stack([ids[i + 1 : i + length + 1] for i in starts]))
     streams = [BatchStream(shard, 4, 16, 0, True) for _ in range(2)]
-    streams[1].keep_on("cpu")
+    streams[1].load_to_device("cpu")
     assert all(torch.equal(streams[0](step).tokens, streams[1](step).tokens) for step in (0, 1, 20))
 
 
@@ -208,4 +208,3 @@ def test_positions_beyond_two_to_the_31_are_read(path):
     for starts in (dev_subset(shard, length, chunks), epoch_order(0, 0, chunks, length, True)[1]):
         assert starts.max() > 1 << 31 and starts.min() >= 0
         assert len(set(starts.tolist())) == chunks
-    assert BatchStream(shard, 4, 128, seed=0).resident_bytes == 2 * tokens

@@ -4,12 +4,9 @@ import contextlib
 
 import torch
 
-from training import distributed
-from training.device import skips_on_device
-from training.io import UserError, warn
+from training.io import warn
 
 GRAPH_WARM_UP = 3  # plain steps before the capture, in which optimizer states and buffers are made
-GRAPH_TOKENS = 8192  # of a step, up to which a graph is the default
 
 
 class GraphedStep:
@@ -145,21 +142,3 @@ def end_failed_capture(device, pool):
         generator.graphsafe_set_state(generator.clone_state())
     with contextlib.suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device, pool)
-
-
-def should_capture(choice, compute, optimizers, tokens):
-    """Returns whether steps of so many tokens are replayed as a CUDA graph.
-
-    `choice` is --cuda-graph. By default a graph is used on CUDA for steps of few tokens. Raises
-    `UserError` if a graph is asked for and not possible.
-    """
-    obstacle = None
-    if distributed.is_torchrun():
-        obstacle = "--cuda-graph is not for torchrun's processes"
-    elif compute.device.type != "cuda":
-        obstacle = f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}"
-    elif not all(map(skips_on_device, optimizers)):
-        obstacle = "--cuda-graph needs an optimizer that skips steps on the device, as --optimizer adamw does"
-    if choice and obstacle:
-        raise UserError(f"{obstacle}: leave it out")
-    return not obstacle and (tokens <= GRAPH_TOKENS if choice is None else choice)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from training import distributed
 from training.io import UserError, log, warn
 
+GRAPH_TOKENS = 8192  # of a step, up to which a CUDA graph is the default
 GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a full batch and a smaller one
 
 
@@ -215,3 +216,21 @@ def _fits(objective, batch, compute, shard):
             return False
         finally:
             objective.zero_grad(set_to_none=True)
+
+
+def should_capture(choice, compute, optimizers, tokens):
+    """Returns whether steps of so many tokens are replayed as a CUDA graph.
+
+    `choice` is --cuda-graph. By default a graph is used on CUDA for steps of few tokens. Raises
+    `UserError` if a graph is asked for and not possible.
+    """
+    obstacle = None
+    if distributed.is_torchrun():
+        obstacle = "--cuda-graph is not for torchrun's processes"
+    elif compute.device.type != "cuda":
+        obstacle = f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}"
+    elif not all(map(skips_on_device, optimizers)):
+        obstacle = "--cuda-graph needs an optimizer that skips steps on the device, as --optimizer adamw does"
+    if choice and obstacle:
+        raise UserError(f"{obstacle}: leave it out")
+    return not obstacle and (tokens <= GRAPH_TOKENS if choice is None else choice)

@@ -137,6 +137,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {name}: {suggestion}")
         return super().parse_args(args, namespace)
 
+    def format_help(self):
+        if callable(self.epilog):
+            self.epilog = self.epilog()
+        return super().format_help()
+
 
 class Strict(Parser):
     """A parser for options that do not come from the command line: it raises `UserError`."""
@@ -151,6 +156,7 @@ class Strict(Parser):
 def parse(config_class, description, argv=None, epilog="", check=None, parser_class=Parser):
     """Returns the config that the command line describes; wrong usage exits with code 2.
 
+    `epilog` may be a function that returns it, called for --help alone.
     `check(config)` returns an error message, or None, for options that are only wrong together.
     `parser_class` may be `Strict`.
     """
