@@ -202,7 +202,10 @@ def text_scores(scored, shard, args, precision):
         scores["temperature_scaled"] = {"temperature": temperature, "fitted_on": fitted_on.digest}
         scores["temperature_scaled"] |= corpus_scores(shard, scaled_losses, shares)
     if args.losses:
-        files = [(file.name, stop, file.words / (stop - start)) for file, start, stop in file_spans(shard)]
+        files = [  # without words, blocks of the bootstrap are counted in tokens
+            (file.name, stop, (file.words or stop - start) / (stop - start))
+            for file, start, stop in file_spans(shard)
+        ]
         write_losses(args.losses, shard.digest, files, losses, length, scaled_losses, shares, precision)
     return scores
 

@@ -27,7 +27,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from corpus.cleaning import CLEANERS, VERSIONS, clean_blocks
-from corpus.text_files import SPACE_PIECE, sub_corpora, text_blocks, warn_of_ignored_files
+from corpus.text_files import SPACE_PIECE, count_unspaced, sub_corpora, text_blocks, warn_of_ignored_files
 from corpus.token_shards import TokenShard, write_shard
 from tokenizer import BOS, EOS, PAD, UNK, VOCABULARY_SIZE, Tokenizer
 from training.io import UserError, aligned, atomic_write, fsync_folder, locked, run_program, warn
@@ -81,20 +81,22 @@ def read_folder(folder, cleaning="light", keep_cr=False):
 
 @dataclass(frozen=True)
 class TextStats:
-    """The length of a cleaned text in UTF-8 bytes, and their SHA-256."""
+    """The UTF-8 bytes of a cleaned text, their SHA-256, and whether blanks separate its words."""
 
     bytes: int
     digest: str
+    has_words: bool
 
 
 def measure(source):
     """Reads a `SourceText` once, warns of what is unusual in it, and returns its `TextStats`."""
-    num_bytes, digest = 0, hashlib.sha256()
+    num_bytes, digest, characters, unspaced = 0, hashlib.sha256(), 0, 0
     for block in source.blocks(tell=True):
         encoded = block.encode()
         num_bytes += len(encoded)
         digest.update(encoded)
-    return TextStats(num_bytes, digest.hexdigest())
+        characters, unspaced = characters + len(block), unspaced + count_unspaced(block)
+    return TextStats(num_bytes, digest.hexdigest(), has_words=2 * unspaced < characters)
 
 
 def line_blocks(text, characters):
@@ -137,6 +139,7 @@ def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE, fraction=1.0):
             add_dummy_prefix=False,
             byte_fallback=True,
             character_coverage=0.9999,  # else 7% of the paper's vocabulary are rare characters
+            required_chars=SPACE_PIECE,  # else text without blanks has no piece for one
             split_digits=True,
             pad_id=PAD,
             bos_id=BOS,
@@ -226,7 +229,7 @@ def encode_split(path, sources, stats, tokenizer):
                     exact_blocks.append(exact)
                     num_bytes = len(block.encode())
                     progress.update(num_bytes)
-                    yield name, ids, len(block.split()), num_bytes
+                    yield name, ids, len(block.split()) if stats[name].has_words else 0, num_bytes
 
     cleaning = VERSIONS[next(iter(sources.values())).cleaning]
     header = write_shard(path, encoded_texts(), tokenizer, cleaning)
@@ -284,18 +287,23 @@ def print_table(headers):
 
     `headers` are {split: header of its shard}.
     """
-    rows = []
+    keys, rows = ("words", "bytes", "tokens"), []
     for split, header in headers.items():
-        files = [(f["name"], f["words"], f["bytes"], f["stop"] - f["start"]) for f in header["files"]]
-        files.append(("total", header["words"], header["bytes"], header["tokens"]))
-        rows += [(f"{split} {name}", *counts) for name, *counts in files]
+        for file in header["files"]:
+            rows.append(
+                (f"{split} {file['name']}", file["words"], file["bytes"], file["stop"] - file["start"])
+            )
+        rows.append((f"{split} total", *(header[key] for key in keys)))
     if len(headers) > 1:
-        totals = [[header[key] for key in ("words", "bytes", "tokens")] for header in headers.values()]
-        rows.append(("total", *map(sum, zip(*totals))))
-    table = [["text", "words", "bytes", "tokens", "tokens/word"]]
-    for name, words, size, tokens in rows:
-        table.append([name, f"{words:,}", f"{size:,}", f"{tokens:,}", f"{tokens / max(words, 1):.3f}"])
+        counts = [[header[key] for header in headers.values()] for key in keys]
+        rows.append(("total", *(sum(numbers) if all(numbers) else 0 for numbers in counts)))
+    table = [["text", *keys, "tokens/word"]]
+    for name, words, num_bytes, tokens in rows:
+        per_word = [f"{words:,}", f"{tokens / words:.3f}"] if words else ["-", "-"]
+        table.append([name, per_word[0], f"{num_bytes:,}", f"{tokens:,}", per_word[1]])
     print("\n".join(aligned(table)))
+    if not all(words for _, words, *_ in rows):
+        print("-: blanks do not separate the words of this text; bits per byte measure it")
 
 
 def parse_arguments(argv):

@@ -24,6 +24,8 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NAMED = "*.train, *.dev, *.test, *.txt or *.jsonl, each also with .gz, .bz2 or .xz"
 SPELLINGS = {"childes": "aochildes", "simple_wiki": "simple_wikipedia"}  # BabyLM since 2024 -> of 2023
 READ_BYTES = 1 << 18
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese: scripts without blanks between words
+UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3040-\u9fff]")
 SPACE_PIECE = "\u2581"  # SentencePiece spells a space like this, so it cannot tell the two apart
 
 
@@ -97,6 +99,11 @@ def warn_of_ignored_files(folder):
 
 
 # ---- the text of a file
+
+
+def count_unspaced(text):
+    """The characters of scripts that put no blanks between words."""
+    return 0 if text.isascii() else len(UNSPACED.findall(text))
 
 
 def read_text(path):

@@ -37,7 +37,10 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One text of a shard: its token span, and the words and UTF-8 bytes of its cleaned text."""
+    """One text of a shard: its token span, and the words and UTF-8 bytes of its cleaned text.
+
+    It has 0 words if blanks do not separate them.
+    """
 
     name: str
     start: int
@@ -73,12 +76,13 @@ def write_shard(path, texts, tokenizer, cleaning):
         if not tokens:
             raise UserError(f"{path}: there is no text to write")
         payload.seek(0)
+        counts = [file["words"] for file in files]
         header = {
             "shard": 1,
             "shards": 1,
             "dtype": dtype,
             "tokens": tokens,
-            "words": sum(file["words"] for file in files),
+            "words": sum(counts) if all(counts) else 0,  # words per token would mean nothing otherwise
             "bytes": sum(file["bytes"] for file in files),
             "vocabulary_size": tokenizer.vocabulary_size,
             "largest_id": largest_id,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from corpus.text_files import sub_corpus
 from data import TokenShard
 from evaluation.scoring import BATCH_TOKENS, token_losses
 from loss import BLOCK_ROWS
@@ -51,7 +52,7 @@ def file_spans(shard):
 def corpus_scores(shard, losses, shares=None):
     """Scores of a shard from its `shard_losses`, and those of each file under "per_file".
 
-    `shares`, {name: share of the training text}, adds "weighted_cross_entropy": the mean over files
+    `shares`, {sub-corpus: share of the training text}, adds "weighted_cross_entropy": the mean over files
     with these weights.
     """
     scores = _text_scores(losses, shard.words, shard.bytes)
@@ -60,7 +61,7 @@ def corpus_scores(shard, losses, shares=None):
         for file, start, stop in file_spans(shard)
     }
     if shares is not None:
-        weights = {name: shares.get(name, 0.0) for name in scores["per_file"]}
+        weights = {name: shares.get(sub_corpus(name), 0.0) for name in scores["per_file"]}
         scores["weighted_cross_entropy"] = sum(
             scores["per_file"][name]["cross_entropy"] * weight / sum(weights.values())
             for name, weight in weights.items()
@@ -86,7 +87,7 @@ def _text_scores(losses, words, num_bytes):
 
 
 def training_shares(path, shard):
-    """{name: share of the tokens} of the files of the training shard `path`, or of its folder.
+    """{sub-corpus: share of the tokens} of the training shard `path`, or of its folder.
 
     Raises `UserError` for a shard of another tokenizer, for a dev shard, and if no name is that of
     a file of `shard`.
@@ -96,8 +97,8 @@ def training_shares(path, shard):
         raise UserError(f"--weight-by {path} is dev text: give a train.bin")
     if training.tokenizer != shard.tokenizer:
         raise UserError(f"{training.path} was made with another tokenizer than {shard.path}")
-    shares = {f.name: (f.stop - f.start) / training.num_tokens for f in training.files}
-    if not sum(shares.get(file.name, 0) for file, _, _ in file_spans(shard)):
+    shares = {sub_corpus(f.name): (f.stop - f.start) / training.num_tokens for f in training.files}
+    if not sum(shares.get(sub_corpus(file.name), 0) for file, _, _ in file_spans(shard)):
         raise UserError(f"{path} and {shard.path} have no file of one name: leave out --weight-by")
     return shares
 

@@ -9,6 +9,7 @@ import re
 
 from corpus.cleaning import split_lines
 from corpus.text_files import (
+    count_unspaced,
     list_text_files,
     read_text,
     sub_corpora,
@@ -25,6 +26,7 @@ SENTENCE_WORDS = 50  # a sentence of more words is cut between words
 
 
 def count_words(text):
+    """The words that blanks separate."""
     return len(text.split())
 
 
@@ -69,6 +71,9 @@ def sample_corpus(folder, target, words):
     """Writes a sample of each file of a folder, all in one proportion, with about `words` words."""
     texts = {plain_name(path): read_text(path) for path in sub_corpora(folder).values()}
     warn_of_ignored_files(folder)
+    unspaced, characters = (sum(map(count, texts.values())) for count in (count_unspaced, len))
+    if 2 * unspaced > characters:
+        raise UserError(f"{folder}: blanks do not separate its words, none can be sampled: ask for all")
     total = sum(map(count_words, texts.values()))
     samples = {name: sample_lines(text, min(1.0, words / max(total, 1))) for name, text in texts.items()}
     for name, sample in samples.items():

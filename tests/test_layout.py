@@ -24,7 +24,7 @@ ALLOWED = {  # what a module of the root, or a folder, may import of them, besid
     "model": {"gpt2", "llama", "tokenizer"},
     "train": {"data", "loss", "model"},
     "distill": {"data", "loss", "model", "train"},
-    "evaluation": NOUNS,
+    "evaluation": NOUNS | {"corpus"},
     "finetuning": NOUNS,
     "tokenize_corpus": {"corpus", "tokenizer"},
     "make_toy_corpus": {"toy"},

@@ -213,6 +213,34 @@ def test_text_without_words_teaches_nothing():
         train_tokenizer(["\n\n"], 500)
 
 
+LANGUAGES = {
+    "names": ["Mira", "Lotte", "Kasel", "Benno", "Noralo"],
+    "Chinese": ["小猫喜欢看书。", "老师看见红苹果。", "那个大书"],
+    "Japanese": ["猫が本を読みます。", "りんごは赤いです。", "カタカナ"],
+    "Thai": ["แมวชอบอ่านหนังสือ", "ครูเห็นแอปเปิลสีแดง"],
+    "Dutch": ["De kat 's middags", "één ijsje, ja!", "zo'n coöperatie"],
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_blanks_come_back_in_every_language(tmp_path, language, capsys):
+    generator = random.Random(0)
+    for split in ("train", "dev"):
+        (tmp_path / split).mkdir()
+        lines = ["".join(generator.choices(LANGUAGES[language], k=3)) for _ in range(400)]
+        (tmp_path / split / "a.txt").write_text("\n".join([*lines, f"{split} 小 猫"]), encoding="utf-8")
+    main([*arguments(tmp_path)[:-1], "330"])
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.model")
+    for text in ("a b", " x", "小 猫", "แมว ครู", *LANGUAGES[language]):
+        assert encode(tokenizer, text)[1] and tokenizer.decode(tokenizer.encode(text)) == text
+    has_words = language in ("names", "Dutch")
+    shard = TokenShard(tmp_path / "out" / "train.bin")
+    assert (shard.words > 0) == (shard.files[0].words > 0) == has_words
+    printed = capsys.readouterr()
+    assert ("blanks do not separate the words" in printed.out) != has_words
+    assert "does not give" not in printed.err
+
+
 # ---- the program
 
 
