@@ -1,42 +1,32 @@
-"""Takes a checkpoint to Hugging Face's stock classes, and one of theirs back.
+"""Exports a checkpoint to Hugging Face's stock classes, and imports one of theirs.
 
     python export_hf.py runs/distilled-llama-58m/best.pt --out babyllama-58m
     python export_hf.py runs/distilled-llama-58m/chck_*.pt --out marks         a folder for each
     python export_hf.py runs/finetune/llama-58m/rte/seed-0/best.pt --out rte   a classifier
     python export_hf.py --import babyllama-58m --out babyllama-58m.pt
 
-The folder loads with `AutoModelForCausalLM` (what finetune.py trained with
-`AutoModelForSequenceClassification`) and `AutoTokenizer`, under transformers 4.51 and 5.x
-alike, without trust_remote_code: config.json has the keys of both generations. The tokenizer is
-written as tokenizer.json, because LlamaTokenizer splits text otherwise than SentencePiece does
-where there is no dummy prefix. What is imported can be scored by evaluate.py, trained further
-(train.py --init), and can teach students whose data has the same tokenizer.
+transformers 4.51 and 5.x load the folder with `AutoModelForCausalLM` (a classifier of finetune.py with
+`AutoModelForSequenceClassification`) and `AutoTokenizer`, without trust_remote_code. evaluate.py scores
+what is imported, train.py --init trains it further, and it teaches students whose data has the same
+tokenizer. Needs the packages safetensors and tokenizers.
 """
 
 import argparse
 import dataclasses
 import html
+import importlib
 import json
-import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from finetuning.classifier import is_classifier, load_any
-from model import ARCHITECTURES, build, check_shape, count_parameters
+from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
 from tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from training.checkpoint import write_checkpoint
-from training.io import (
-    UserError,
-    atomic_write,
-    json_memory,
-    printable,
-    run_program,
-    write_json,
-    write_text,
-)
+from training.io import UserError, atomic_write, log, printable, run_program, write_json, write_text
+from training.options import Parser
 
 # Fields of our configs under Hugging Face's names.
 FIELDS = {
@@ -64,7 +54,7 @@ FIELDS = {
         "initializer_range": "initializer_range",
     },
 }
-# What our forward passes compute; a config that says otherwise is of another model.
+# What our forward passes compute; a config with other values is of another model.
 FIXED = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "gpt2": {
@@ -76,110 +66,107 @@ FIXED = {
     },
 }
 CLASSES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
-CLASSIFIERS = {
-    "llama": "LlamaForSequenceClassification",
-    "gpt2": "GPT2ForSequenceClassification",
-}
+CLASSIFIERS = {"llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"}
 PREFIXES = {"llama": "model.", "gpt2": "transformer."}
-HEAD, SCORE = "lm_head.weight", "score.weight"  # the parameters outside the prefix
+HEAD, SCORE = "lm_head.weight", "score.weight"  # the parameters without the prefix
 EMBEDDING = {"llama": "embed_tokens.weight", "gpt2": "wte.weight"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D keeps (in, out)
-BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # in old files, and constant
-CONTEXT_IF_UNSAID = {"llama": 2048, "gpt2": 1024}  # where a config.json leaves out the default
-
-METRICS = ("accuracy", "f1", "mcc")  # of a classifier on its valid examples
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER_BYTES = 1 << 21  # some 15,000 tensors; the format's own limit is 100 MB
+BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # constants in older files
+DEFAULT_POSITIONS = {"llama": 2048, "gpt2": 1024}  # of a config.json that does not say it
 SPECIAL = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 # Text that a lossy tokenizer would change: runs of blanks, a tab, a ligature, a no-break space.
 PROBE = "a  b\n\n\tﬁ ½\u00a0e\u0301 "
+RECIPE = (
+    *("epochs", "steps", "batch_size", "sequence_length", "random_offset", "seed", "init"),
+    *("optimizer", "learning_rate", "schedule", "min_lr_ratio", "warmup_steps", "beta2", "clip"),
+    *("weight_decay", "no_decay", "dropout", "label_smoothing", "precision", "patience"),
+    *("alpha", "temperature", "kl_reduction", "teacher_weights"),
+)
+PROGRESS = {"step": "steps", "words": "words seen", "dev_cross_entropy": "last dev cross-entropy (nats)"}
+CLASSIFIER_SCORES = ("accuracy", "f1", "mcc")  # on its valid file
+TEXT_SCORES = ("cross_entropy", "perplexity_per_word", "bits_per_byte")  # of evaluate.py --json
+EXAMPLES = {
+    "CausalLM": [
+        "inputs = tokenizer('\\nOnce', return_tensors='pt')  # in training, lines follow a newline",
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+    ],
+    "SequenceClassification": [
+        "inputs = tokenizer(['A text.'], return_tensors='pt')  # of pairs, two lists",
+        "print([model.config.id2label[int(i)] for i in model(**inputs).logits.argmax(-1)])",
+    ],
+}
 
 
-# ---- safetensors: a header of JSON, then the bytes (huggingface.co/docs/safetensors)
+def import_extra(name):
+    """Returns a package of the extra `hf`. Raises `UserError` if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} is not installed: pip install safetensors tokenizers") from error
 
 
-def write_safetensors(path, tensors):
-    """Writes {name: float32 tensor} atomically."""
-    header, stop = {"__metadata__": {"format": "pt"}}, 0  # transformers 4.51 insists on "pt"
-    for name, tensor in tensors.items():
-        start, stop = stop, stop + 4 * tensor.numel()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with atomic_write(path) as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors.values():
-            file.write(tensor.float().contiguous().numpy())
-
-
-def read_safetensors(path):
-    """{name: float32 tensor}. Raises `UserError` unless every byte of the file is accounted for."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        start = 8 + header_bytes
-        if not 0 < header_bytes <= min(size - 8, MAX_HEADER_BYTES):
-            raise UserError(f"{path} is damaged: a header of {header_bytes} bytes is impossible")
-        try:
-            header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
-            entries = [
-                (entry["data_offsets"], entry["dtype"], entry["shape"], name)
-                for name, entry in header.items()
-            ]
-            valid = all(type(shape) is list and type(dtype) is str for _, dtype, shape, _ in entries)
-            numbers = [n for offsets, _, shape, _ in entries for n in (*offsets, *shape)]
-            valid = valid and all(type(n) is int and 0 <= n <= size for n in numbers)
-            entries.sort(key=lambda entry: entry[0])
-            bounds = [0, *(stop for (_, stop), *_ in entries)]
-            valid = valid and bounds[:-1] == [begin for (begin, _), *_ in entries]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged: its header cannot be read") from error
-    if not valid or start + bounds[-1] != size:
-        raise UserError(f"{path} is damaged: its header contradicts its {size} bytes")
-    tensors, payload = {}, np.memmap(path, np.uint8, mode="r")[start:]
-    for (begin, stop), dtype, shape, name in entries:
-        if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name!r} is {dtype!r}: only F32, F16 and BF16 are read")
-        kind = SAFETENSORS_DTYPES[dtype]
-        if math.prod(shape) * kind.itemsize != stop - begin:
-            raise UserError(f"{path} is damaged: {name!r} has not the bytes of its shape")
-        tensor = torch.empty((stop - begin) // kind.itemsize, dtype=kind)
-        tensor.view(torch.uint8).numpy()[:] = payload[begin:stop]
-        try:
-            tensors[name] = tensor.view(shape).float()
-        except RuntimeError as error:  # no elements in dimensions beyond all bounds
-            raise UserError(f"{path} is damaged: {name!r} has an impossible shape") from error
-    return tensors
-
-
-# ---- export
+# ---- export: the weights and the config
 
 
 def hf_name(architecture, name):
-    """The name of a parameter in the reference's state dict."""
+    """Returns the name of a parameter in Hugging Face's state dict."""
     return name if name in (HEAD, SCORE) else PREFIXES[architecture] + name
 
 
 def is_transposed(architecture, name):
-    """Whether the reference keeps this matrix as (in, out)."""
+    """Returns True for a matrix that Hugging Face keeps as (in, out)."""
     return architecture == "gpt2" and name.endswith(TRANSPOSED)
 
 
 def hf_weights(architecture, weights):
-    """A state dict of ours as the reference's: other names, Conv1D's matrices transposed."""
+    """Returns our state dict as Hugging Face's: other names, Conv1D's matrices transposed."""
     return {
-        hf_name(architecture, name): w.T if is_transposed(architecture, name) else w
+        hf_name(architecture, name): w.T.contiguous() if is_transposed(architecture, name) else w
         for name, w in weights.items()
     }
 
 
-def check_tokenizer(tokenizer, path):
-    """Raises `UserError` for a tokenizer that tokenizer.json could not log, or that loses text.
+def hf_config(model, architecture, classes=()):
+    """Returns config.json, with the keys of transformers 4 and 5 where they differ.
 
-    Of a BPE model the scores are 0, -1, -2, ... in the order of merging; a unigram's, or those of
+    `classes` are the names of a classifier's classes.
+    """
+    shape = dataclasses.asdict(model.config)
+    config = {"architectures": [CLASSES[architecture]], "model_type": architecture}
+    config |= {theirs: shape[ours] for ours, theirs in FIELDS[architecture].items()}
+    config |= FIXED[architecture] | SPECIAL_IDS
+    if architecture == "llama":
+        head_size = shape["hidden_size"] // shape["num_attention_heads"]
+        config |= {"num_key_value_heads": shape["num_attention_heads"], "head_dim": head_size}
+        rope = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
+        config |= {"rope_scaling": None, "rope_parameters": rope}
+    else:
+        config |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), shape["dropout"])
+        config["n_ctx"] = shape["max_position_embeddings"]  # llama.cpp reads this older name
+    if classes:
+        config["architectures"] = [CLASSIFIERS[architecture]]
+        config |= {
+            "id2label": {str(i): name for i, name in enumerate(classes)},
+            "label2id": {name: i for i, name in enumerate(classes)},
+            "problem_type": "single_label_classification",
+        }
+    return config | {"torch_dtype": "float32", "dtype": "float32", "use_cache": True}
+
+
+# ---- export: the tokenizer
+
+
+def is_normal(processor, i):
+    """Returns True for a piece of text: no control piece, byte, unknown or unused one."""
+    kinds = (processor.is_control, processor.is_unknown, processor.is_byte, processor.is_unused)
+    return not any(kind(i) for kind in kinds)
+
+
+def check_tokenizer(tokenizer, path):
+    """Raises `UserError` for a tokenizer that tokenizer.json cannot describe, or that loses text.
+
+    In a BPE model the scores are 0, -1, -2, ... in the order of merging; those of a unigram model, or of
     user-defined pieces, are others.
     """
     processor, size = tokenizer.processor, tokenizer.vocabulary_size
@@ -194,114 +181,50 @@ def check_tokenizer(tokenizer, path):
         or tokenizer.encode("\n") != [processor.piece_to_id("<0x0A>")]
     ):
         raise UserError(
-            f"{path}: a tokenizer of another kind than tokenize_corpus.py's (BPE with byte "
-            "fallback that changes no text and adds no prefix; ids 0 to 3 for pad, bos, eos, unk)"
+            f"{path}: a tokenizer of another kind than tokenize_corpus.py's (BPE with byte fallback that "
+            "changes no text and adds no prefix; ids 0 to 3 for pad, bos, eos, unk)"
         )
 
 
-def is_normal(processor, i):
-    """Whether a piece is text: no control piece, byte, unknown or unused one."""
-    kinds = (processor.is_control, processor.is_unknown, processor.is_byte, processor.is_unused)
-    return not any(kind(i) for kind in kinds)
-
-
-def hf_config(model, architecture, classes=()):
-    """config.json, with the keys of transformers 4 and 5 where they differ.
-
-    `classes` are the names of a classifier's.
-    """
-    shape = dataclasses.asdict(model.config)
-    config = {"architectures": [CLASSES[architecture]], "model_type": architecture}
-    config |= {theirs: shape[ours] for ours, theirs in FIELDS[architecture].items()}
-    config |= FIXED[architecture] | SPECIAL_IDS
-    if architecture == "llama":
-        head_size = shape["hidden_size"] // shape["num_attention_heads"]
-        config |= {"num_key_value_heads": shape["num_attention_heads"], "head_dim": head_size}
-        rope = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
-        config |= {"rope_scaling": None, "rope_parameters": rope}
-    else:
-        config |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), shape["dropout"])
-    if classes:
-        config["architectures"] = [CLASSIFIERS[architecture]]
-        config |= {
-            "id2label": {str(i): name for i, name in enumerate(classes)},
-            "label2id": {name: i for i, name in enumerate(classes)},
-            "problem_type": "single_label_classification",
-        }
-    return config | {"torch_dtype": "float32", "dtype": "float32", "use_cache": True}
-
-
 def hf_tokenizer(tokenizer):
-    """tokenizer.json: the same BPE for the `tokenizers` library.
+    """Returns tokenizer.json: the same BPE for the library `tokenizers`.
 
-    Pieces are numbered in the order in which SentencePiece merges, so a merge's rank is the number
-    of its result; each way to split a piece into two others is a merge of that rank.
+    tokenizer.model alone would not do: LlamaTokenizer splits text without a dummy prefix otherwise than
+    SentencePiece. Pieces are numbered in the order in which SentencePiece merges, so that a merge's rank
+    is the number of its result; each way to split a piece into two others is a merge of that rank.
     """
+    tokenizers = import_extra("tokenizers")
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocabulary_size)]
-    (newline,) = tokenizer.encode("\n")
     ids = {piece: i for i, piece in enumerate(pieces)}
     normal = {piece for i, piece in enumerate(pieces) if is_normal(processor, i)}
-    splits = [
+    splits = sorted(
         (ids[piece], ids[piece[:i]], ids[piece[i:]])
         for piece in normal
         for i in range(1, len(piece))
         if piece[:i] in normal and piece[i:] in normal
-    ]
-    added = [
-        {
-            "id": i,
-            "content": pieces[i],
-            "special": True,
-            "normalized": False,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-        }
-        for i in sorted(SPECIAL.values())
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        "pre_tokenizer": None,
-        # One text is what it is; a second one begins on a line of its own, as in training.
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": "newline", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 0}},
-            ],
-            "special_tokens": {"newline": {"id": "newline", "ids": [newline], "tokens": [pieces[newline]]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[UNK],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": ids,
-            "merges": [[pieces[left], pieces[right]] for _, left, right in sorted(splits)],
-        },
-    }
+    )
+    merges = [(pieces[left], pieces[right]) for _, left, right in splits]
+    bpe = tokenizers.models.BPE(ids, merges, unk_token=pieces[UNK], fuse_unk=True, byte_fallback=True)
+    result = tokenizers.Tokenizer(bpe)
+    special = [pieces[i] for i in sorted(SPECIAL.values())]
+    result.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in special])
+    result.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    decoders = tokenizers.decoders
+    result.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    # The second text of a pair begins on a line of its own, as in training.
+    newline = tokenizer.encode("\n")
+    separator = {"id": "newline", "ids": newline, "tokens": [pieces[i] for i in newline]}
+    result.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A:0", pair="$A:0 newline:0 $B:0", special_tokens=[separator]
+    )
+    return json.loads(result.to_str())
 
 
 def hf_tokenizer_config(tokenizer, context):
-    """tokenizer_config.json, and special_tokens_map.json, which only transformers 4 reads."""
+    """Returns tokenizer_config.json, and special_tokens_map.json, which only transformers 4 reads."""
     special = {key: tokenizer.processor.id_to_piece(i) for key, i in SPECIAL.items()}
     config = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -310,169 +233,201 @@ def hf_tokenizer_config(tokenizer, context):
         "model_max_length": context,
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
+        # Without these llama.cpp puts <s> and a blank before each prompt, which training never saw.
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
     }
     return config, special
 
 
+# ---- export: the card
+
+
 def plain(value):
-    """A value as text that is no markup, on one line, in Markdown and in a table of it."""
+    """Returns a value as one line of text without markup, in Markdown and in a table of it."""
     return html.escape(printable(str(value))).replace("|", "\\|")
 
 
-def hub_metadata(checkpoint):
-    """The lines of YAML with which a card begins: what the Hugging Face hub shows and searches."""
-    loss = checkpoint["progress"].get("dev_cross_entropy")
-    kind = "text-classification" if is_classifier(checkpoint) else "text-generation"
-    lines = ["library_name: transformers", f"pipeline_tag: {kind}", "license: mit"]
-    lines += ["language: en", "tags: [babylm, baby-llama]"]
-    if kind == "text-generation" and loss is not None and math.isfinite(loss):
-        lines += [
-            "model-index:",
-            f"- name: {json.dumps(plain(checkpoint['model']['name']))}",
-            "  results:",
-            "  - task: {type: text-generation}",
-            "    dataset: {name: dev text of its training, type: text}",
-            f"    metrics: [{{type: cross-entropy, name: nats per token, value: {loss:.4f}}}]",
-        ]
-    return ["---", *lines, "---"]
-
-
-def classifier_facts(config, progress):
-    """What the card of a classifier says besides, or, where it is None, leaves out."""
-    return {
-        "task": config.get("task"),
-        "classes": ", ".join(config["classes"]),
-        "text": " and then ".join(map(str, config.get("form") or [])),
-        **{key: progress.get(key) and f"{progress[key]:.4f}" for key in METRICS},
-        **dict.fromkeys(("init", "words seen")),
-    }
-
-
-def model_card(checkpoint, model, start_token, positions):
-    """README.md: what the checkpoint itself knows of its origin. `positions` are the export's."""
+def card_facts(checkpoint, model):
+    """Returns {fact: value} of what a checkpoint knows of its origin and recipe."""
     config, progress = checkpoint["config"], checkpoint["progress"]
-    texts = is_classifier(checkpoint)
+    digests = {name: config[name][:12] for name in ("train_shard", "init_digest") if config.get(name)}
     facts = {
         "model": f"{checkpoint['model']['name']}, {count_parameters(model):,} parameters",
         "teachers": ", ".join(f"{t['name']} ({t['digest'][:12]})" for t in checkpoint["teachers"]),
-        "tokenizer": f"SentencePiece BPE, identity {checkpoint['tokenizer']['identity'][:12]}",
-        "data": config.get("train_shard") and f"training shard {config['train_shard'][:12]}",
-        "words seen": progress.get("words") and f"{progress['words']:,}",
-        "steps": progress.get("step") and f"{progress['step']:,} of {progress.get('steps', 0):,}",
-        "last dev cross-entropy": progress.get("dev_cross_entropy")
-        and f"{progress['dev_cross_entropy']:.4f} nats per {'text' if texts else 'token'}",
+        "vocabulary": f"{model.config.vocab_size:,} pieces of SentencePiece BPE, "
+        f"identity {checkpoint['tokenizer']['identity'][:12]}",
+        "training text": digests.get("train_shard"),
+        "initialised from": digests.get("init_digest"),
+        "task": config.get("task"),
+        "classes": ", ".join(config.get("classes", ())),
+        "text": " and then ".join(map(str, config.get("form", ()))),
         "commit": checkpoint.get("commit"),
     }
-    facts |= classifier_facts(config, progress) if texts else {}
-    recipe = (
-        "learning_rate",
-        "batch_size",
-        "sequence_length",
-        "epochs",
-        "warmup_steps",
-        "weight_decay",
-        "random_offset",
-        "alpha",
-        "temperature",
-        "kl_reduction",
-        "teacher_weights",
-        "init",
-        "seed",
-    )
-    facts |= {key.replace("_", " "): config.get(key) for key in recipe if key not in facts}
-    start = (
-        "`<s>` and `</s>` never occurred in training. "
-        + {
-            "as-trained": "Their embeddings are as initialised: prefer a newline as context.",
-            "newline": "In this export their input embeddings are copies of the newline's, the "
-            "context in which sentences begin in training (`--start-token newline`).",
-        }[start_token]
-    )
-    seen = config.get("sequence_length", positions)
-    limit = (
-        f"It has {positions} positions, and was trained on {seen} tokens at a time. Give programs "
-        f"that ask for 512 by default `--sequence_length {positions}`."
-    )
-    title = checkpoint["model"]["name"]
-    if texts:
-        title += f", fine-tuned on {config.get('task')}"
-    own = model.config.max_position_embeddings
-    if positions > own:
-        limit += f" Beyond {own} positions nothing was trained."
+    for name in ("step", "words", "dev_cross_entropy", *(CLASSIFIER_SCORES if config.get("classes") else ())):
+        value = progress.get(name)
+        facts[PROGRESS.get(name, name)] = (
+            f"{value:.4f}" if isinstance(value, float) else value and f"{value:,}"
+        )
+    recipe = {name.replace("_", " "): config.get(name) for name in RECIPE}
+    if recipe["learning rate"] is not None:  # it was trained here
+        recipe["dropout"] = getattr(model.config, "dropout", None)
+    return {name: value for name, value in (facts | recipe).items() if value not in (None, "")}
+
+
+def score_facts(path, checkpoint_path):
+    """Returns {fact: value} of a checkpoint's scores in a file of evaluate.py --json.
+
+    Raises `UserError` if there are none.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["checkpoints"]
+        (entry,) = [e for e in entries if Path(e["path"]).resolve() == checkpoint_path.resolve()]
+        facts = {name.replace("_", " "): f"{entry[name]:.4f}" for name in TEXT_SCORES if entry.get(name)}
+        for folder, pairs in (entry.get("pairs") or {}).items():
+            facts[f"minimal pairs of {Path(folder).name}"] = f"{100 * pairs['accuracy_over_files']:.1f} %"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"--scores {path}: no scores of {checkpoint_path}: give what evaluate.py --json wrote for it"
+        ) from error
+    return facts
+
+
+def model_card(checkpoint, model, folder, metadata, scores, start_token, positions):
+    """Returns README.md. `scores` are facts besides the checkpoint's, `positions` those of the export.
+
+    `metadata` are {"license", "language", "base_model"}, as far as the user named them.
+    """
+    config, own = checkpoint["config"], model.config.max_position_embeddings
+    task = "text-classification" if is_classifier(checkpoint) else "text-generation"
+    kind = "SequenceClassification" if is_classifier(checkpoint) else "CausalLM"
+    notes = []
+    if "train_shard" in config:
+        notes.append(
+            f"It has {positions} positions, and was trained on {config['sequence_length']} tokens at a time. "
+            f"Give programs that ask for 512 by default `--sequence_length {positions}`."
+            + f" Beyond {own} positions nothing was trained."
+            * (positions > own)
+        )
+    if start_token == "newline":
+        notes.append(
+            "`<s>` and `</s>` never occurred in training. In this export their input embeddings are copies "
+            "of the newline's, which precedes sentences in training (`--start-token newline`)."
+        )
+    elif "train_shard" in config:
+        notes.append(
+            "`<s>` and `</s>` never occurred in training. Their embeddings are as initialised: prefer a "
+            "newline as context."
+        )
     lines = [
-        *hub_metadata(checkpoint),
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags: [babylm, baby-llama]",
+        *(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
+        "---",
         "",
-        f"# {plain(title)}",
+        f"# {plain(checkpoint['model']['name'])}",
         "",
         "Written by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).",
         "",
+        "```python",
+        f"from transformers import AutoModelFor{kind}, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+        f"model = AutoModelFor{kind}.from_pretrained({folder!r})",
+        *EXAMPLES[kind],
+        "```",
+        "",
         "| fact | value |",
         "|---|---|",
-        *(f"| {k} | {plain(v)} |" for k, v in facts.items() if v not in (None, "")),
-        "",
-        *([limit, ""] if "train_shard" in config else []),
-        *([start, ""] if "train_shard" in config or start_token == "newline" else []),
+        *(f"| {n} | {plain(value)} |" for n, value in (card_facts(checkpoint, model) | scores).items()),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n" * bool(notes)
 
 
-def export(path, out, start_token="as-trained", positions=None):
-    """Writes the checkpoint in `path` as the folder `out`; config.json, which loaders need, last.
+# ---- export: the folder
 
-    `positions` lets programs give a LLaMA longer texts than it was made for. Raises `UserError` if
-    the folder is not empty, the model's head is tied and `start_token` asks for other input rows,
-    or a GPT-2 is asked for positions that it has no embeddings for.
-    """
+
+def load_exportable(path):
+    """Returns model, checkpoint and tokenizer. Raises `UserError` for what stock classes do not know."""
     model, checkpoint = load_any(path)
-    architecture, classes = checkpoint["model"]["architecture"], ()
+    architecture = checkpoint["model"]["architecture"]
     if architecture not in FIELDS:
         raise UserError(
             f"{path} is a {architecture}, which Hugging Face's stock classes do not know: only "
             f"{' and '.join(FIELDS)} can be exported"
         )
+    if is_classifier(checkpoint) and SCORE not in checkpoint["weights"]:
+        raise UserError(
+            f"{path} has a head of several layers, which stock classes do not know: export what "
+            "finetune.py --head linear makes"
+        )
     tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
     check_tokenizer(tokenizer, path)
+    return model, checkpoint, tokenizer
+
+
+def start_like_newline(checkpoint, tokenizer, path):
+    """Gives <s> and </s> the newline's input embedding. Raises `UserError` if the head is tied to it."""
     weights = checkpoint["weights"]
-    if is_classifier(checkpoint):
-        classes = checkpoint["config"]["classes"]
-        if SCORE not in weights:
-            raise UserError(
-                f"{path} has a head of several layers, which stock classes do not know: export "
-                "what finetune.py --head linear makes"
-            )
-    if start_token == "newline":
-        if HEAD not in weights and not classes:
-            raise UserError(
-                f"{path}: its head is its embedding, so that a row cannot be changed for the "
-                "input alone: leave out --start-token"
-            )
-        (newline,) = tokenizer.encode("\n")
-        rows = weights[EMBEDDING[architecture]]
-        rows[[BOS, EOS]] = rows[newline].clone()
-    context = positions or model.config.max_position_embeddings
-    read = checkpoint["config"]["sequence_length"] if classes else context  # longer texts are cut
-    own = model.config.max_position_embeddings
-    if positions and positions < own:
+    if HEAD not in weights and not is_classifier(checkpoint):
+        raise UserError(
+            f"{path}: its head is its embedding, so that a row cannot be changed for the input alone: leave "
+            "out --start-token"
+        )
+    (newline,) = tokenizer.encode("\n")
+    rows = weights[EMBEDDING[checkpoint["model"]["architecture"]]]
+    rows[[BOS, EOS]] = rows[newline].clone()
+
+
+def check_positions(positions, architecture, own, path):
+    """Raises `UserError` unless a model of `own` positions can be given texts of `positions`."""
+    if positions < own:
         raise UserError(f"--positions {positions}: {path} has {own}: give at least that many")
-    if positions and positions > own and architecture != "llama":
+    if positions > own and architecture != "llama":
         raise UserError(
             f"--positions {positions}: {path} is a {architecture} of {own}: only a LLaMA can have more"
         )
-    tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, read)
+
+
+def export(path, out, start_token="as-trained", positions=None, metadata=None, scores=None):
+    """Writes the checkpoint in `path` as the folder `out`; config.json, which loaders need, last.
+
+    `positions` lets programs give a LLaMA longer texts than it was made for; `metadata` and the file
+    `scores` are for the card. Raises `UserError` if the folder is not empty or something cannot be
+    exported.
+    """
+    model, checkpoint, tokenizer = load_exportable(path)
+    architecture, config = checkpoint["model"]["architecture"], checkpoint["config"]
+    own = model.config.max_position_embeddings
+    positions = positions or own
+    check_positions(positions, architecture, own, path)
+    if start_token == "newline":
+        start_like_newline(checkpoint, tokenizer, path)
+    save = import_extra("safetensors.torch").save
+    # A classifier's texts are cut as in training.
+    max_length = config["sequence_length"] if is_classifier(checkpoint) else positions
+    tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, max_length)
     contents = {
         "generation_config.json": SPECIAL_IDS,
         "tokenizer.json": hf_tokenizer(tokenizer),
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special_tokens_map,
-        "config.json": hf_config(model, architecture, classes)
-        | {FIELDS[architecture]["max_position_embeddings"]: context},
+        "config.json": hf_config(model, architecture, config.get("classes", ()))
+        | {FIELDS[architecture]["max_position_embeddings"]: positions},
     }
+    facts = score_facts(scores, Path(path)) if scores else {}
+    card = model_card(checkpoint, model, out.name, metadata or {}, facts, start_token, positions)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, or delete it")
-    write_safetensors(out / "model.safetensors", hf_weights(architecture, weights))
+    with atomic_write(out / "model.safetensors") as file:
+        # transformers 4.51 insists on the format "pt".
+        file.write(save(hf_weights(architecture, checkpoint["weights"]), {"format": "pt"}))
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.model_bytes)
-    write_text(out / "README.md", model_card(checkpoint, model, start_token, context))
+    write_text(out / "README.md", card)
     for name, content in contents.items():
         write_json(out / name, content)
 
@@ -481,19 +436,17 @@ def export(path, out, start_token="as-trained", positions=None):
 
 
 def read_config(folder):
-    """Architecture and our config of a folder's config.json; `UserError` if it is another model."""
+    """Returns architecture and our config of a folder's config.json; `UserError` for another model."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a folder that save_pretrained wrote")
-    if path.stat().st_size > MAX_HEADER_BYTES:
-        raise UserError(f"{path} is too large for a config: give what save_pretrained wrote")
     try:
         theirs = json.loads(path.read_bytes())
         kind = theirs["model_type"]
         if kind not in FIELDS:
             raise UserError(f"{path}: model_type {kind!r}: only llama and gpt2 are read")
         check_rope(path, theirs)
-        theirs = {FIELDS[kind]["max_position_embeddings"]: CONTEXT_IF_UNSAID[kind]} | theirs
+        theirs = {FIELDS[kind]["max_position_embeddings"]: DEFAULT_POSITIONS[kind]} | theirs
         fixed = dict(FIXED[kind])
         if kind == "llama":
             heads = theirs["num_attention_heads"]
@@ -505,8 +458,7 @@ def read_config(folder):
             if theirs.get(key) not in (value, None):
                 raise UserError(f"{path}: {key} is {theirs[key]!r}: only {value!r} is implemented")
         names = FIELDS[kind].items()
-        shape = {ours: theirs[name] for ours, name in names if theirs.get(name) is not None}
-        config = ARCHITECTURES[kind][1](**shape)
+        config = ARCHITECTURES[kind][1](**{n: theirs[t] for n, t in names if theirs.get(t) is not None})
         check_shape(config)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as e:
         raise UserError(f"{path} does not describe a model: {type(e).__name__} {e}") from e
@@ -514,7 +466,7 @@ def read_config(folder):
 
 
 def check_rope(path, theirs):
-    """Puts `rope_theta` at the top level; `UserError` for positions that are scaled."""
+    """Moves `rope_theta` to the top level. Raises `UserError` for scaled positions."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = theirs.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -524,14 +476,28 @@ def check_rope(path, theirs):
             theirs["rope_theta"] = rope["rope_theta"]
 
 
-def read_weights(folder, architecture, expected):
-    """Our state dict out of model.safetensors; `UserError` unless it is exactly this model's."""
+def read_safetensors(path):
+    """Returns {name: float32 tensor}. Raises `UserError` for a damaged file or another type."""
+    load_file = import_extra("safetensors.torch").load_file
+    try:
+        tensors = load_file(path)
+    except (import_extra("safetensors").SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(
+                f"{path}: {name!r} is {tensor.dtype}: only float32, float16 and bfloat16 are read"
+            )
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def read_weights(folder, architecture, config):
+    """Returns our state dict out of model.safetensors; `UserError` unless it is exactly this model's."""
     path = folder / "model.safetensors"
     if not path.is_file():
         sharded = (folder / "model.safetensors.index.json").exists()
-        remedy = "save it again with save_pretrained(..., max_shard_size='100GB')"
         why = "the weights are in several files" if sharded else f"{path} does not exist"
-        raise UserError(f"{why}: {remedy}")
+        raise UserError(f"{why}: save it again with save_pretrained(..., max_shard_size='100GB')")
     theirs = {}
     for name, tensor in read_safetensors(path).items():
         bare = name.removeprefix(PREFIXES[architecture])
@@ -539,6 +505,10 @@ def read_weights(folder, architecture, expected):
             raise UserError(f"{path} holds {bare!r} twice, with and without a prefix")
         if not name.endswith(BUFFERS):
             theirs[bare] = tensor
+    if architecture == "llama":  # its tables of positions are no weights, and may be large
+        config = dataclasses.replace(config, max_position_embeddings=1)
+    with torch.device("meta"):
+        expected = build(config).state_dict()
     weights = {}
     for name, ours in expected.items():
         if name not in theirs:
@@ -547,8 +517,8 @@ def read_weights(folder, architecture, expected):
         if is_transposed(architecture, name) and tensor.dim() == 2:
             tensor = tensor.T.contiguous()
         if tensor.shape != ours.shape:
-            expected, found = tuple(ours.shape), tuple(tensor.shape)
-            raise UserError(f"{path}: {name} is {found} where config.json implies {expected}")
+            shapes = tuple(tensor.shape), tuple(ours.shape)
+            raise UserError(f"{path}: {name} is {shapes[0]} where config.json implies {shapes[1]}")
         weights[name] = tensor
     head = theirs.pop(HEAD, None)
     if head is not None and not torch.equal(head, weights[EMBEDDING[architecture]]):
@@ -561,6 +531,7 @@ def read_weights(folder, architecture, expected):
 def import_folder(folder, out):
     """Writes a Hugging Face folder of a GPT-2 or LLaMA as a checkpoint of this project.
 
+    Rows of embedding and head beyond the tokenizer's, with which others pad a vocabulary, are left out.
     Raises `UserError` for anything that our code would compute otherwise: another architecture or
     shape, scaled positions, a tokenizer that is not a lossless SentencePiece model.
     """
@@ -574,88 +545,104 @@ def import_folder(folder, out):
         )
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     check_tokenizer(tokenizer, folder / "tokenizer.model")
-    if tokenizer.vocabulary_size > config.vocab_size:
-        raise UserError(f"{folder}: {tokenizer.vocabulary_size} pieces for {config.vocab_size} embeddings")
+    size = tokenizer.vocabulary_size
+    if size > config.vocab_size:
+        raise UserError(f"{folder}: {size} pieces for {config.vocab_size} embeddings")
     check_pieces(folder, tokenizer)
-    with torch.device("meta"):
-        expected = build(config).state_dict()
-    weights = read_weights(folder, architecture, expected)
-    shape = dataclasses.asdict(config)
+    weights = read_weights(folder, architecture, config)
+    if size < config.vocab_size:
+        log(f"{folder}: {config.vocab_size - size} rows beyond the tokenizer's {size} pieces are left out")
+        config = dataclasses.replace(config, vocab_size=size)
+        for name in {EMBEDDING[architecture], HEAD} & weights.keys():
+            weights[name] = weights[name][:size].clone()
     write_checkpoint(
         out,
-        model={"name": folder.resolve().name, "architecture": architecture, "shape": shape},
+        model={
+            "name": folder.resolve().name,
+            "architecture": architecture,
+            "shape": dataclasses.asdict(config),
+        },
         weights=weights,
         config={"sequence_length": min(128, config.max_position_embeddings)},
         tokenizer=tokenizer,
         progress={},
     )
+    try:
+        load_checkpoint(out)
+    except UserError as error:
+        out.unlink()
+        raise UserError(f"{folder} is no model that could be used: {error}") from error
 
 
 def check_pieces(folder, tokenizer):
-    """Raises `UserError` where the folder's tokenizer.json has other pieces than `tokenizer`."""
+    """Raises `UserError` if the folder's tokenizer.json has other pieces than `tokenizer`."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
-    content = path.read_bytes()
     try:
-        if json_memory(content) > (64 << 20) + 6 * len(content):
-            raise ValueError("it is no tokenizer")
-        vocabulary = json.loads(content)["model"]["vocab"]
+        vocabulary = json.loads(path.read_bytes())["model"]["vocab"]
         ids = {tokenizer.processor.id_to_piece(i): i for i in range(tokenizer.vocabulary_size)}
         same = not isinstance(vocabulary, dict) or ids.items() <= vocabulary.items()
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: delete it if tokenizer.model is right") from error
     if not same:
         raise UserError(
-            f"{folder}: tokenizer.model and tokenizer.json have different pieces: copy the "
-            "tokenizer.model with which the folder was made"
+            f"{folder}: tokenizer.model and tokenizer.json have different pieces: copy the tokenizer.model "
+            "with which the folder was made"
         )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parse_arguments(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="several become folders of --out, by their names"
     )
-    parser.add_argument(
-        "checkpoints",
-        nargs="*",
-        metavar="CHECKPOINT",
-        help="what to export; several become folders of --out, by their names",
-    )
-    parser.add_argument("--import", dest="folder", metavar="DIR", help="what to import instead")
-    parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
-    parser.add_argument(
+    add("--import", dest="folder", metavar="DIR", help="import this Hugging Face folder instead")
+    add("--out", required=True, metavar="PATH", help="folder, or with --import file, to write")
+    add(
         "--start-token",
         choices=("as-trained", "newline"),
         default="as-trained",
         help="newline: give <s> and </s>, which training never saw, the newline's input embedding "
         "(default: as-trained)",
     )
-    parser.add_argument(
+    add(
         "--positions",
         type=int,
         metavar="N",
-        help="for a LLaMA: how long a text the folder's readers may give it, for programs that ask "
-        "for more than it was trained on; what lies beyond is untrained",
+        help="let programs give a LLaMA texts of this many tokens; those beyond its own were not trained",
     )
+    card = parser.add_argument_group("model card")
+    card.add_argument("--license", metavar="ID", help="such as mit (default: none)")
+    card.add_argument("--language", nargs="+", metavar="CODE", help="such as en or nl (default: none)")
+    card.add_argument("--base-model", metavar="ID", help="the hub's name of the model it was trained from")
+    card.add_argument("--scores", metavar="FILE", help="what evaluate.py --json wrote for the checkpoint")
     args = parser.parse_args(argv)
     if (not args.checkpoints) == (args.folder is None):
         parser.error("give either a CHECKPOINT to export or --import DIR")
     if args.positions is not None and not 0 < args.positions < 1 << 20:
         parser.error("--positions must be above 0, and below 1,048,576")
-    out, several = Path(args.out), len(args.checkpoints) > 1
-    if args.folder is not None:
-        if args.start_token != "as-trained" or args.positions:
-            parser.error("--start-token and --positions are for exports")
-        import_folder(Path(args.folder), out)
-    elif len({Path(path).stem for path in args.checkpoints}) < len(args.checkpoints):
+    for_export = (args.positions, args.license, args.language, args.base_model, args.scores)
+    if args.folder is not None and (args.start_token != "as-trained" or any(for_export)):
+        parser.error("--import takes only --out: the other options are for exports")
+    if len({Path(path).stem for path in args.checkpoints}) < len(args.checkpoints):
         parser.error("two checkpoints have one name: export them apart")
-    if several:  # all of them can be read, or none is written
-        for path in args.checkpoints:
-            load_any(path)
-    for path in map(Path, args.checkpoints):
-        export(path, out / path.stem if several else out, args.start_token, args.positions)
-    folders = [out / Path(path).stem for path in args.checkpoints] if several else [out]
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    out, paths = Path(args.out), list(map(Path, args.checkpoints))
+    if args.folder is not None:
+        import_folder(Path(args.folder), out)
+    folders = [out / path.stem for path in paths] if len(paths) > 1 else [out]
+    metadata = {"license": args.license, "language": args.language, "base_model": args.base_model}
+    if len(paths) > 1:
+        for path in paths:  # either all can be exported, or none is
+            load_exportable(path)
+    for path, folder in zip(paths, folders):
+        export(path, folder, args.start_token, args.positions, metadata, args.scores)
     print(f"written: {', '.join(map(str, folders))}")
 
 
