@@ -19,10 +19,12 @@ MIN_BLOCKS = 8  # per file, because a single block could not vary
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 2023
 # 97.5 % quantiles of Student's t with 1 to 30 degrees of freedom, and of the normal distribution.
-T_QUANTILES = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+T_QUANTILES = np.ravel(
+    [
+        [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281],
+        [2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860],
+        [2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423],
+    ]
 )
 NORMAL_QUANTILE = 1.959964
 LOSS_ARRAYS = {  # in a file of losses: kind of dtype as numpy names it, and the array of the same length
@@ -49,21 +51,20 @@ class Losses:
 
     path: str
     text: str
-    files: tuple[str, ...]
-    shares: np.ndarray | None
+    precision: str
+    files: np.ndarray
     words_per_token: np.ndarray
     file_of: np.ndarray
     targets: np.ndarray
     nats: np.ndarray
-    scaled_nats: np.ndarray | None
-    precision: str
+    shares: np.ndarray | None = None
+    scaled_nats: np.ndarray | None = None
 
     def same_pieces(self, other):
         """Whether both describe the same pieces of the same text, with the same shares."""
-        arrays = [(self.file_of, other.file_of), (self.targets, other.targets), (self.shares, other.shares)]
-        return (self.text, self.files) == (other.text, other.files) and all(
-            a is b is None or np.array_equal(a, b) for a, b in arrays
-        )
+        names = ("files", "file_of", "targets", "shares")
+        arrays = [(getattr(self, name), getattr(other, name)) for name in names]
+        return self.text == other.text and all(np.array_equal(a, b) for a, b in arrays)
 
 
 def write_losses(path, text, files, losses, sequence_length, scaled=None, shares=None, precision=""):
@@ -107,18 +108,8 @@ def read_losses(path):
             arrays = {name: _checked(archive, name) for name in LOSS_ARRAYS if name in archive}
         if arrays["file_of"].max() >= len(arrays["files"]) or arrays["targets"].min() < 1:
             raise ValueError("a piece has an impossible file or length")
-        return Losses(
-            path=str(path),
-            text=text,
-            files=tuple(map(str, arrays["files"])),
-            shares=arrays.get("share"),
-            words_per_token=arrays["words_per_token"],
-            file_of=arrays["file_of"],
-            targets=arrays["targets"],
-            nats=arrays["nats"],
-            scaled_nats=arrays.get("scaled_nats"),
-            precision=precision,
-        )
+        shares = arrays.pop("share", None)
+        return Losses(path=str(path), text=text, precision=precision, shares=shares, **arrays)
     except Exception as error:  # numpy and zlib raise errors of many kinds for a damaged file
         raise UserError(f"{path} holds no losses: write them with evaluate.py --losses FILE") from error
 

@@ -25,7 +25,7 @@ def losses():
 
 def test_losses_are_sums_over_chunks_that_end_with_their_file(losses, tmp_path):
     result = written(tmp_path / "a.npz", losses, scaled=losses / 2, shares=SHARES)
-    assert result.files == ("novels", "letters") and result.targets.sum() == 6000
+    assert [*result.files] == ["novels", "letters"] and result.targets.sum() == 6000
     assert result.targets.max() == 128 and result.nats.sum() == pytest.approx(losses.sum(), rel=1e-6)
     assert result.targets[result.file_of == 0].sum() == 4000
     assert result.scaled_nats.sum() == pytest.approx(losses.sum() / 2, rel=1e-6)
