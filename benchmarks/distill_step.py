@@ -57,20 +57,19 @@ BATCHES = 4  # different ones, taken in turn
 
 def our_step(args, device, variant, student, teachers):
     """Returns the step of a variant of ours: distill.py's objective in train.py's step."""
-    precision = choose_precision(args.precision, device)
-    if precision == "bf16":
+    bf16, cache = args.precision == "bf16", None
+    if bf16:
         for teacher in teachers:
             cast_linears_to_bf16(teacher)
-    cache = None
     if "cached" in variant:
         sizes = tuple(teacher.config.hidden_size for teacher in teachers)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if bf16 else torch.float32
         layout = Layout(BATCHES * args.batch_size, args.sequence_length, sizes, dtype)
         cache = TeacherCache.in_memory(layout, device)
     make_objective = DistillationObjective if variant == "ours_plain" else FusedDistillationObjective
     objective = make_objective(student, teachers, DistillConfig(teachers=[]), cache=cache)
     compiled = variant not in ("ours_eager", "ours_plain")
-    return our_train_step(objective, device, precision, compiled, graphed="graph" in variant)
+    return our_train_step(objective, device, args.precision, compiled, graphed="graph" in variant)
 
 
 def hugging_face_step(device, variant, student, teachers):
@@ -107,47 +106,30 @@ def flops_of(variant, args):
     return student + sum(flops_per_token(config, length, training=False) for config in teachers)
 
 
-def parse_arguments(argv):
-    parser = benchmark_parser(__doc__, GPU_VARIANTS, rounds=5)
-    parser.add_argument(
-        "--teachers", choices=TEACHERS, default="small", help="size of the teachers (default: small)"
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences in a step (default: 32)")
-    parser.add_argument(
-        "--sequence-length", type=int, default=128, help="tokens in a sequence (default: 128)"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="precision of our variants (default: auto, which is bf16 if the chip multiplies it natively)",
-    )
-    parser.add_argument("--steps", type=int, help="steps in a round (default: 1, on CUDA 20)")
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
+    parser = benchmark_parser(__doc__, GPU_VARIANTS, rounds=5)
+    add = parser.add_argument
+    add("--teachers", choices=TEACHERS, default="small", help="size of the teachers (default: small)")
+    add("--batch-size", type=int, default=32, help="sequences in a step (default: 32)")
+    add("--sequence-length", type=int, default=128, help="tokens in a sequence (default: 128)")
+    add("--steps", type=int, help="steps in a round (default: 1, on CUDA 20)")
+    args = parser.parse_args(argv)
     device = choose_device(args.device)
     cuda = device.type == "cuda"
     args.steps = args.steps or (20 if cuda else 1)
+    args.precision = choose_precision(args.precision, device)
     results = Results(args, device)
-    print(
-        f"student {STUDENT}, teachers {args.teachers}, {args.batch_size} x {args.sequence_length} tokens, "
-        f"ours in {choose_precision(args.precision, device)}",
-        flush=True,
-    )
+    size = f"{args.batch_size} x {args.sequence_length} tokens, ours in {args.precision}"
+    print(f"student {STUDENT}, teachers {args.teachers}, {size}", flush=True)
     variants = args.variants or (GPU_VARIANTS if cuda else CPU_VARIANTS)
     flops = {variant: flops_of(variant, args) for variant in variants}
     tokens = args.steps * args.batch_size * args.sequence_length
-    build_one = functools.partial(build_variant, args, device)
-    rates = time_steps(results, build_one, flops, tokens, precision=args.precision)
+    rates = time_steps(results, functools.partial(build_variant, args, device), flops, tokens)
     speeds = {name: result.get("tokens_per_second") for name, result in rates.items()}
-    ratios = {
-        key: speeds[name] / speeds[base]
-        for key, (name, base) in RATIOS.items()
-        if speeds.get(name) and speeds.get(base)
-    }
+    ratios = {}
+    for key, (name, base) in RATIOS.items():
+        if speeds.get(name) and speeds.get(base):
+            ratios[key] = speeds[name] / speeds[base]
     results.add("ratios", ratios)
     results.finish()
 

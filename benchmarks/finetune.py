@@ -8,7 +8,7 @@ trainer_grouped  the same with batches of texts of similar length
 trainer_full     the same with every text padded to 128 tokens, as BabyLM's pipeline of 2023 pads
 
 All variants have the same texts of 8 to 128 random tokens (42 on average), batch size, AdamW, linear
-schedule and clipping. Trainer needs the package accelerate.
+schedule, clipping and precision. Trainer needs transformers 5 and the package accelerate.
 """
 
 import functools
@@ -113,36 +113,24 @@ def build_variant(args, device, examples, variant):
     return epoch, epoch
 
 
-def parse_arguments(argv):
-    parser = benchmark_parser(__doc__, VARIANTS, rounds=3)
-    parser.add_argument("--model", choices=PRESETS, default="llama-16m", help="preset (default: llama-16m)")
-    parser.add_argument("--examples", type=int, default=256, help="texts in an epoch (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="texts in a step (default: 16)")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="precision of all variants (default: auto, which is bf16 if the chip multiplies it natively)",
-    )
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
+    parser = benchmark_parser(__doc__, VARIANTS, rounds=3)
+    add = parser.add_argument
+    add("--model", choices=PRESETS, default="llama-16m", help="preset (default: llama-16m)")
+    add("--examples", type=int, default=256, help="texts in an epoch (default: 256)")
+    add("--batch-size", type=int, default=16, help="texts in a step (default: 16)")
+    args = parser.parse_args(argv)
     device, examples = choose_device(args.device), random_examples(args.examples)
     args.precision = choose_precision(args.precision, device)
     results = Results(args, device)
-    print(
-        f"{args.model}, {args.precision}, {args.examples} texts of {examples.num_tokens:,} tokens, "
-        f"batches of {args.batch_size}",
-        flush=True,
-    )
+    size = f"{args.examples} texts of {examples.num_tokens:,} tokens, batches of {args.batch_size}"
+    print(f"{args.model}, {args.precision}, {size}", flush=True)
 
     def to_result(_variant, seconds):
-        epoch = statistics.median(seconds)
+        speed = 1 / statistics.median(seconds)
         return {
-            "examples_per_second": args.examples / epoch,
-            "tokens_per_second": examples.num_tokens / epoch,
+            "examples_per_second": speed * args.examples,
+            "tokens_per_second": speed * examples.num_tokens,
         }
 
     build_one = functools.partial(build_variant, args, device, examples)

@@ -9,7 +9,7 @@ plain_compiled  the same under torch.compile
 fused           `distillation_loss`, eager
 fused_compiled  `distillation_loss` with its rows compiled: what --compile trains with
 
-Products are in bf16 if the chip multiplies it natively. "own GiB" is the peak memory above inputs,
+"own GiB" is the peak memory above inputs,
 heads and the program itself. Speed and memory are relative to plain.
 """
 
@@ -61,31 +61,21 @@ def loss_function(variant, hidden, head, teachers, targets, dtype):
     return torch.compile(plain) if variant == "plain_compiled" else plain
 
 
-def build_variant(tokens, calls, device, variant):
-    """Returns a round of a variant and its warm-up, as functions. A round has `calls` calls."""
+def build_variant(args, device, tokens, variant):
+    """Returns a round of a variant and its warm-up, as functions."""
     hidden, head, teachers, targets = random_inputs(tokens, device)
-    precision = choose_precision("auto", device)
-    autocast = autocast_for(device, precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    autocast = autocast_for(device, args.precision)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     compute = loss_function(variant, hidden, head, teachers, targets, dtype)
 
     def forward_and_backward():
-        for _ in range(calls):
+        for _ in range(args.calls):
             hidden.grad = head.grad = None
             with autocast:
                 loss = compute()
             loss.backward()
 
     return forward_and_backward, forward_and_backward
-
-
-def cells(result, plain):
-    """Returns milliseconds, own GiB, and speed and memory relative to the plain formula, as text."""
-    speed = memory = "-"
-    if "ms" in plain:
-        speed = f"{plain['ms'] / result['ms']:.2f}"
-        memory = f"{result['own_gb'] / plain['own_gb']:.0%}"
-    return f"{result['ms']:,.1f}", f"{result['own_gb']:.3f}", speed, memory
 
 
 def main(argv=None):
@@ -95,20 +85,25 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     cuda = device.type == "cuda"
-    calls = 20 if cuda else 1
+    args.precision, args.calls = choose_precision(args.precision, device), 20 if cuda else 1
     results = Results(args, device)
     rows = [["variant", "tokens", "ms", "own GiB", "speed", "memory"]]
 
     def to_result(_variant, seconds):
-        return {"ms": 1000 * statistics.median(seconds) / calls}
+        return {"ms": 1000 * statistics.median(seconds) / args.calls}
 
     for tokens in args.tokens or (GPU_TOKENS if cuda else CPU_TOKENS):
-        build_one = functools.partial(build_variant, tokens, calls, device)
+        build_one = functools.partial(build_variant, args, device, tokens)
         by_variant = time_variants(results, build_one, args.variants or VARIANTS, to_result, f"{tokens} ")
-        plain = by_variant.get("plain", {})
         for variant, result in by_variant.items():
-            if "error" not in result:
-                rows.append([variant, f"{tokens:,}", *cells(result, plain)])
+            if "error" in result:
+                continue
+            speed = memory = "-"
+            if "ms" in by_variant.get("plain", {}):
+                speed = f"{by_variant['plain']['ms'] / result['ms']:.2f}"
+                memory = f"{result['own_gb'] / by_variant['plain']['own_gb']:.0%}"
+            row = [variant, f"{tokens:,}", f"{result['ms']:,.1f}", f"{result['own_gb']:.3f}", speed, memory]
+            rows.append(row)
     print_table(rows)
     results.finish()
 

@@ -16,18 +16,15 @@ def benchmark_parser(description, variants=None, rounds=None):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    parser.add_argument(
-        "--results", metavar="FILE", help="write each result into this file as soon as it is known"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print all results as one JSON object in the last line"
-    )
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    add("--results", metavar="FILE", help="write each result into this file as soon as it is known")
+    add("--json", action="store_true", help="print all results as one JSON object in the last line")
     if variants:
-        text = "variants to time (default: all that fit)"
-        parser.add_argument("--variants", nargs="+", choices=variants, help=text)
-        text = f"rounds of each variant (default: {rounds})"
-        parser.add_argument("--rounds", type=int, default=rounds, help=text)
+        add("--variants", nargs="+", choices=variants, help="variants to time (default: all that fit)")
+        add("--rounds", type=int, default=rounds, help=f"rounds of each variant (default: {rounds})")
+        text = "precision of our variants (default: auto, which is bf16 if the chip multiplies it natively)"
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=text)
     return parser
 
 

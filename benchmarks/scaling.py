@@ -76,13 +76,9 @@ def corpus_seconds(folder, words, device):
 
 def main(argv=None):
     parser = benchmark_parser(__doc__)
-    parser.add_argument(
-        "--words",
-        type=int,
-        nargs="+",
-        default=[50_000, 100_000, 200_000, 400_000],
-        help="sizes of the toy corpora in words (default: 50000 100000 200000 400000)",
-    )
+    sizes = [50_000, 100_000, 200_000, 400_000]
+    text = f"sizes of the toy corpora in words (default: {' '.join(map(str, sizes))})"
+    parser.add_argument("--words", type=int, nargs="+", default=sizes, help=text)
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     results = Results(args, device)

@@ -13,7 +13,7 @@ from data import Batch
 from gpt2 import GPT2Config
 from train import TrainStep, build_optimizer
 from training.cuda_graph import GRAPH_WARM_UP, GraphedStep
-from training.device import autocast_for, choose_precision, compile_blocks
+from training.device import autocast_for, compile_blocks
 
 VOCABULARY = 16_000
 CEILING_SECONDS = 10  # for products of matrices; one of them may take longer on a slow processor
@@ -106,14 +106,14 @@ def flops_per_token(config, length, training):
     return (2 * matrices + 2 * width * length * layers) * (3 if training else 1)
 
 
-def time_steps(results, build, flops, tokens, prefix="", precision="auto"):
+def time_steps(results, build, flops, tokens, prefix=""):
     """Times steps by `time_variants`, prints a table of their rates, and returns {variant: result}.
 
     `flops` is {variant: operations per token}. `tokens` is the number of tokens in a round.
     "utilisation" is the share of `matmul_flops`. The ratio in the table is to `huggingface` if it is
     among the variants, else to the first.
     """
-    ceiling = matmul_flops(results.device, choose_precision(precision, results.device))
+    ceiling = matmul_flops(results.device, results.args.precision)
     results.add("setting", {"matmul_flops": ceiling})
 
     def to_result(variant, seconds):

@@ -83,11 +83,11 @@ class Record:
     def __init__(self, suite, out):
         self.suite, self.path = suite, Path(out) / f"{suite}.json"
         self.entries = {}
-        if self.path.exists():
-            try:
+        try:
+            if self.path.exists():
                 self.entries = dict(json.loads(self.path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{self.path} is damaged: delete it or restore it") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.path} is damaged: delete it or restore it") from error
 
     def save(self):
         """Writes both files."""
@@ -150,21 +150,22 @@ def process_group(command, **streams):
 
 
 def measure_phase(record, phase, seconds):
-    """Runs a phase for at most `seconds` and records it. True if it was completed."""
-    command, started = command_of(record.suite, phase), time.monotonic()
-    entry = {"command": command, "date": str(datetime.date.today()), "commit": commit()}
-    entry |= {"state": "running", "problem": None, "seconds": 0, "printed": [], "results": {}}
+    """Runs a phase for at most `seconds`, and keeps its entry up to date. True if it was completed."""
+    started = time.monotonic()
+    entry = {"command": command_of(record.suite, phase), "date": str(datetime.date.today())}
+    entry |= {"commit": commit(), "state": "running", "problem": None, "seconds": 0}
+    entry |= {"printed": [], "results": {}}
     record.entries[phase] = entry
-    log(f"\n$ {command}")
+    log(f"\n$ {entry['command']}")
     try:
         entry["state"], entry["problem"] = run_phase(record, entry, seconds)
+    except KeyboardInterrupt:
+        entry["state"], entry["problem"] = "cut off", "the suite was stopped"
+        raise
     finally:
-        if entry["state"] == "running":
-            entry["state"], entry["problem"] = "cut off", "the suite was stopped"
         entry["seconds"] = round(time.monotonic() - started)
         record.save()
-        problem = f": {entry['problem']}" if entry["problem"] else ""
-        log(f"({entry['state']} after {entry['seconds']} seconds{problem})")
+        log(f"({entry['state']} after {entry['seconds']} seconds)")
     return entry["state"] == "complete"
 
 
@@ -187,53 +188,37 @@ def run_phase(record, entry, seconds):
                 record.save()
 
         with open(stdout, "w") as out, open(stderr, "w") as errors:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": errors}
-            with process_group(command, **streams) as process:
-                try:
-                    while process.poll() is None and time.monotonic() < deadline:
-                        time.sleep(POLL_SECONDS)
-                        update()
-                    in_time = process.poll() is not None
-                finally:
+            with process_group(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors) as process:
+                while process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(POLL_SECONDS)
                     update()
-        if not in_time:
+                code = process.poll()
+            update()
+        if code is None:
             return "cut off", f"stopped after {seconds:.0f} seconds"
-        if process.returncode == 0:
+        if code == 0:
             return "complete", None
         lines = stderr.read_text(errors="replace").strip().splitlines()
-        return "failed", f"exit code {process.returncode}" + (f": `{lines[-1]}`" if lines else "")
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("suite", choices=SUITES, help="list of phases")
-    parser.add_argument(
-        "--phase", action="append", metavar="NAME", help="run this phase again; may be given several times"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="stop after this time (default: at the end)"
-    )
-    parser.add_argument(
-        "--out",
-        default="benchmarks/results",
-        metavar="DIR",
-        help="folder of SUITE.json and SUITE.md (default: benchmarks/results)",
-    )
-    args = parser.parse_args(argv)
-    unknown = set(args.phase or ()) - SUITES[args.suite].keys()
-    if unknown:
-        parser.error(f"no phase {min(unknown)}: choose from {', '.join(SUITES[args.suite])}")
-    return args
+        return "failed", f"exit code {code}" + (f": `{lines[-1]}`" if lines else "")
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    record = Record(args.suite, args.out)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, forever, out = parser.add_argument, float("inf"), "benchmarks/results"
+    add("suite", choices=SUITES, help="list of phases")
+    add("--phase", action="append", metavar="NAME", help="run only this phase, also if it is complete")
+    add("--minutes", type=float, default=forever, help="stop after this time (default: at the end)")
+    add("--out", default=out, metavar="DIR", help=f"folder of SUITE.json and SUITE.md (default: {out})")
+    args = parser.parse_args(argv)
+    phases = args.phase or list(SUITES[args.suite])
+    unknown = set(phases) - SUITES[args.suite].keys()
+    if unknown:
+        parser.error(f"no phase {min(unknown)}: choose from {', '.join(SUITES[args.suite])}")
+    record, all_complete = Record(args.suite, args.out), True
     deadline = time.monotonic() + 60 * args.minutes
-    all_complete = True
-    for phase in args.phase or SUITES[args.suite]:
+    for phase in phases:
         seconds_left = deadline - time.monotonic()
         if not args.phase and record.is_complete(phase):
             log(f"{phase}: completed at this commit, see {record.path} (--phase {phase} repeats it)")

@@ -92,29 +92,18 @@ def measurements(args):
             yield megabytes + 1, measure(train, dev, args)
 
 
-def parse_arguments(argv):
+def main(argv=None):
     parser = benchmark_parser(__doc__)
-    parser.add_argument(
-        "--megabytes",
-        type=float,
-        nargs="+",
-        default=[50, 200, 500],
-        help="millions of bytes of training text (default: 50 200 500)",
-    )
-    parser.add_argument("--train", metavar="DIR", help="training text to measure instead")
-    parser.add_argument("--dev", metavar="DIR", help="dev text, with --train")
-    parser.add_argument("--clean", default="light", help="as tokenize_corpus.py (default: light)")
-    parser.add_argument(
-        "--vocab-size", type=int, default=4000, help="pieces of the tokenizer (default: 4000)"
-    )
+    add = parser.add_argument
+    text = "millions of bytes of training text (default: 50 200 500)"
+    add("--megabytes", type=float, nargs="+", default=[50, 200, 500], help=text)
+    add("--train", metavar="DIR", help="training text to measure instead")
+    add("--dev", metavar="DIR", help="dev text, with --train")
+    add("--clean", default="light", help="as tokenize_corpus.py (default: light)")
+    add("--vocab-size", type=int, default=4000, help="pieces of the tokenizer (default: 4000)")
     args = parser.parse_args(argv)
     if bool(args.train) != bool(args.dev):
         parser.error("--train and --dev go together")
-    return args
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("memory is read from /proc/PID/smaps_rollup: measure on Linux")
     results = Results(args, torch.device("cpu"))

@@ -43,8 +43,8 @@ def build_variant(args, device, name, variant):
         model = build_model(name)
     compiled = variant not in ("ours_eager", "huggingface")
     if variant.startswith("ours"):
-        objective, precision = CrossEntropyObjective(model), choose_precision("auto", device)
-        step = our_train_step(objective, device, precision, compiled, graphed=variant == "ours_graph")
+        objective, graphed = CrossEntropyObjective(model), variant == "ours_graph"
+        step = our_train_step(objective, device, args.precision, compiled, graphed)
     else:
         model = reference_model(model, device).train()
         forward = torch.compile(model) if compiled else model
@@ -53,31 +53,23 @@ def build_variant(args, device, name, variant):
     return round_and_warm_up(step, batches, args.steps, device)
 
 
-def parse_arguments(argv):
-    parser = benchmark_parser(__doc__, GPU_VARIANTS, rounds=5)
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=PRESETS,
-        help=f"presets (default: {' '.join(CPU_MODELS)}, on CUDA {' '.join(GPU_MODELS)})",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, help="sequences of 128 tokens in a step (default: 16, on CUDA 128)"
-    )
-    parser.add_argument("--steps", type=int, help="steps in a round (default: 1, on CUDA 10)")
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
+    parser = benchmark_parser(__doc__, GPU_VARIANTS, rounds=5)
+    add = parser.add_argument
+    default = f"{' '.join(CPU_MODELS)}, on CUDA {' '.join(GPU_MODELS)}"
+    add("--models", nargs="+", choices=PRESETS, help=f"presets (default: {default})")
+    add("--batch-size", type=int, help="sequences of 128 tokens in a step (default: 16, on CUDA 128)")
+    add("--steps", type=int, help="steps in a round (default: 1, on CUDA 10)")
+    args = parser.parse_args(argv)
     device = choose_device(args.device)
     cuda = device.type == "cuda"
     args.batch_size = args.batch_size or (128 if cuda else 16)
     args.steps = args.steps or (10 if cuda else 1)
+    args.precision = choose_precision(args.precision, device)
     variants = args.variants or (GPU_VARIANTS if cuda else CPU_VARIANTS)
     results = Results(args, device)
     for name in args.models or (GPU_MODELS if cuda else CPU_MODELS):
-        print(f"{name}, {args.batch_size} x {LENGTH} tokens", flush=True)
+        print(f"{name}, {args.batch_size} x {LENGTH} tokens, ours in {args.precision}", flush=True)
         flops = dict.fromkeys(variants, flops_per_token(PRESETS[name].config, LENGTH, training=True))
         build_one = functools.partial(build_variant, args, device, name)
         time_steps(results, build_one, flops, args.steps * args.batch_size * LENGTH, prefix=f"{name} ")
