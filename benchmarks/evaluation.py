@@ -68,10 +68,9 @@ def main(argv=None):
         "one at a time": lambda: torch.cat([sentence_scores(model, tokenizer, [s]) for s in sentences]),
         "padded to the longest": lambda: padded_scores(model, tokenizer, sentences, longest),
     }
-    scores = {name: way() for name, way in ways.items()}  # also the warm-up
-    seconds = {name: fastest(way, CALLS) for name, way in ways.items()}
-    rows = [["way", "seconds", "times", "largest difference in nats"]]
-    for name in ways:
+    rows, scores, seconds = [["way", "seconds", "times", "largest difference in nats"]], {}, {}
+    for name, way in ways.items():
+        seconds[name] = fastest(lambda name=name, way=way: scores.update({name: way()}), CALLS)
         ratio = seconds[name] / seconds["by length"]
         difference = (scores[name] - scores["by length"]).abs().max().item()
         results.add(name, {"seconds": seconds[name], "ratio": ratio, "difference": difference})
