@@ -9,26 +9,24 @@ import sys
 import torch
 
 from model import load_checkpoint
-from tokenizer import BOS, EOS, PAD, UNK, Tokenizer
+from tokenizer import Tokenizer
 from training.device import choose_device
 from training.io import UserError, run_program
 
 
 @torch.no_grad()
-def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None, num_pieces=None):
+def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None, excluded=()):
     """`tokens` (T,) int64 and `num_tokens` more: sampled, or the likeliest ones at temperature 0.
 
-    `top_k` samples from the k likeliest tokens (0: from all). Special tokens are never sampled,
-    because training text has none, nor ids from `num_pieces` on: an imported model may have logits
-    without a piece. The model reads the last `max_position_embeddings` tokens.
+    `top_k` samples from the k likeliest tokens (0: from all), and never one of the ids `excluded`.
+    The model reads the last `max_position_embeddings` tokens.
     """
     device = next(model.parameters()).device
     context = model.config.max_position_embeddings
     tokens = tokens.to(device)
     for _ in range(num_tokens):
         logits = model(tokens[None, -context:])[0, -1].float()  # (V,)
-        logits[[PAD, BOS, EOS, UNK]] = -torch.inf
-        logits[num_pieces or len(logits) :] = -torch.inf
+        logits[list(excluded)] = -torch.inf
         if top_k:
             threshold = logits.topk(min(top_k, len(logits))).values[-1]
             logits[logits < threshold] = -torch.inf
@@ -44,6 +42,8 @@ def generate(model, tokens, num_tokens, temperature=1.0, top_k=0, generator=None
 
 def complete(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, seed=0):
     """The prompt with the model's continuation, as text."""
+    # Training text has no special tokens, and an imported model may have more logits than pieces.
+    excluded = [*tokenizer.special_ids, *range(tokenizer.vocabulary_size, model.config.vocab_size)]
     # Every sentence of the training text follows a newline. It is removed at the end.
     tokens = generate(
         model,
@@ -52,7 +52,7 @@ def complete(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, see
         temperature=temperature,
         top_k=top_k,
         generator=torch.Generator().manual_seed(seed),
-        num_pieces=tokenizer.vocabulary_size,
+        excluded=excluded,
     )
     return tokenizer.decode(tokens.tolist()).removeprefix("\n")
 

@@ -9,14 +9,16 @@ import sentencepiece
 from training.io import UserError
 
 VOCABULARY_SIZE = 16_000  # the paper's; a model in training takes its tokenizer's
-PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the paper's ids, and unk; none occurs in training text
+PAD, BOS, EOS, UNK = 0, 1, 2, 3  # of a tokenizer that we train: the paper's ids, and unk
 
 
 class Tokenizer:
     """A SentencePiece model.
 
     `identity` is the SHA-256 of its pieces, types and scores: it is equal for two files with the
-    same pieces, and different for two tokenizers that only have the same size.
+    same pieces, and different for two tokenizers that only have the same size. `pad_id`, `bos_id`,
+    `eos_id` and `unk_id` are None where it has no such piece. `special_ids` is the set of ids that
+    are not text: control pieces, unknown and unused ones.
     """
 
     def __init__(self, model_bytes, name="tokenizer.model"):
@@ -29,6 +31,11 @@ class Tokenizer:
             raise UserError(f"{name} is not a SentencePiece model, or is damaged") from error
         if not self.vocabulary_size:
             raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
+        processor = self.processor
+        ids = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
+        self.pad_id, self.bos_id, self.eos_id, self.unk_id = (None if i < 0 else i for i in ids)
+        tests = (processor.is_control, processor.is_unknown, processor.is_unused)
+        self.special_ids = frozenset(i for i in range(self.vocabulary_size) if any(t(i) for t in tests))
 
     def _identity(self):
         flags = ("is_control", "is_unknown", "is_byte", "is_unused")

@@ -1,14 +1,17 @@
 """Text from both architectures: seeded, sampled as asked, never longer than asked."""
 
+import io
 import os
 
 import pytest
+import sentencepiece
 import torch
 
 import generate as program
 import model as models
-from conftest import save_model
-from generate import generate
+from conftest import save_model, write_text
+from generate import complete, generate
+from tokenizer import Tokenizer
 from training.io import run_program
 
 
@@ -18,9 +21,10 @@ def model(request):
     return models.build_model(request.param, 300).eval()
 
 
-def sample(model, seed=0, **options):
+def sample(model, seed=0, excluded=range(4), **options):
     generator = torch.Generator().manual_seed(seed)
-    return generate(model, torch.tensor([20, 30, 40]), 12, generator=generator, **options)
+    options |= {"generator": generator, "excluded": excluded}
+    return generate(model, torch.tensor([20, 30, 40]), 12, **options)
 
 
 def test_a_seed_decides_the_text(model):
@@ -37,14 +41,35 @@ def test_temperature_zero_and_one_candidate_are_the_likeliest(model):
     assert greedy[3] == logits.argmax()
 
 
-def test_ids_without_a_piece_are_never_written(model):
-    """An imported model may have more rows than its tokenizer has pieces."""
+def test_excluded_ids_are_never_sampled(model):
     assert sample(model)[3:].max() >= 60
-    assert sample(model, num_pieces=60)[3:].max() < 60
+    tokens = sample(model, temperature=100.0, excluded=[*range(4), *range(60, 300)])[3:]
+    assert tokens.min() > 3 and tokens.max() < 60
 
 
-def test_special_tokens_are_never_written(model):
-    assert sample(model, temperature=100.0)[3:].min() > 3
+def other_numbering():
+    """A tokenizer as T5 numbers its special pieces: pad 0, eos 1, unk 2, no bos."""
+    model = io.BytesIO()
+    numbering = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(write_text(2000, seed=1).splitlines()),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **numbering,
+    )
+    return Tokenizer(model.getvalue())
+
+
+def test_special_ids_are_those_of_the_tokenizer():
+    """Piece 3 is text and is sampled; logits without a piece are not, which could not be decoded."""
+    tokenizer = other_numbering()
+    ids = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id
+    assert ids == (0, None, 1, 2) and tokenizer.special_ids == {0, 1, 2}
+    model = models.build_model("llama-tiny", tokenizer.vocabulary_size + 20).eval()
+    model.lm_head.weight.data.zero_()  # all tokens are equally likely
+    assert 3 in tokenizer.encode(complete(model, tokenizer, "the", 400))
 
 
 def test_text_may_outgrow_the_context(tokenizer):

@@ -21,7 +21,6 @@ from gpt2 import GPT2Config
 from llama import LlamaConfig
 from loss import IGNORED
 from model import architecture, build
-from tokenizer import BOS, EOS, PAD, UNK
 from train import CrossEntropyObjective, learning_rate
 
 V = 211
@@ -136,12 +135,12 @@ def test_ten_steps_of_training_are_the_references(config):
 def test_the_likeliest_continuation_is_the_references(config):
     model = perturbed(config, spread=0.2)
     prompt = torch.randint(4, V, (7,))
-    ours = generate(model, prompt, 25, temperature=0)
+    ours = generate(model, prompt, 25, temperature=0, excluded=range(4))
     theirs = hugging_face_model(model).generate(
         prompt[None],
         max_new_tokens=25,
         do_sample=False,
-        suppress_tokens=[PAD, BOS, EOS, UNK],
+        suppress_tokens=[0, 1, 2, 3],
         eos_token_id=None,
         attention_mask=torch.ones(1, 7),
     )[0]
