@@ -48,6 +48,13 @@ class Plan:
         epoch_ends = int(self.epochs(step)) > int(self.epochs(step - 1))
         return (self.eval_epochs and epoch_ends) or bool(self.eval_every and step % self.eval_every == 0)
 
+    def bytes_to_write(self, trained, out):
+        """Returns the bytes by which the folder `out` grows, for so many trained parameters."""
+        # Two full states and a third while it is written; best.pt and the marks are weights alone.
+        needed = (3 * 12 + 4 * (1 + len(self.marks))) * trained
+        written = sum(path.stat().st_size for path in Path(out).glob("*.pt"))  # if the run continues
+        return max(0, needed + min(needed, SPARE_BYTES) - written)
+
     def marks_passed(self, step, since=None):
         """Returns the file names of the marks that are passed after the step `since`: the one before."""
         before, now = self.words_seen(step - 1 if since is None else since), self.words_seen(step)
@@ -79,9 +86,9 @@ def plan_run(config, num_chunks, words, num_tokens=math.inf):
 
 
 def word_marks(names, total_words):
-    """Returns {file name: words} of --save-at-words, for a run that sees so many words.
+    """Returns {file name: words} of --save-at-words; babylm's end with the words of the run.
 
-    Warns of numbers beyond the run. Raises `UserError` for what is no number of words.
+    Raises `UserError` for what is no number of words.
     """
     marks = set()
     for name in names or ():
@@ -100,9 +107,7 @@ def word_marks(names, total_words):
                 return f"{words // size}{unit}"
         return str(words)
 
-    if late := [label(words) for words in sorted(marks) if words > total_words]:
-        warn(f"--save-at-words: the run sees {total_words:,} words and not {', '.join(late)}")
-    return {f"chck_{label(words)}.pt": words for words in sorted(marks) if words <= total_words}
+    return {f"chck_{label(words)}.pt": words for words in sorted(marks)}
 
 
 def print_plan(plan, out, provenance, objective, num_tokens, compute):
@@ -125,20 +130,24 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     log(f"data       {num_tokens:,} tokens, {words}")
     log(f"step       {plan.batch_size} sequences x {length} = {tokens:,} tokens")
     log(f"run        {plan.steps:,} steps = {epochs:.2f} epochs of {plan.num_chunks:,} chunks")
-    if plan.marks:
-        log(f"marks      {', '.join(plan.marks)}")
+    reached = plan.marks_passed(plan.steps, since=0)
+    if late := [name for name in plan.marks if name not in reached]:
+        warn(f"--save-at-words: {', '.join(late)}: the run sees only {plan.words_seen(plan.steps):,} words")
+    if reached:
+        log(f"marks      {', '.join(reached)}")
     log(f"memory     {state / GIB:.2f} GiB of state, plus activations")
-    check_disk(plan, Path(out), trained)
+    check_disk(plan, out, trained)
 
 
 def check_disk(plan, out, trained):
     """Prints the bytes that a run with `trained` parameters writes. Raises `UserError` without room."""
-    # Two full states and a third while it is written; best.pt and the word marks are weights alone.
-    needed = (3 * 12 + 4 * (1 + len(plan.marks))) * trained
-    needed += min(needed, SPARE_BYTES)
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    needed, free = plan.bytes_to_write(trained, out), shutil.disk_usage(existing_folder(out)).free
     log(f"disk       {needed / GIB:.2f} GiB in {out}, {free / GIB:.1f} GiB free")
-    missing = needed - sum(path.stat().st_size for path in out.glob("*.pt"))  # this run's, if it continues
-    if missing > free:
-        raise UserError(f"{out}: {missing} bytes needed, {free} free: choose another --out")
+    if needed > free:
+        raise UserError(f"{out}: {needed} bytes needed, {free} free: choose another --out")
+
+
+def existing_folder(path):
+    """Returns the first of a path and its parents that exists."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from training import distributed
 from training.device import free_bytes
 from training.io import GIB, UserError, log, pack_header, warn
+from training.plan import existing_folder
 
 MAGIC = "babyllama-cache"
 VERSION = 1
@@ -164,11 +165,12 @@ def _allocate(path, header, size):
         temporary.unlink(missing_ok=True)
 
 
-def open_cache(place, layout, made_from, device, dry_run=False):
+def open_cache(place, layout, made_from, device, dry_run=False, out=".", out_bytes=0):
     """Returns the cache that --cache-teachers asks for, or None for none.
 
-    `place` is off, auto, gpu, host or a file. Prints the place and the size. Raises `UserError` if
-    the cache does not fit, or if several processes cannot share it.
+    `place` is off, auto, gpu, host or a file; the run will write `out_bytes` to the folder `out`.
+    Prints the place and the size. Raises `UserError` if the cache does not fit, or if several
+    processes cannot share it.
     """
     processes, in_file = distributed.world_size(), place not in ("off", "auto", "gpu", "host")
     if place == "off":
@@ -185,7 +187,10 @@ def open_cache(place, layout, made_from, device, dry_run=False):
         raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
     if in_file and distributed.node_rank() is not None:
         place = f"{place}.{distributed.node_rank()}"  # each machine has its own
-    place, free = _choose_place(place, layout.bytes, device)
+    needed = layout.bytes
+    if in_file and existing_folder(place).stat().st_dev == existing_folder(out).stat().st_dev:
+        needed += out_bytes  # so that the cache leaves room for checkpoints
+    place, free = _choose_place(place, needed, device)
     distributed.all_gather(None)  # all ranks have looked before one takes the room
     if place is None:
         log(f"cache      none: {layout.bytes / GIB:.2f} GiB do not fit")
@@ -226,6 +231,5 @@ def _free_bytes(place, device):
     """
     if place in ("gpu", "host"):
         return free_bytes(device if place == "gpu" else torch.device("cpu"))
-    path = Path(place).absolute()
-    folder = next(parent for parent in path.parents if parent.exists())
-    return shutil.disk_usage(folder).free + (path.stat().st_size if path.is_file() else 0)
+    size = Path(place).stat().st_size if Path(place).is_file() else 0
+    return shutil.disk_usage(existing_folder(place)).free + size
