@@ -34,6 +34,7 @@ from training.device import choose_compute, choose_device
 from training.io import log, run_program
 from training.logger import exit_code
 from training.options import REQUIRED, option, parse
+from training.plan import plan_run
 from training.teacher_cache import Layout, open_cache
 
 
@@ -177,7 +178,7 @@ def cast_linears_to_bf16(model):
             module.to(torch.bfloat16)
 
 
-def open_teacher_cache(config, corpus, teachers, records):
+def open_teacher_cache(config, corpus, teachers, records, student):
     """The cache of --cache-teachers, or None. Raises `UserError` if it does not fit."""
     compute = choose_compute(config.device, config.precision)
     layout = Layout(
@@ -188,7 +189,16 @@ def open_teacher_cache(config, corpus, teachers, records):
     )
     digests = [record["digest"] for record in records]
     made_from = {"teachers": digests, "shard": corpus.train.digest}
-    return open_cache(config.cache_teachers, layout, made_from, compute.device, config.dry_run)
+    plan = plan_run(config, layout.num_chunks, corpus.train.words)
+    return open_cache(
+        config.cache_teachers,
+        layout,
+        made_from,
+        compute.device,
+        dry_run=config.dry_run,
+        out=config.out,
+        out_bytes=plan.bytes_to_write(models.count_parameters(student), config.out),
+    )
 
 
 def check_cache(config):
@@ -210,7 +220,7 @@ def main(argv=None):
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
     log(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
     distributed.check_same_on_all_ranks({"set of teachers": [record["digest"] for record in records]})
-    cache = open_teacher_cache(config, corpus, teachers, records)
+    cache = open_teacher_cache(config, corpus, teachers, records, student)
     objective = OBJECTIVES[config.objective](student, teachers, config, cache)
     return exit_code(fit_corpus(objective, config, corpus, name, init_digest, records))
 

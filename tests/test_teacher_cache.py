@@ -125,6 +125,7 @@ def test_two_runs_that_make_a_file_at_the_same_time_share_it(tmp_path, monkeypat
         open_file(path).write(ids, states(ids))
         allocate(*arguments)
 
+    (tmp_path / "c.0123abcd.tmp").touch()  # left by a run that was killed
     monkeypatch.setattr(os, "posix_fallocate", another_run_is_faster)
     cache = open_file(path)
     assert all(torch.equal(a, b) for a, b in zip(cache.read(ids), states(ids)))
@@ -133,7 +134,8 @@ def test_two_runs_that_make_a_file_at_the_same_time_share_it(tmp_path, monkeypat
 
 def test_a_link_in_the_way_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
-    (tmp_path / "c.tmp").symlink_to(tmp_path / "precious")
+    for name in ("c.tmp", "c.0123abcd.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
     open_file(tmp_path / "c")
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -248,13 +250,23 @@ def refused(teachers, data_folder, out, capsys, *more):
 def test_what_does_not_fit_is_said_before_training(teachers, data_folder, tmp_path, capsys, monkeypatch):
     needed = 525 * 32 * (96 + 96) * 4
     monkeypatch.setattr(teacher_cache, "_free_bytes", lambda place, device: needed - 1)
-    for place in ("host", str(tmp_path / "c.bin")):
-        more = ("--precision", "fp32", "--cache-teachers", place)
-        error = refused(teachers, data_folder, tmp_path / "s", capsys, *more)
-        assert f"{needed} bytes needed, {needed - 1} free" in error
+    more = ("--precision", "fp32", "--cache-teachers", "host")
+    error = refused(teachers, data_folder, tmp_path / "s", capsys, *more)
+    assert f"{needed} bytes needed, {needed - 1} free" in error
     more = ("--precision", "fp32", "--cache-teachers", "auto")
     assert distilled(teachers, data_folder, tmp_path / "s", *more)[0] == 0
     assert "cache      none" in capsys.readouterr().out
+
+
+def test_a_cache_leaves_room_for_the_checkpoints_on_its_disk(
+    teachers, data_folder, tmp_path, capsys, monkeypatch
+):
+    """Asked before the cache takes its room: the run would end when it saves."""
+    free = 525 * 32 * (96 + 96) * 4 + 1000
+    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda place, device: free)
+    more = ("--precision", "fp32", "--cache-teachers", str(tmp_path / "c.bin"))
+    error = refused(teachers, data_folder, tmp_path / "s", capsys, *more)
+    assert f"{free} free" in error and not (tmp_path / "c.bin").exists()
 
 
 def test_gpu_memory_needs_a_gpu(teachers, data_folder, tmp_path, capsys):

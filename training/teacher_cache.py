@@ -13,6 +13,8 @@ Dimensions: N chunks, B sequences, T positions, C hidden.
 """
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -153,7 +155,12 @@ def _allocate(path, header, size):
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f"{glob.escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
+            with open(leftover, "rb") as file, contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process still runs, or was killed
+                leftover.unlink(missing_ok=True)
         with open(temporary, "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             # Blocks are reserved: to write into a hole of a mapped file on a full disk is a SIGBUS.
             os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
