@@ -42,9 +42,12 @@ def read_pairs(folder, convention="newline"):
             raise UserError(f"{path} is no file, or a link to none: mend or remove it")
         with open(path, "rb") as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-        pairs[path.stem] = [_pair(line, path, number, convention) for number, line in lines]
-        if not pairs[path.stem]:
+        if not lines:
             raise UserError(f"{path} holds no pair")
+        pairs[path.stem] = [_pair(line, path, number, convention) for number, line in lines]
+        no_term = [number for (number, _), pair in zip(lines, pairs[path.stem]) if pair.field == path.stem]
+        if 0 < len(no_term) < len(lines):
+            raise UserError(f"{path}, line {no_term[0]} has no linguistics_term, unlike other lines")
     if not pairs:
         raise UserError(f"{folder} holds no *.jsonl: give a folder of BLiMP-style minimal pairs")
     if others:
@@ -63,9 +66,9 @@ def _pair(line, path, number, convention):
         field = entry.get("linguistics_term", path.stem)
         if convention != "2025":  # the pipeline of 2025 counts 13 fields
             field = MERGED_FIELDS.get(field, field)
-        pair = Pair(entry["sentence_good"], entry["sentence_bad"], field)
-        if all(text and text.encode() for text in (pair.good, pair.bad, pair.field)):
-            return pair
+        sentences = entry["sentence_good"], entry["sentence_bad"]
+        if all(text and text.encode() for text in sentences) and isinstance(field, str) and field:
+            return Pair(*sentences, field)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(

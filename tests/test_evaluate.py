@@ -176,6 +176,7 @@ def test_accuracies_are_means_over_files_and_over_fields(tokenizer, tmp_path):
         b"{",
         b"\xff",
         b"17",
+        b'{"sentence_good": "a", "sentence_bad": "b"}',  # no field, unlike the others
     ],
     ids=lambda line: line[:40],
 )
