@@ -13,6 +13,7 @@ when everything is ready.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -44,16 +45,25 @@ BLOCK_CHARACTERS = 1 << 18  # encoded at a time, by all cores
 
 
 @dataclass(frozen=True)
+class TextStats:
+    """The UTF-8 bytes of a cleaned text, their SHA-256, and whether blanks separate its words."""
+
+    bytes: int
+    digest: str
+    has_words: bool
+
+
+@dataclass(frozen=True)
 class SourceText:
     """One text of a split. `cleaning` is a key of CLEANERS."""
 
     name: str
     path: Path
-    cleaning: str = "light"
-    keep_cr: bool = False
+    cleaning: str
+    keep_cr: bool
 
     def blocks(self, tell=False):
-        """Yields the cleaned text in blocks of whole lines, as `line_blocks` would of all of it.
+        """Yields the cleaned text in blocks of whole lines.
 
         With `tell`, warns of what is unusual in the file. Raises `UserError` if the file cannot be
         used, or cleaning leaves nothing of it.
@@ -67,36 +77,27 @@ class SourceText:
         if empty:
             raise UserError(f"nothing is left of {self.path} after cleaning: remove it or use --clean none")
 
+    @functools.cached_property
+    def stats(self):
+        """The `TextStats` of the text, which is read for them once."""
+        num_bytes, digest, characters, unspaced = 0, hashlib.sha256(), 0, 0
+        for block in self.blocks(tell=True):
+            encoded = block.encode()
+            num_bytes += len(encoded)
+            digest.update(encoded)
+            characters, unspaced = characters + len(block), unspaced + count_unspaced(block)
+        return TextStats(num_bytes, digest.hexdigest(), has_words=2 * unspaced < characters)
+
 
 def read_folder(folder, cleaning="light", keep_cr=False):
-    """The texts of a folder, {sub-corpus: SourceText}, in the order of the file names.
+    """The `SourceText`s of a folder, in the order of the file names.
 
     Warns of all other files in it. Raises `UserError` if there is no such folder, no text in it, or
     two files of one sub-corpus.
     """
-    sources = {n: SourceText(n, path, cleaning, keep_cr) for n, path in sub_corpora(folder).items()}
+    sources = [SourceText(name, path, cleaning, keep_cr) for name, path in sub_corpora(folder).items()]
     warn_of_ignored_files(folder)
     return sources
-
-
-@dataclass(frozen=True)
-class TextStats:
-    """The UTF-8 bytes of a cleaned text, their SHA-256, and whether blanks separate its words."""
-
-    bytes: int
-    digest: str
-    has_words: bool
-
-
-def measure(source):
-    """Reads a `SourceText` once, warns of what is unusual in it, and returns its `TextStats`."""
-    num_bytes, digest, characters, unspaced = 0, hashlib.sha256(), 0, 0
-    for block in source.blocks(tell=True):
-        encoded = block.encode()
-        num_bytes += len(encoded)
-        digest.update(encoded)
-        characters, unspaced = characters + len(block), unspaced + count_unspaced(block)
-    return TextStats(num_bytes, digest.hexdigest(), has_words=2 * unspaced < characters)
 
 
 def line_blocks(text, characters):
@@ -149,7 +150,12 @@ def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE, fraction=1.0):
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _training_failure(error, vocab_size) from error
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise UserError(
+                f"{vocab_size} pieces cannot hold 256 bytes and the alphabet of the training text: "
+                f"raise it (in a recipe vocabulary_size) to at least --vocab-size {needed[1]}"
+            ) from error
+        raise UserError(f"SentencePiece finds nothing to learn in the training text: {error}") from error
     size = Tokenizer(model.getvalue()).vocabulary_size
     if size < vocab_size:
         raise UserError(
@@ -157,16 +163,6 @@ def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE, fraction=1.0):
             f"add text, or lower it (in a recipe vocabulary_size) to at most --vocab-size {size}"
         )
     return model.getvalue()
-
-
-def _training_failure(error, vocab_size):
-    needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
-    if needed:
-        return UserError(
-            f"{vocab_size} pieces cannot hold 256 bytes and the alphabet of the training text: "
-            f"raise it (in a recipe vocabulary_size) to at least --vocab-size {needed[1]}"
-        )
-    return UserError(f"SentencePiece finds nothing to learn in the training text: {error}")
 
 
 def training_pieces(text):
@@ -184,15 +180,12 @@ def training_pieces(text):
             start = stop
 
 
-def trained_tokenizer(sources, stats, vocabulary_size):
-    """The `Tokenizer` of a training split, {name: SourceText}, or of a sample of its lines.
-
-    `stats` are {name: TextStats} of the sources.
-    """
-    fraction = min(1.0, TRAINING_BYTES / sum(text.bytes for text in stats.values()))
+def trained_tokenizer(sources, vocabulary_size):
+    """The `Tokenizer` of a list of `SourceText`s, or of a sample of their lines."""
+    fraction = min(1.0, TRAINING_BYTES / sum(source.stats.bytes for source in sources))
     sample = f" on {fraction:.1%} of the lines" if fraction < 1 else ""
     print(f"training the tokenizer{sample}", file=sys.stderr)
-    texts = (block for source in sources.values() for block in source.blocks())
+    texts = (block for source in sources for block in source.blocks())
     return Tokenizer(train_tokenizer(texts, vocabulary_size, fraction))
 
 
@@ -212,26 +205,26 @@ def encode(tokenizer, text):
     return np.concatenate([np.zeros(0, np.int32), *ids]), exact
 
 
-def encode_split(path, sources, stats, tokenizer):
-    """Writes {name: SourceText} as the shard `path`. Returns the shard's header.
+def encode_split(path, sources, tokenizer):
+    """Writes a list of `SourceText`s as the shard `path`. Returns the shard's header.
 
-    `stats` are {name: TextStats} of the sources. Warns if the tokenizer does not give the text back:
-    one that this program trained always does. Raises `UserError` if the text has changed since.
+    Warns if the tokenizer does not give the text back: one that this program trained always does.
+    Raises `UserError` if the text has changed since it was measured.
     """
-    split, expected = path.stem, sum(text.bytes for text in stats.values())
+    split, expected = path.stem, sum(source.stats.bytes for source in sources)
     exact_blocks = []
 
     def encoded_texts():
         with tqdm(total=expected, desc=split, unit="B", unit_scale=True, disable=None) as progress:
-            for name, source in sources.items():
+            for source in sources:
                 for block in source.blocks():
                     ids, exact = encode(tokenizer, block)
                     exact_blocks.append(exact)
-                    num_bytes = len(block.encode())
+                    words, num_bytes = len(block.split()), len(block.encode())
                     progress.update(num_bytes)
-                    yield name, ids, len(block.split()) if stats[name].has_words else 0, num_bytes
+                    yield source.name, ids, words if source.stats.has_words else 0, num_bytes
 
-    cleaning = VERSIONS[next(iter(sources.values())).cleaning]
+    cleaning = VERSIONS[sources[0].cleaning]
     header = write_shard(path, encoded_texts(), tokenizer, cleaning)
     if header["bytes"] != expected:
         raise UserError(f"the {split} text changed while it was read: start again")
@@ -246,30 +239,28 @@ def encode_split(path, sources, stats, tokenizer):
 # ---- the program
 
 
-def write_corpus(out, splits, stats, tokenizer):
-    """Writes `tokenizer` and {split: {name: SourceText}} into the folder `out`: {split: header}.
+def write_corpus(out, splits, tokenizer):
+    """Writes `tokenizer` and {split: list of SourceText} into the folder `out`: {split: header}.
 
-    `stats` are {split: {name: TextStats}}. All is written into new.tmp within `out` first, so that a
-    full disk or a stop changes nothing. A kill while files are moved leaves a folder without
-    train.bin, which is refused until the same command has completed it.
+    All is written into new.tmp within `out` first, so that a full disk or a stop changes nothing. A
+    kill while files are moved leaves a folder without train.bin, which is refused until the same
+    command has completed it.
     """
     folder = out / "new.tmp"
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, and files would be written where it points: remove it")
-    names = ["dev.bin", "tokenizer.model", "train.bin"]  # moved in this order
+    names = [*(f"{split}.bin" for split in splits), "tokenizer.model"]
     with locked(folder):
         try:
             headers = {
-                split: encode_split(folder / f"{split}.bin", sources, stats[split], tokenizer)
+                split: encode_split(folder / f"{split}.bin", sources, tokenizer)
                 for split, sources in splits.items()
             }
             with atomic_write(folder / "tokenizer.model") as file:
                 file.write(tokenizer.model_bytes)
             if "train" in splits:
                 (out / "train.bin").unlink(missing_ok=True)
-            else:
-                names.remove("train.bin")
-            for name in names:
+            for name in sorted(names):  # train.bin is the last
                 os.replace(folder / name, out / name)
         finally:
             # This deletes what a kill left too, and leaves files of other names alone.
@@ -283,26 +274,16 @@ def write_corpus(out, splits, stats, tokenizer):
 
 
 def print_table(headers):
-    """Prints words, bytes, tokens and tokens per word of each file, each split and all.
-
-    `headers` are {split: header of its shard}.
-    """
-    keys, rows = ("words", "bytes", "tokens"), []
+    """Prints words, bytes, tokens and tokens per word of {split: header of its shard}, file by file."""
+    table = [["text", "words", "bytes", "tokens", "tokens/word"]]
     for split, header in headers.items():
-        for file in header["files"]:
-            rows.append(
-                (f"{split} {file['name']}", file["words"], file["bytes"], file["stop"] - file["start"])
-            )
-        rows.append((f"{split} total", *(header[key] for key in keys)))
-    if len(headers) > 1:
-        counts = [[header[key] for header in headers.values()] for key in keys]
-        rows.append(("total", *(sum(numbers) if all(numbers) else 0 for numbers in counts)))
-    table = [["text", *keys, "tokens/word"]]
-    for name, words, num_bytes, tokens in rows:
-        per_word = [f"{words:,}", f"{tokens / words:.3f}"] if words else ["-", "-"]
-        table.append([name, per_word[0], f"{num_bytes:,}", f"{tokens:,}", per_word[1]])
+        rows = [(f["name"], f["words"], f["bytes"], f["stop"] - f["start"]) for f in header["files"]]
+        rows.append(("total", header["words"], header["bytes"], header["tokens"]))
+        for name, words, num_bytes, tokens in rows:
+            per_word = [f"{words:,}", f"{tokens / words:.3f}"] if words else ["-", "-"]
+            table.append([f"{split} {name}", per_word[0], f"{num_bytes:,}", f"{tokens:,}", per_word[1]])
     print("\n".join(aligned(table)))
-    if not all(words for _, words, *_ in rows):
+    if any("-" in row for row in table):
         print("-: blanks do not separate the words of this text; bits per byte measure it")
 
 
@@ -339,10 +320,10 @@ def parse_arguments(argv):
     return args
 
 
-def check_different(stats):
-    """Raises `UserError` if train and dev, of {split: {name: TextStats}}, have the same text."""
-    trained_on = {text.digest for text in stats.get("train", {}).values()}
-    if same := [name for name, text in stats["dev"].items() if text.digest in trained_on]:
+def check_different(splits):
+    """Raises `UserError` if train and dev, of {split: list of SourceText}, have the same text."""
+    trained_on = {source.stats.digest for source in splits.get("train", [])}
+    if same := [source.name for source in splits["dev"] if source.stats.digest in trained_on]:
         raise UserError(f"train and dev have the same text in {', '.join(same)}: give others")
 
 
@@ -365,16 +346,15 @@ def main(argv=None):
     if not args.train:
         check_fits(out, tokenizer)
     folders = {"train": args.train, "dev": args.dev}
-    splits = {s: read_folder(folder, args.clean, args.keep_cr) for s, folder in folders.items() if folder}
-    stats = {s: {name: measure(text) for name, text in sources.items()} for s, sources in splits.items()}
-    check_different(stats)
-    unknown = {name for sources in splits.values() for name in sources} - CLEANERS[args.clean].keys()
+    splits = {split: read_folder(d, args.clean, args.keep_cr) for split, d in folders.items() if d}
+    check_different(splits)
+    names = {source.name for sources in splits.values() for source in sources}
+    unknown = names - CLEANERS[args.clean].keys()
     if unknown and args.clean != "none":
         print(f"no cleaning rules for {', '.join(sorted(unknown))}: text as it is", file=sys.stderr)
     if tokenizer is None:
-        vocabulary_size = args.vocab_size or VOCABULARY_SIZE
-        tokenizer = trained_tokenizer(splits["train"], stats["train"], vocabulary_size)
-    headers = write_corpus(out, splits, stats, tokenizer)
+        tokenizer = trained_tokenizer(splits["train"], args.vocab_size or VOCABULARY_SIZE)
+    headers = write_corpus(out, splits, tokenizer)
     print_table(headers)
     written = ", ".join([*(f"{split}.bin" for split in headers), "tokenizer.model"])
     print(f"wrote {written} to {out}{os.sep}")

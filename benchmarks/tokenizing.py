@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.measurement import Results, benchmark_parser, print_table
-from corpus.text_files import list_text_files
+from corpus.text_files import sub_corpora
 from training.io import UserError, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def measure(train, dev, args):
 def measurements(args):
     """Yields the megabytes of text of each corpus, and its result of `measure`."""
     if args.train:
-        paths = [path for folder in (args.train, args.dev) for path in list_text_files(folder)]
+        paths = [path for folder in (args.train, args.dev) for path in sub_corpora(folder).values()]
         yield sum(path.stat().st_size for path in paths) / 1e6, measure(args.train, args.dev, args)
         return
     for megabytes in args.megabytes:

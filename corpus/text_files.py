@@ -51,48 +51,37 @@ def sub_corpus(path):
     return SPELLINGS.get(path.name, path.name)
 
 
-def list_text_files(folder):
-    """The text files of a folder, sorted by name.
+def sub_corpora(folder):
+    """{sub-corpus: its text file} of a folder, in the order of the file names.
 
-    Raises `UserError` if there are none, if one is a link to nothing, or has a name that is no UTF-8.
+    Raises `UserError` if there are none, or two of one sub-corpus, if one is a link to nothing, or
+    has a name that is not UTF-8.
     """
-    folder = Path(folder)
+    folder, paths = Path(folder), {}
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one of {NAMED}")
-    paths = [path for path in sorted(folder.iterdir()) if text_suffix(path)]
-    for path in paths:
+    for path in filter(text_suffix, sorted(folder.iterdir())):
         if not path.exists():
             raise UserError(f"{path} is a link to a file that does not exist: mend it or remove it")
-        try:
-            path.name.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{path}: its name is not UTF-8: rename it") from error
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise UserError(f"{folder} holds no text: files named {NAMED}")
-    return paths
-
-
-def sub_corpora(folder):
-    """{sub-corpus: its file} of a folder, in the order of the file names.
-
-    Raises `UserError` if there are no texts, or two of one sub-corpus.
-    """
-    paths = {}
-    for path in list_text_files(folder):
+        if not path.is_file():
+            continue
         name = sub_corpus(path)
+        if name.encode(errors="ignore").decode() != name:
+            raise UserError(f"{path}: its name is not UTF-8: rename it")
         if name in paths:
             raise UserError(
                 f"{folder} holds both {paths[name].name} and {path.name}, which are one sub-corpus by "
                 "their names: give each split a folder of its own"
             )
         paths[name] = path
+    if not paths:
+        raise UserError(f"{folder} holds no text: files named {NAMED}")
     return paths
 
 
 def warn_of_ignored_files(folder):
     """Names everything in a folder that is not read as text."""
-    read = set(list_text_files(folder))
+    read = set(sub_corpora(folder).values())
     ignored = sorted(p.name + "/" * p.is_dir() for p in Path(folder).iterdir() if p not in read)
     if ignored:
         warn(f"{folder}: not read as text: {', '.join(ignored)} (text is {NAMED}, in no inner folder)")

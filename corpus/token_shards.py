@@ -137,18 +137,11 @@ def _read_header(path):
         raise _damaged(path, "its header does not match its digest")
     try:
         header = json.loads(body)
-        if (header["shard"], header["shards"]) != (1, 1):
-            raise UserError(f"{path} is one of several shards, which only earlier versions read: delete it")
         valid = _is_consistent(header)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
     if not valid:
         raise _damaged(path, "its header contradicts itself")
-    if header["largest_id"] >= header["vocabulary_size"]:
-        raise UserError(
-            f"{path}: token id {header['largest_id']} lies beyond its vocabulary of "
-            f"{header['vocabulary_size']}: make it again with tokenize_corpus.py"
-        )
     expected = header_bytes + header["tokens"] * DTYPES[header["dtype"]].itemsize
     if path.stat().st_size != expected:
         raise _damaged(path, f"it has {path.stat().st_size} bytes where {expected} are expected")
@@ -156,23 +149,23 @@ def _read_header(path):
 
 
 def _is_consistent(header):
-    """Whether counts are counts, and the spans of the files follow each other."""
+    """Whether counts are counts, files follow each other, and there is a digest for each block."""
     files = [SourceFile(**file) for file in header["files"]]
-    counts = [header[key] for key in ("tokens", "words", "bytes", "vocabulary_size", "largest_id")]
+    tokens, block_bytes = header["tokens"], header["block_bytes"]
+    counts = [header[key] for key in ("words", "bytes", "vocabulary_size", "largest_id")]
     counts += [n for file in files for n in (file.start, file.stop, file.words, file.bytes)]
-    block_bytes = header["block_bytes"]
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in [*counts, block_bytes]):
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (tokens, block_bytes, *counts)):
         return False
-    bounds = [0, *(file.stop for file in files)]
     itemsize = DTYPES[header["dtype"]].itemsize
+    bounds = [0, *(file.stop for file in files)]
     return (
-        isinstance(header["tokenizer"], str)
-        and bounds == [*(file.start for file in files), header["tokens"]]
-        and bounds == sorted(bounds)
-        and header["tokens"] > 0
-        and block_bytes > 0
+        (header["shard"], header["shards"]) == (1, 1)
+        and isinstance(header["tokenizer"], str)
+        and header["largest_id"] < header["vocabulary_size"]
+        and bounds == [*(file.start for file in files), tokens] == sorted(bounds)
+        and min(tokens, block_bytes) > 0
         and block_bytes % itemsize == 0
-        and len(header["digests"]) == -(-header["tokens"] * itemsize // block_bytes)
+        and len(header["digests"]) == -(-tokens * itemsize // block_bytes)
     )
 
 

@@ -10,7 +10,6 @@ import re
 from corpus.cleaning import split_lines
 from corpus.text_files import (
     count_unspaced,
-    list_text_files,
     read_text,
     sub_corpora,
     sub_corpus,
@@ -20,8 +19,9 @@ from corpus.text_files import (
 from training.io import UserError, log, warn, write_text
 
 RUN_LINES = 50  # a sample is made of runs of lines, so that sentences stay in their context
+RUN_SENTENCES = 5  # where lines are too long
 LEAST_OF_LINES = 0.3  # of the words asked for, from runs of lines: their number is rounded down
-TOLERANCE = 0.1  # by which sentences, and halves, may miss the words asked for
+TOLERANCE = 0.1  # by which samples and halves may exceed the words asked for
 SENTENCE_WORDS = 50  # a sentence of more words is cut between words
 
 
@@ -37,28 +37,26 @@ def sentences(text):
     return [sentence for piece in pieces for sentence in cut.findall(piece)]
 
 
-def possible_runs(text):
-    """Yields ways to part a text into runs: the least share of the words asked for, and the runs."""
-    lines = text.split("\n")
-    yield LEAST_OF_LINES, ["\n".join(lines[i : i + RUN_LINES]) for i in range(0, len(lines), RUN_LINES)]
-    pieces = sentences(text)
-    for length in (RUN_LINES, RUN_LINES // 10, 1):
-        runs = ["".join(pieces[i : i + length]).rstrip() for i in range(0, len(pieces), length)]
-        yield 1 - TOLERANCE, runs
+def evenly_spread(pieces, fraction):
+    """`fraction` of a list, rounded down, evenly spread over it; at least the first piece."""
+    numbers = range(len(pieces))
+    chosen = [i for i in numbers if math.floor((i + 1) * fraction) > math.floor(i * fraction)]
+    return [pieces[i] for i in chosen or [0]]
 
 
 def sample_lines(text, fraction):
-    """`fraction` of a text's runs of lines, rounded down, evenly spread over it; at least one.
+    """`fraction` of a text, in runs of lines that are evenly spread over it.
 
-    Where lines are so long that runs of them miss the words asked for, runs of sentences are taken.
+    Where lines are so long that these miss the words asked for, runs of sentences are taken.
     """
-    words, sample = fraction * count_words(text), text
-    for least, runs in possible_runs(text):
-        chosen = [r for i, r in enumerate(runs) if math.floor((i + 1) * fraction) > math.floor(i * fraction)]
-        sample = "\n".join(chosen or runs[:1])
-        if least * words <= count_words(sample) <= (1 + TOLERANCE) * words:
-            break
-    return sample
+    lines, words = text.split("\n"), fraction * count_words(text)
+    runs = ["\n".join(lines[i : i + RUN_LINES]) for i in range(0, len(lines), RUN_LINES)]
+    sample = "\n".join(evenly_spread(runs, fraction))
+    if LEAST_OF_LINES * words <= count_words(sample) <= (1 + TOLERANCE) * words:
+        return sample
+    pieces = sentences(text)
+    runs = ["".join(pieces[i : i + RUN_SENTENCES]).rstrip() for i in range(0, len(pieces), RUN_SENTENCES)]
+    return "\n".join(evenly_spread(runs, fraction))
 
 
 def plain_name(path):
@@ -120,10 +118,3 @@ def write_dev_halves(folder, targets, words=None, train_folder=None):
             written[target] += count_words(half)
     for target, count in written.items():
         log(f"{target}: {count:,} words of {folder}")
-
-
-def folder_state(folder):
-    """{file name: size in bytes} of a folder of text, or None without a folder."""
-    if folder is None:
-        return None
-    return {path.name: path.stat().st_size for path in list_text_files(folder)}

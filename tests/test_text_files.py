@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import re
 import time
 
 import pytest
@@ -13,14 +14,13 @@ import pytest
 from corpus import cleaning, text_files
 from corpus.cleaning import clean, clean_blocks, split_lines
 from corpus.text_files import (
-    list_text_files,
     read_text,
     sub_corpora,
     sub_corpus,
     text_blocks,
     warn_of_ignored_files,
 )
-from experiments.sampling import sample_corpus, write_dev_halves
+from experiments.sampling import halves, sample_corpus, sample_lines, write_dev_halves
 from training.io import UserError
 
 TEXT = "The first line.\r\nna\u00efve \u2028 line\n\n\U0001f999 and the last"
@@ -54,14 +54,14 @@ def as_it_is(path):
 def test_every_kind_of_file_gives_its_text(folder, capsys):
     texts = {name: "".join(as_it_is(path)) for name, path in sub_corpora(folder).items()}
     assert texts == {name: TEXT + "\n" * (name in "cd") for name in ("F", "a", "b", "c", "d", "e")}
-    assert {read_text(path).rstrip("\n") for path in list_text_files(folder)} == {TEXT.replace("\r", "")}
+    assert {read_text(path).rstrip("\n") for path in sub_corpora(folder).values()} == {TEXT.replace("\r", "")}
     assert "not read" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_blocks_are_whole_lines_and_their_sum_the_text(folder, monkeypatch, size):
     monkeypatch.setattr(text_files, "READ_BYTES", size)
-    for path in list_text_files(folder):
+    for path in sub_corpora(folder).values():
         blocks = as_it_is(path)
         assert "".join(blocks).rstrip("\n") == TEXT
         assert all(block.endswith("\n") for block in blocks[:-1])
@@ -187,13 +187,51 @@ def test_a_sample_of_any_kind_of_file_is_plain_text(folder, tmp_path):
     (folder / "c.jsonl").write_text(lines_of_json(long))
     (folder / "b.txt.gz").write_bytes(gzip.compress(long.encode()))
     sample_corpus(folder, tmp_path / "sample", 600)
-    assert [path.name for path in list_text_files(tmp_path / "sample")] == ["a.txt", "b.txt", "c.txt"]
+    assert [path.name for path in sub_corpora(tmp_path / "sample").values()] == ["a.txt", "b.txt", "c.txt"]
     (folder / "a.txt").unlink()
     targets = tmp_path / "first", tmp_path / "second"
     write_dev_halves(folder, targets, 200, folder)
     for target in targets:
-        assert {path.name for path in list_text_files(target)} == {"b.txt", "c.txt"}
-        assert all(read_text(path).startswith("one two") for path in list_text_files(target))
+        assert {path.name for path in sub_corpora(target).values()} == {"b.txt", "c.txt"}
+        assert all(read_text(path).startswith("one two") for path in sub_corpora(target).values())
+
+
+PROSE = [f"Sentence {i} has seven words, or so." for i in range(3000)]
+
+
+@pytest.mark.parametrize("separators", ["\n", " ", " " * 99 + "\n"], ids=["lines", "one line", "documents"])
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_a_sample_and_halves_have_the_words_asked_for_however_long_lines_are(separators, fraction):
+    text = "".join(sentence + separators[i % len(separators)] for i, sentence in enumerate(PROSE))
+    total = len(text.split())
+    sample = sample_lines(text, fraction)
+    assert 0.8 * fraction * total <= len(sample.split()) <= 1.1 * fraction * total
+    assert set(re.split(r"(?<=[.]) *\n?", sample)) <= {*PROSE, ""}  # no sentence is cut
+    first, second = halves(text)
+    assert first.split() + second.split() == text.split()
+    assert abs(len(first.split()) - len(second.split())) < 0.02 * total
+
+
+def test_a_sample_of_words_that_nothing_separates_has_words_too():
+    assert len(sample_lines("word " * 10_000, 0.1).split()) == 1000
+
+
+def test_what_is_sampled_and_what_is_left_out_is_said(tmp_path, capsys):
+    for name, text in (
+        ("train/a.txt", "\n".join(PROSE)),
+        ("dev/a.txt", "\n".join(PROSE)),
+        ("dev/b.txt", "b b\n"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    sample_corpus(tmp_path / "train", tmp_path / "sample", 2000)
+    write_dev_halves(tmp_path / "dev", (tmp_path / "A", tmp_path / "B"), 700, tmp_path / "train")
+    out, err = capsys.readouterr()
+    assert "sampled 1,750 of the 21,000 words" in out and "A: 700 words" in out
+    assert "b.txt is left out" in err
+    (tmp_path / "train" / "a.txt").write_text("\u5c0f\u732b\u559c\u6b22\n" * 99)
+    with pytest.raises(UserError, match="blanks do not separate its words"):
+        sample_corpus(tmp_path / "train", tmp_path / "sample", 50)
 
 
 # ---- cleaning a text that is read in blocks
