@@ -4,7 +4,6 @@ A batch is a function of (seed, step) and of nothing else: resuming, or asking w
 needs only the number. corpus/token_shards.py has the format of the files.
 """
 
-import concurrent.futures
 import functools
 import hashlib
 from dataclasses import dataclass, replace
@@ -195,44 +194,6 @@ class BatchStream:
         if self.tokens_on_gpu.dtype == torch.int16:
             chunk &= 0xFFFF  # ids above 32,767 are negative as int16
         return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
-
-
-class PrefetchStream:
-    """The batches of a stream, each read from the files while the one before it is computed on.
-
-    `stream(step)` is on the device. On CUDA a batch is copied from pinned memory on a CUDA stream
-    of its own, so that the copy overlaps with compute. The thread that reads does not call CUDA,
-    which could disturb the capture of a graph. Its exceptions are raised by the call for their step.
-    """
-
-    def __init__(self, stream, device):
-        self.stream, self.device = stream, torch.device(device)
-        self.num_chunks, self.words = stream.num_chunks, stream.words
-        self.num_tokens = stream.num_tokens
-        self.copies = torch.cuda.Stream(device) if self.device.type == "cuda" else None
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.step, self.next_batch = None, None
-
-    def __call__(self, step):
-        if step != self.step:  # the first step, of a new run or of one that is resumed
-            self.next_batch = self.thread.submit(self.stream, step)
-        batch = self.next_batch.result()
-        self.step, self.next_batch = step + 1, self.thread.submit(self.stream, step + 1)
-        if self.copies is None:
-            return batch.to(self.device)
-        with torch.cuda.stream(self.copies):
-            batch = batch.to(self.device)
-        compute = torch.cuda.current_stream(self.device)
-        compute.wait_stream(self.copies)
-        for tensor in batch.tensors():
-            tensor.record_stream(compute)  # no later copy gets its memory before compute is done
-        return batch
-
-
-def prefetch(stream, device):
-    """The stream, or a `PrefetchStream` of it if its tokens are not on the GPU that reads them."""
-    on_host = torch.device(device).type == "cuda" and stream.tokens_on_gpu is None
-    return PrefetchStream(stream, device) if on_host else stream
 
 
 def dev_subset(shard, sequence_length, num_sequences):

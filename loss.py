@@ -165,7 +165,9 @@ class _FusedLoss(torch.autograd.Function):
         shape, dtype = hidden.shape, matmul_dtype(hidden)
         hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
         chunk_tokens = chunk_tokens or (GPU_CHUNK_TOKENS if hidden.is_cuda else CPU_CHUNK_TOKENS)
-        row_function = _row_function(hidden.is_cuda, compiled)
+        row_function = _rows if hidden.is_cuda else _rows_in_blocks
+        if compiled:
+            row_function = _compiled_rows()
         # needs_input_grad is also True under no_grad, where nobody will read a gradient.
         needs_d_hidden, needs_d_head = (gradient and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if needs_d_hidden else None
@@ -283,9 +285,3 @@ def _rows_in_blocks(logits, targets, teacher_logits, num_teachers, coefficients,
 @functools.cache
 def _compiled_rows():
     return torch.compile(_rows, dynamic=False)
-
-
-def _row_function(on_gpu, compiled):
-    if compiled:
-        return _compiled_rows()
-    return _rows if on_gpu else _rows_in_blocks

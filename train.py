@@ -34,8 +34,6 @@ from training.plan import plan_run, print_plan
 
 EVAL_BATCH_SIZE = 32  # sequences
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
-
-
 recipe = functools.partial(option, group="recipe")
 
 
@@ -61,7 +59,7 @@ class TrainConfig(RunConfig):
         None, "sequences per optimizer step, over all GPUs (default: the preset's)", minimum=1
     )
     sequence_length: int = recipe(128, "tokens per sequence", minimum=1)
-    random_offset: bool = recipe(False, "shift each sequence by 0 to 127 tokens, drawn anew each epoch")
+    random_offset: bool = recipe(False, "shift each sequence by a random number of tokens, anew each epoch")
     learning_rate: float | None = recipe(
         None, "peak learning rate (default: the preset's)", minimum=0, alias="--lr"
     )
@@ -344,28 +342,22 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
     `name` is the model's name in checkpoints; `teachers` are [{"name", "digest"}].
     """
     # Here, because a program that brings its own data to `fit` needs no corpus and no presets.
-    from data import BatchStream, dev_subset, prefetch
+    from data import BatchStream, dev_subset
     from model import architecture
 
     length, device = config.sequence_length, choose_compute(config.device).device
-    stream = BatchStream(
-        corpus.train, config.batch_size, length, config.seed, config.random_offset, device=device
-    )
+    stream = BatchStream(corpus.train, config.batch_size, length, config.seed, config.random_offset, device)
     starts = dev_subset(corpus.dev, length, config.eval_sequences)
 
     def evaluate(model, autocast):
         return {"dev_cross_entropy": dev_cross_entropy(model, corpus.dev, starts, length, autocast)}
 
     shape = objective.model.config
-    digests = {
-        "train_shard": corpus.train.digest,
-        "dev_shard": corpus.dev.digest,
-        "init_digest": init_digest,
-    }
+    digests = {"train_shard": corpus.train.digest, "dev_shard": corpus.dev.digest, "init_digest": init_digest}
     provenance = resume.Provenance(
         name, architecture(shape), shape, corpus.tokenizer, digests, tuple(teachers)
     )
-    return fit(objective, config, prefetch(stream, device), evaluate, provenance)
+    return fit(objective, config, stream, evaluate, provenance)
 
 
 def main(argv=None):

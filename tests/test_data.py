@@ -7,7 +7,7 @@ import torch
 import data
 from conftest import train_tokenizer, write_text
 from corpus.token_shards import write_shard
-from data import Batch, BatchStream, PrefetchStream, TokenShard, count_chunks, dev_subset, prefetch
+from data import BatchStream, TokenShard, count_chunks, dev_subset
 from tokenizer import Tokenizer
 from training.io import UserError
 
@@ -80,47 +80,6 @@ def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(tmp_path, monke
     for step in range(8):
         assert torch.equal(mapped(step).tokens, on_device(step).tokens)
         assert torch.equal(mapped(step).targets, on_device(step).targets)
-
-
-def test_batches_that_are_made_ahead_are_the_same_also_after_a_jump(train_shard):
-    stream = BatchStream(train_shard, 8, 32, seed=0)
-    made_ahead = PrefetchStream(stream, "cpu")
-    assert (made_ahead.num_chunks, made_ahead.words) == (stream.num_chunks, stream.words)
-    for step in (0, 1, 2, 40, 41, 7, 8, 8):
-        for a, b in zip(vars(stream(step)).values(), vars(made_ahead(step)).values()):
-            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-
-
-def test_what_goes_wrong_with_a_batch_ahead_is_raised_at_its_step():
-    class Stream:
-        num_chunks = num_tokens = words = 1
-
-        def __call__(self, step):
-            if step == 2:
-                raise UserError("the third batch cannot be read")
-            return Batch.whole(*torch.full((3, 1, 1), step))
-
-    made_ahead = PrefetchStream(Stream(), "cpu")
-    assert [made_ahead(step).chunk_ids.item() for step in (0, 1)] == [0, 1]
-    with pytest.raises(UserError, match="third"):
-        made_ahead(2)
-
-
-def test_on_a_cpu_no_batch_is_made_ahead(train_shard):
-    stream = BatchStream(train_shard, 8, 32, seed=0)
-    assert prefetch(stream, "cpu") is stream
-
-
-@pytest.mark.gpu
-def test_batches_come_from_the_host_where_the_gpu_has_no_room(train_shard, monkeypatch):
-    monkeypatch.setattr(data, "GPU_FRACTION", 0)
-    mapped = BatchStream(train_shard, 8, 32, 0)
-    stream = prefetch(BatchStream(train_shard, 8, 32, 0, device="cuda"), "cuda")
-    assert isinstance(stream, PrefetchStream)
-    for step in (0, 1, 65, 200, 201):
-        batch = stream(step)
-        assert batch.tokens.is_cuda and torch.equal(mapped(step).tokens, batch.tokens.cpu())
-        assert torch.equal(mapped(step).targets, batch.targets.cpu())
 
 
 @pytest.mark.gpu
