@@ -516,8 +516,8 @@ def test_what_decays_is_an_option(name):
     expected = {"layernorm": layernorm, "norms": vectors, "norms+embeddings": vectors | embeddings}
     for choice, exempt in expected.items():
         (optimizer,) = build_optimizer(CrossEntropyObjective(model), 0.1, no_decay=choice)
-        groups = [g for g in optimizer.param_groups if not g["weight_decay"]]
-        assert {names[p] for g in groups for p in g["params"]} == exempt
+        decay = {names[p]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        assert decay == {n: 0.0 if n in exempt else 0.1 for n in names.values()}
 
 
 def test_clipping_and_beta2_are_options(data_folder, tmp_path):
