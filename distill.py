@@ -35,7 +35,7 @@ from training.io import log, run_program
 from training.logger import exit_code
 from training.options import REQUIRED, option, parse
 from training.plan import plan_run
-from training.teacher_cache import Layout, open_cache
+from training.teacher_cache import open_cache
 
 
 class DistillationObjective(Objective):
@@ -181,19 +181,14 @@ def cast_linears_to_bf16(model):
 def open_teacher_cache(config, corpus, teachers, records, student):
     """The cache of --cache-teachers, or None. Raises `UserError` if it does not fit."""
     compute = choose_compute(config.device, config.precision)
-    layout = Layout(
-        count_chunks(corpus.train.num_tokens, config.sequence_length),
-        config.sequence_length,
-        tuple(teacher.config.hidden_size for teacher in teachers),
-        torch.bfloat16 if compute.precision == "bf16" else torch.float32,
-    )
+    chunks = count_chunks(corpus.train.num_tokens, config.sequence_length)
+    plan = plan_run(config, chunks, corpus.train.words)
     digests = [record["digest"] for record in records]
-    made_from = {"teachers": digests, "shard": corpus.train.digest}
-    plan = plan_run(config, layout.num_chunks, corpus.train.words)
     return open_cache(
         config.cache_teachers,
-        layout,
-        made_from,
+        [(chunks, config.sequence_length, teacher.config.hidden_size) for teacher in teachers],
+        torch.bfloat16 if compute.precision == "bf16" else torch.float32,
+        {"teachers": digests, "shard": corpus.train.digest},
         compute.device,
         dry_run=config.dry_run,
         out=config.out,

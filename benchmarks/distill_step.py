@@ -34,7 +34,7 @@ from gpt2 import GPT2Config
 from model import PRESETS, build
 from training.device import choose_device, choose_precision
 from training.io import run_program
-from training.teacher_cache import Layout, TeacherCache
+from training.teacher_cache import TeacherCache
 
 # On a CPU all workers are in memory at once: with the plain objective they would take 29 GiB.
 CPU_VARIANTS = ("ours", "ours_eager", "ours_cached", "huggingface", "huggingface_compiled")
@@ -62,10 +62,9 @@ def our_step(args, device, variant, student, teachers):
         for teacher in teachers:
             cast_linears_to_bf16(teacher)
     if "cached" in variant:
-        sizes = tuple(teacher.config.hidden_size for teacher in teachers)
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        layout = Layout(BATCHES * args.batch_size, args.sequence_length, sizes, dtype)
-        cache = TeacherCache.in_memory(layout, device)
+        chunks = BATCHES * args.batch_size
+        shapes = [(chunks, args.sequence_length, teacher.config.hidden_size) for teacher in teachers]
+        cache = TeacherCache.in_memory(shapes, torch.bfloat16 if bf16 else torch.float32, device)
     make_objective = DistillationObjective if variant == "ours_plain" else FusedDistillationObjective
     objective = make_objective(student, teachers, DistillConfig(teachers=[]), cache=cache)
     compiled = variant not in ("ours_eager", "ours_plain")

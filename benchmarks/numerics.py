@@ -19,7 +19,7 @@ from loss import plain_distillation_loss
 from model import build_model
 from training.device import autocast_for, choose_device, compile_blocks
 from training.io import run_program
-from training.teacher_cache import Layout, TeacherCache
+from training.teacher_cache import TeacherCache
 
 VOCABULARY, SEQUENCES, LENGTH = 4000, 8, 128
 
@@ -62,7 +62,7 @@ def measure(device, results):
     """Adds the errors of each path in fp32 and in bf16 to the results."""
     student, teachers = small_models()
     (batch,) = random_batches(1, SEQUENCES, LENGTH, VOCABULARY, device)
-    sizes = tuple(teacher.config.hidden_size for teacher in teachers)
+    shapes = [(SEQUENCES, LENGTH, teacher.config.hidden_size) for teacher in teachers]
 
     def objective(make, cache=None):
         config = DistillConfig(teachers=[])
@@ -83,7 +83,7 @@ def measure(device, results):
         fused = objective(FusedDistillationObjective)
         add(f"{precision}, fused", fused, autocast)
         add(f"{precision}, fused, accumulated", fused, autocast, micro_batch_size=3)
-        cache = TeacherCache.in_memory(Layout(SEQUENCES, LENGTH, sizes, dtype), device)
+        cache = TeacherCache.in_memory(shapes, dtype, device)
         cached = objective(FusedDistillationObjective, cache)
         add(f"{precision}, fused, cached teachers", cached, autocast)
         compiled = copy.deepcopy(fused)

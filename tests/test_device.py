@@ -21,7 +21,7 @@ from training.cuda_graph import GraphedStep
 from training.device import Compute, checkpoint_activations, choose_device, should_capture
 from training.io import UserError
 from training.resume import training_state
-from training.teacher_cache import Layout, TeacherCache
+from training.teacher_cache import TeacherCache
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -45,7 +45,7 @@ def full_step(kind, device="cpu", precision="fp32"):
 def full_cache(train_shard, device="cpu"):
     """Returns an empty cache for the teachers of `full_step`."""
     chunks = count_chunks(len(train_shard.tokens), 32)
-    return TeacherCache.in_memory(Layout(chunks, 32, (96, 96), torch.bfloat16), device)
+    return TeacherCache.in_memory(2 * [(chunks, 32, 96)], torch.bfloat16, device)
 
 
 def tensors_in(tree):

@@ -36,7 +36,7 @@ from training import checkpoint as checkpoints
 from training.io import PAGE_BYTES, UserError, first_line_bytes, pack_header
 from training.resume import check_same_run, restore, training_state
 from training.teacher_cache import MAGIC as CACHE_MAGIC
-from training.teacher_cache import Layout, TeacherCache
+from training.teacher_cache import TeacherCache
 
 PAIR = {"sentence_good": "the cat", "sentence_bad": "cat the", "linguistics_term": "x"}
 EXAMPLE = {"text": "the cat", "label": 1}
@@ -175,8 +175,8 @@ def kinds(tmp_path_factory, data_folder, tokenizer):
     shapes = {name: array.shape for name, array in arrays.items()}
     shard = (data_folder / "train.bin").read_bytes()
     shard_header = json.loads(shard[FIRST_LINE_BYTES:PAGE_BYTES])
-    layout, made_from = Layout(4, 3, (2,), torch.float32), {"teachers": ["a"]}
-    TeacherCache.in_file(folder / "cache", layout, made_from)
+    arrays = {"shapes": [(4, 3, 2)], "dtype": torch.float32, "made_from": {"teachers": ["a"]}}
+    TeacherCache.in_file(folder / "cache", **arrays)
     cache = (folder / "cache").read_bytes()
     cache_header = json.loads(cache[first_line_bytes(CACHE_MAGIC) : PAGE_BYTES])
     signed = {
@@ -190,7 +190,7 @@ def kinds(tmp_path_factory, data_folder, tokenizer):
             folder / "a.cache",
             cache_header,
             sign["teacher caches"],
-            lambda path: TeacherCache.in_file(path, layout, made_from),
+            lambda path: TeacherCache.in_file(path, **arrays),
         ),
         "config.json": Kind(config, json.loads(config.read_text()), write_json, import_folder),
         "losses": Kind(losses, arrays, functools.partial(write_arrays, shapes), compare),

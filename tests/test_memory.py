@@ -15,7 +15,7 @@ from train import CrossEntropyObjective
 from training.checkpoint import read_checkpoint
 from training.device import choose_compute, largest_micro_batch
 from training.io import UserError
-from training.teacher_cache import Layout, TeacherCache
+from training.teacher_cache import TeacherCache
 
 # ---- the trial
 
@@ -56,7 +56,7 @@ def test_a_trial_halves_the_batch_until_it_fits_and_changes_nothing(train_shard,
 
 def test_a_trial_fills_no_teacher_cache(train_shard):
     student, teacher = (models.build_model(name, 300) for name in ("llama-tiny-student", "gpt2-tiny"))
-    cache = TeacherCache.in_memory(Layout(525, 32, (96,), torch.float32), "cpu")
+    cache = TeacherCache.in_memory([(525, 32, 96)], torch.float32, "cpu")
     objective = FusedDistillationObjective(student, [teacher], DistillConfig(teachers=[]), cache)
     batch = BatchStream(train_shard, 4, 32, seed=0)(0)
     assert largest_micro_batch(objective, batch, choose_compute("cpu", "fp32")) == 4

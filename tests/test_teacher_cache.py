@@ -1,6 +1,5 @@
-"""The teachers run once per chunk, and the student does not notice."""
+"""Teachers run once per chunk, and the student is that of live teachers."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -15,56 +14,54 @@ from gpt2 import GPT2
 from training import teacher_cache
 from training.checkpoint import read_checkpoint
 from training.io import PAGE_BYTES, UserError, run_program
-from training.teacher_cache import Layout, TeacherCache
+from training.teacher_cache import TeacherCache
 
-N, T, SIZES = 6, 4, (3, 5)
-LAYOUT = Layout(N, T, SIZES, torch.bfloat16)
+N, T = 6, 4
+ARRAYS = {"shapes": [(N, T, 3), (N, T, 5)], "dtype": torch.bfloat16}
 MADE_FROM = {"teachers": ["a", "b"], "shard": "c"}
 
 
-def states(chunk_ids, dtype=torch.bfloat16):
-    """Other numbers for every chunk."""
+def states(chunk_ids):
+    """Returns states that differ from chunk to chunk."""
     torch.manual_seed(0)
-    every = [torch.randn(N, T, size).to(dtype) for size in SIZES]
-    return [s[chunk_ids] for s in every]
+    return [torch.randn(shape).to(torch.bfloat16)[chunk_ids] for shape in ARRAYS["shapes"]]
 
 
 def open_file(path, **changes):
-    made_from = changes.pop("made_from", MADE_FROM)
-    return TeacherCache.in_file(path, dataclasses.replace(LAYOUT, **changes), made_from)
+    return TeacherCache.in_file(path, **(ARRAYS | {"made_from": MADE_FROM} | changes))
+
+
+def same(tensors, others):
+    return len(tensors) == len(others) and all(torch.equal(a, b) for a, b in zip(tensors, others))
 
 
 @pytest.fixture(params=["memory", "file"])
 def empty(request, tmp_path):
     if request.param == "file":
         return open_file(tmp_path / "cache.bin")
-    return TeacherCache.in_memory(LAYOUT, "cpu")
+    return TeacherCache.in_memory(**ARRAYS, device="cpu")
 
 
 def test_what_was_written_is_read_chunk_by_chunk(empty):
-    first = torch.tensor([4, 0, 2])
-    empty.write(first, states(first))
+    written, ids = torch.tensor([4, 0, 2]), torch.tensor([2, 4])
+    empty.write(written, states(written))
     assert empty.read(torch.tensor([4, 1])) is None
-    ids = torch.tensor([2, 4])
-    for got, expected in zip(empty.read(ids), states(ids)):
-        assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+    assert same(empty.read(ids), states(ids)) and empty.read(ids)[0].dtype == torch.bfloat16
 
 
-def test_what_is_kept_is_not_written_again(empty):
+def test_a_chunk_is_written_once(empty):
     first, again = torch.tensor([4, 1]), torch.tensor([2, 4])
     empty.write(first, states(first))
     changed = [state + 1 for state in states(again)]
-    returned = empty.write(again, changed)
-    assert all(torch.equal(a, b) for a, b in zip(returned, changed))
+    assert same(empty.write(again, changed), changed)
     expected = [torch.stack([new[0], old[0]]) for new, old in zip(changed, states(first))]
-    assert all(torch.equal(a, b) for a, b in zip(empty.read(again), expected))
+    assert same(empty.read(again), expected)
 
 
 def test_a_file_outlives_its_process(tmp_path):
     ids = torch.tensor([1, 5])
     open_file(tmp_path / "c").write(ids, states(ids))
-    again = open_file(tmp_path / "c")
-    assert all(torch.equal(a, b) for a, b in zip(again.read(ids), states(ids)))
+    assert same(open_file(tmp_path / "c").read(ids), states(ids))
 
 
 @pytest.mark.parametrize(
@@ -73,9 +70,8 @@ def test_a_file_outlives_its_process(tmp_path):
         {"made_from": MADE_FROM | {"teachers": ["a", "x"]}},
         {"made_from": MADE_FROM | {"shard": "x"}},
         {"dtype": torch.float32},
-        {"num_chunks": 7},
-        {"sequence_length": 5},
-        {"hidden_sizes": (5, 3)},
+        {"shapes": [(N + 1, T, 3), (N + 1, T, 5)]},
+        {"shapes": [(N, T, 5), (N, T, 3)]},
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, changes):
@@ -86,31 +82,32 @@ def test_a_file_of_something_else_is_refused(tmp_path, changes):
     assert (tmp_path / "c").read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "longer", "magic", "header", "text"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: content + b"x",
+        lambda content: b"X" + content[1:],
+        lambda content: content[:100] + b"?" + content[101:],
+        lambda content: b"my thesis",
+    ],
+    ids=["empty", "cut", "longer", "magic", "header", "text"],
+)
 def test_a_damaged_file_is_refused(tmp_path, damage):
     path = tmp_path / "c"
     open_file(path)
-    whole = path.read_bytes()
-    path.write_bytes(
-        {
-            "empty": b"",
-            "cut": whole[:-1],
-            "longer": whole + b"x",
-            "magic": b"X" + whole[1:],
-            "header": whole[:100] + b"?" + whole[101:],
-            "text": b"my thesis",
-        }[damage]
-    )
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match="damaged"):
         open_file(path)
 
 
-def test_any_changed_byte_of_a_chunk_is_found_and_the_chunk_made_again(tmp_path, capsys):
+def test_any_changed_byte_of_a_chunk_is_found_and_the_chunk_computed_again(tmp_path, capsys):
     path, ids = tmp_path / "c", torch.arange(N)
     open_file(path).write(ids, states(ids))
-    whole = bytearray(path.read_bytes())
-    for position in range(PAGE_BYTES, len(whole), 7):
-        changed = bytearray(whole)
+    content = bytearray(path.read_bytes())
+    for position in range(PAGE_BYTES, len(content), 7):
+        changed = bytearray(content)
         changed[position] ^= 1
         path.write_bytes(changed)
         assert open_file(path).digests.any(axis=1).sum() == N - 1, position
@@ -127,8 +124,7 @@ def test_two_runs_that_make_a_file_at_the_same_time_share_it(tmp_path, monkeypat
 
     (tmp_path / "c.0123abcd.tmp").touch()  # left by a run that was killed
     monkeypatch.setattr(os, "posix_fallocate", another_run_is_faster)
-    cache = open_file(path)
-    assert all(torch.equal(a, b) for a, b in zip(cache.read(ids), states(ids)))
+    assert same(open_file(path).read(ids), states(ids))
     assert [file.name for file in tmp_path.iterdir()] == ["c"]
 
 
@@ -152,9 +148,10 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 # ---- in training
 
-OPTIONS = ["--model", "llama-tiny-student", "--batch-size", "8", "--sequence-length", "32"]
-OPTIONS += ["--device", "cpu", "--eval-sequences", "8", "--log-every", "100", "--save-every", "60"]
+OPTIONS = ["--batch-size", "8", "--sequence-length", "32", "--device", "cpu", "--eval-sequences", "8"]
+OPTIONS += ["--log-every", "100", "--save-every", "60"]
 STEPS = ["--steps", "90"]  # 525 chunks at 8 a step: an epoch and a third
+STATE_BYTES = 525 * 32 * (96 + 96) * 4  # in float32
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +159,13 @@ def teachers(data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     for name in ("gpt2-tiny", "llama-tiny"):
         options = ["--data", str(data_folder), "--out", str(folder / name), "--steps", "3"]
-        train.main(["--model", name, *options, *OPTIONS[2:]])
+        train.main(["--model", name, *options, *OPTIONS])
     return [str(folder / name / "best.pt") for name in ("gpt2-tiny", "llama-tiny")]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many chunks the GPT-2, which is a teacher, has read."""
+    """The number of chunks that the GPT-2, which is a teacher, has read: a list of one number."""
     count, hidden_states = [0], GPT2.hidden_states
 
     def counted(self, tokens):
@@ -179,99 +176,89 @@ def calls(monkeypatch):
     return count
 
 
-def distilled(teachers, data_folder, out, *more):
-    arguments = ["--teachers", *teachers, "--data", str(data_folder), *OPTIONS, *STEPS]
-    code = run_program(lambda: distill.main([*arguments, "--out", str(out), *map(str, more)]))
-    return code, read_checkpoint(out / "checkpoint.pt")["weights"]
+@pytest.fixture
+def distilled(teachers, data_folder):
+    """A function that distils into a folder and returns the exit code."""
+
+    def run(out, *options, teachers=teachers):
+        arguments = ["--teachers", *teachers, "--data", str(data_folder), "--out", str(out)]
+        arguments += ["--model", "llama-tiny-student", *OPTIONS, *STEPS, *map(str, options)]
+        return run_program(lambda: distill.main(arguments))
+
+    return run
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def weights(out):
+    return list(read_checkpoint(out / "checkpoint.pt")["weights"].values())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_student_is_that_of_live_teachers(teachers, data_folder, tmp_path, calls, precision):
-    _, live = distilled(teachers, data_folder, tmp_path / "live", "--precision", precision)
+def test_the_student_is_that_of_live_teachers(distilled, tmp_path, calls, precision):
+    distilled(tmp_path / "live", "--precision", precision)
     assert calls[0] == 90 * 8
     calls[0] = 0
-    options = ("--precision", precision, "--cache-teachers", "host")
-    _, cached = distilled(teachers, data_folder, tmp_path / "cached", *options)
-    assert 525 <= calls[0] <= 525 + 8  # each chunk once; a batch over an epoch's edge is whole
-    spread = max((live[n] - cached[n]).abs().max() for n in live)
-    assert spread <= (1e-5 if precision == "fp32" else 2e-2)
-    logs = [
-        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-        for run in ("live", "cached")
-    ]
-    values = [[e["dev_cross_entropy"] for e in log if "dev_cross_entropy" in e] for log in logs]
-    assert len(values[0]) == 2
-    assert all(abs(a - b) < 5e-3 for a, b in zip(*values))
+    distilled(tmp_path / "cached", "--precision", precision, "--cache-teachers", "host")
+    assert 525 <= calls[0] <= 525 + 8  # each chunk once; the batch at the end of the epoch is run whole
+    pairs = zip(weights(tmp_path / "live"), weights(tmp_path / "cached"))
+    assert max((a - b).abs().max() for a, b in pairs) <= (1e-5 if precision == "fp32" else 2e-2)
+    losses = []
+    for name in ("live", "cached"):
+        entries = map(json.loads, (tmp_path / name / "log.jsonl").open())
+        losses.append([entry["dev_cross_entropy"] for entry in entries if "dev_cross_entropy" in entry])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=5e-3)
 
 
-def test_a_second_student_runs_no_teacher_at_all(teachers, data_folder, tmp_path, calls):
-    option = ("--cache-teachers", tmp_path / "c.bin")
-    _, first = distilled(teachers, data_folder, tmp_path / "one", *option)
+def test_a_second_student_runs_no_teacher_at_all(distilled, tmp_path, calls):
+    distilled(tmp_path / "one", "--cache-teachers", tmp_path / "c.bin")
     calls[0] = 0
-    _, second = distilled(teachers, data_folder, tmp_path / "two", *option)
-    assert calls[0] == 0 and same(first, second)
+    distilled(tmp_path / "two", "--cache-teachers", tmp_path / "c.bin")
+    assert calls[0] == 0 and same(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
 @pytest.mark.parametrize("place", ["host", "file"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(teachers, data_folder, tmp_path, monkeypatch, place):
-    def option(name):
-        return ("--cache-teachers", place if place == "host" else tmp_path / f"{name}.bin")
+def test_a_run_that_was_stopped_ends_with_the_same_bits(distilled, tmp_path, monkeypatch, place):
+    def run(name):
+        return distilled(
+            tmp_path / name, "--cache-teachers", "host" if place == "host" else tmp_path / f"{name}.bin"
+        )
 
-    _, whole = distilled(teachers, data_folder, tmp_path / "whole", *option("whole"))
+    run("undisturbed")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 75)
-        code, _ = distilled(teachers, data_folder, tmp_path / "cut", *option("cut"))
-    assert code == 143
-    code, resumed = distilled(teachers, data_folder, tmp_path / "cut", *option("cut"))
-    assert code == 0 and same(whole, resumed)
+        assert run("stopped") == 143
+    assert run("stopped") == 0 and same(weights(tmp_path / "undisturbed"), weights(tmp_path / "stopped"))
 
 
-def test_a_cache_of_other_teachers_is_refused(teachers, data_folder, tmp_path, capsys):
+def test_a_cache_of_other_teachers_is_refused(distilled, teachers, tmp_path, capsys):
     option = ("--cache-teachers", tmp_path / "c.bin")
-    distilled(teachers, data_folder, tmp_path / "one", *option)
-    arguments = ["--teachers", *reversed(teachers), "--data", str(data_folder), *OPTIONS, *STEPS]
-    arguments += ["--out", str(tmp_path / "two"), *map(str, option)]
+    distilled(tmp_path / "one", *option)
     capsys.readouterr()
-    assert run_program(lambda: distill.main(arguments)) == 1
+    assert distilled(tmp_path / "two", *option, teachers=teachers[::-1]) == 1
     assert "c.bin" in capsys.readouterr().err and not (tmp_path / "two").exists()
 
 
-def refused(teachers, data_folder, out, capsys, *more):
-    arguments = ["--teachers", *teachers, "--data", str(data_folder), "--out", str(out), *more]
-    assert run_program(lambda: distill.main([*arguments, *OPTIONS, *STEPS])) == 1
-    assert not out.exists()
-    return capsys.readouterr().err
-
-
-def test_what_does_not_fit_is_said_before_training(teachers, data_folder, tmp_path, capsys, monkeypatch):
-    needed = 525 * 32 * (96 + 96) * 4
-    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda place, device: needed - 1)
-    more = ("--precision", "fp32", "--cache-teachers", "host")
-    error = refused(teachers, data_folder, tmp_path / "s", capsys, *more)
-    assert f"{needed} bytes needed, {needed - 1} free" in error
-    more = ("--precision", "fp32", "--cache-teachers", "auto")
-    assert distilled(teachers, data_folder, tmp_path / "s", *more)[0] == 0
+def test_a_cache_that_does_not_fit_is_refused_and_auto_goes_on_without(
+    distilled, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda place, device: STATE_BYTES - 1)
+    assert distilled(tmp_path / "s", "--precision", "fp32", "--cache-teachers", "host") == 1
+    assert f"{STATE_BYTES} bytes needed, {STATE_BYTES - 1} free" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    assert distilled(tmp_path / "s", "--precision", "fp32", "--cache-teachers", "auto") == 0
     assert "cache      none" in capsys.readouterr().out
 
 
-def test_a_cache_leaves_room_for_the_checkpoints_on_its_disk(
-    teachers, data_folder, tmp_path, capsys, monkeypatch
-):
-    """Asked before the cache takes its room: the run would end when it saves."""
-    free = 525 * 32 * (96 + 96) * 4 + 1000
-    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda place, device: free)
-    more = ("--precision", "fp32", "--cache-teachers", str(tmp_path / "c.bin"))
-    error = refused(teachers, data_folder, tmp_path / "s", capsys, *more)
-    assert f"{free} free" in error and not (tmp_path / "c.bin").exists()
+def test_a_cache_leaves_room_for_the_checkpoints_on_its_disk(distilled, tmp_path, capsys, monkeypatch):
+    """Asked before the cache takes its room: else the run would end when it saves."""
+    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda place, device: STATE_BYTES + 1000)
+    assert distilled(tmp_path / "s", "--precision", "fp32", "--cache-teachers", tmp_path / "c.bin") == 1
+    assert f"{STATE_BYTES + 1000} free" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_gpu_memory_needs_a_gpu(teachers, data_folder, tmp_path, capsys):
-    error = refused(teachers, data_folder, tmp_path / "s", capsys, "--cache-teachers", "gpu")
-    assert "use host or a FILE" in error
+def test_gpu_memory_needs_a_gpu(distilled, tmp_path, capsys):
+    assert distilled(tmp_path / "s", "--cache-teachers", "gpu") == 1
+    assert "use host or a FILE" in capsys.readouterr().err
 
 
 def test_chunks_that_move_cannot_be_kept():
@@ -280,9 +267,7 @@ def test_chunks_that_move_cannot_be_kept():
     assert stop.value.code == 2
 
 
-def test_a_dry_run_prints_the_size_and_makes_no_file(teachers, data_folder, tmp_path, capsys):
-    option = ["--cache-teachers", str(tmp_path / "c.bin"), "--dry-run"]
-    arguments = ["--teachers", *teachers, "--data", str(data_folder), *OPTIONS, *STEPS]
-    assert run_program(lambda: distill.main([*arguments, *option, "--out", str(tmp_path / "s")])) == 0
+def test_a_dry_run_prints_the_size_and_makes_no_file(distilled, tmp_path, capsys):
+    assert distilled(tmp_path / "s", "--cache-teachers", tmp_path / "c.bin", "--dry-run") == 0
     assert "of the teachers' hidden states in" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

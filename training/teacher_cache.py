@@ -21,7 +21,6 @@ import math
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,26 +38,6 @@ DIGEST_BYTES = 32
 AUTO_SHARE = 0.7  # of free memory that --cache-teachers auto may take
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The arrays of a cache: N chunks of T positions, one hidden size per teacher, one dtype."""
-
-    num_chunks: int
-    sequence_length: int
-    hidden_sizes: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def shapes(self):
-        """(N, T, C_k) of each teacher's array."""
-        return [(self.num_chunks, self.sequence_length, size) for size in self.hidden_sizes]
-
-    @property
-    def bytes(self):
-        """The size of all arrays."""
-        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize
-
-
 class TeacherCache:
     """Hidden states by chunk: `read(ids)` returns what `write(ids, states)` was given."""
 
@@ -68,37 +47,37 @@ class TeacherCache:
         self.filled = torch.zeros(len(arrays[0]), dtype=torch.bool)
 
     @classmethod
-    def in_memory(cls, layout, device):
-        """Returns an empty cache on `device`."""
-        return cls([torch.empty(s, device=device, dtype=layout.dtype) for s in layout.shapes])
+    def in_memory(cls, shapes, dtype, device):
+        """Returns an empty cache on `device`; `shapes` are K × (N, T, C_k)."""
+        return cls([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
 
     @classmethod
-    def in_file(cls, path, layout, made_from, verify=True):
+    def in_file(cls, path, shapes, dtype, made_from, verify=True):
         """Returns the cache in the file `path`, which is made if it does not exist.
 
         `made_from` is a dict for JSON. Chunks with other bytes than were written are dropped with a
         warning, if `verify`. Raises `UserError` if the file is of something else, or the disk is full.
         """
-        path = Path(path)
-        content = {"shapes": layout.shapes, "dtype": str(layout.dtype)} | made_from
+        path, num_chunks = Path(path), shapes[0][0]
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        content = {"shapes": shapes, "dtype": str(dtype)} | made_from
         header = pack_header(MAGIC, VERSION, json.dumps(content).encode())
-        start = len(header) + DIGEST_BYTES * layout.num_chunks
+        start = len(header) + DIGEST_BYTES * num_chunks
         if not path.exists():
-            _allocate(path, header, start + layout.bytes)
+            _allocate(path, header, start + sum(sizes))
         with open(path, "rb") as file:
             saved = file.read(len(header))
         if not saved.startswith(MAGIC.encode()):
             raise UserError(f"{path} is no teacher cache, or damaged: choose another name")
-        if saved != header or path.stat().st_size != start + layout.bytes:
+        if saved != header or path.stat().st_size != start + sum(sizes):
             raise UserError(
                 f"{path} is damaged, or was made with other teachers, tokenizer, data, "
                 "--sequence-length or --precision: choose another file, or delete it"
             )
-        digests = np.memmap(path, np.uint8, "r+", len(header), (layout.num_chunks, DIGEST_BYTES))
+        digests = np.memmap(path, np.uint8, "r+", len(header), (num_chunks, DIGEST_BYTES))
         states = torch.from_numpy(np.memmap(path, np.uint8, "r+", start))
-        sizes = [math.prod(shape) * layout.dtype.itemsize for shape in layout.shapes]
-        pairs = zip(states.split(sizes), layout.shapes)
-        cache = cls([array.view(layout.dtype).view(shape) for array, shape in pairs], digests)
+        arrays = [array.view(dtype).view(shape) for array, shape in zip(states.split(sizes), shapes)]
+        cache = cls(arrays, digests)
         if verify:
             cache.drop_damaged(path)
         return cache
@@ -172,45 +151,45 @@ def _allocate(path, header, size):
         temporary.unlink(missing_ok=True)
 
 
-def open_cache(place, layout, made_from, device, dry_run=False, out=".", out_bytes=0):
-    """Returns the cache that --cache-teachers asks for, or None for none.
+def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", out_bytes=0):
+    """Returns the cache of --cache-teachers off, auto, gpu, host or a file: None if there is none.
 
-    `place` is off, auto, gpu, host or a file; the run will write `out_bytes` to the folder `out`.
-    Prints the place and the size. Raises `UserError` if the cache does not fit, or if several
-    processes cannot share it.
+    `shapes` are K × (N, T, C_k); the run will write `out_bytes` to the folder `out`. Prints place and
+    size. Raises `UserError` if the cache does not fit, or if several processes cannot share it.
     """
-    processes, in_file = distributed.world_size(), place not in ("off", "auto", "gpu", "host")
     if place == "off":
         return None
-    if place == "auto" and processes > 1:
-        log("cache      none: several processes share one in a file, --cache-teachers FILE")
-        return None
-    if place in ("gpu", "host") and processes > 1:
-        raise UserError(
-            f"--cache-teachers {place}: each of {processes} processes would keep chunks that "
-            "another one reads; give a FILE that they share, in /dev/shm for one in memory"
+    in_file, processes = place not in ("auto", "gpu", "host"), distributed.world_size()
+    if not in_file and processes > 1:
+        problem = (
+            f"each of {processes} processes would keep chunks that another one reads; give a FILE that "
+            "they share, in /dev/shm for one in memory"
         )
+        if place != "auto":
+            raise UserError(f"--cache-teachers {place}: {problem}")
+        log(f"cache      none: {problem}")
+        return None
     if place == "gpu" and device.type != "cuda":
         raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
     if in_file and distributed.node_rank() is not None:
         place = f"{place}.{distributed.node_rank()}"  # each machine has its own
-    needed = layout.bytes
+    size = needed = sum(map(math.prod, shapes)) * dtype.itemsize
     if in_file and existing_folder(place).stat().st_dev == existing_folder(out).stat().st_dev:
         needed += out_bytes  # so that the cache leaves room for checkpoints
     place, free = _choose_place(place, needed, device)
     distributed.all_gather(None)  # all ranks have looked before one takes the room
     if place is None:
-        log(f"cache      none: {layout.bytes / GIB:.2f} GiB do not fit")
+        log(f"cache      none: {size / GIB:.2f} GiB do not fit")
         return None
     room = "" if free is None else f", {free / GIB:.1f} GiB free"
-    log(f"cache      {layout.bytes / GIB:.2f} GiB of the teachers' hidden states in {place}{room}")
+    log(f"cache      {size / GIB:.2f} GiB of the teachers' hidden states in {place}{room}")
     if dry_run:
         return None
     if not in_file:
-        return TeacherCache.in_memory(layout, device if place == "gpu" else "cpu")
+        return TeacherCache.in_memory(shapes, dtype, device if place == "gpu" else "cpu")
     is_first = distributed.local_rank() == 0  # on its machine
     return distributed.rank_zero_first(
-        lambda: TeacherCache.in_file(place, layout, made_from, verify=is_first), is_first
+        lambda: TeacherCache.in_file(place, shapes, dtype, made_from, verify=is_first), is_first
     )
 
 
@@ -219,16 +198,16 @@ def _choose_place(place, needed, device):
 
     Raises `UserError` if a place was asked for by name and has too little.
     """
+    candidates, share = [place], 1
     if place == "auto":
-        for candidate in ("gpu", "host") if device.type == "cuda" else ("host",):
-            free = _free_bytes(candidate, device)
-            if free is None or needed < AUTO_SHARE * free:
-                return candidate, free
-        return None, None
-    free = _free_bytes(place, device)
-    if free is not None and needed >= free:
+        candidates, share = ["gpu", "host"] if device.type == "cuda" else ["host"], AUTO_SHARE
+    for candidate in candidates:
+        free = _free_bytes(candidate, device)
+        if free is None or needed < share * free:
+            return candidate, free
+    if place != "auto":
         raise UserError(f"--cache-teachers {place}: {needed} bytes needed, {free} free")
-    return place, free
+    return None, None
 
 
 def _free_bytes(place, device):
