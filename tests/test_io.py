@@ -14,6 +14,7 @@ from training.io import (
     atomic_write,
     first_line_bytes,
     locked,
+    open_temporary,
     pack_header,
     remove_temporaries,
     run_program,
@@ -115,11 +116,14 @@ def test_a_write_follows_no_link_and_takes_no_foreign_temporary_file(tmp_path):
     assert (out / "x").read_text() == "new" and not (out / "x").is_symlink()
 
 
-def test_only_temporary_files_of_known_names_are_removed(tmp_path):
+def test_temporary_files_of_known_names_and_of_dead_writers_are_removed(tmp_path):
     kept = ["x.tmp", "best.pt.tmp", "y.0123abcd.tmp", "best.pt.0123ABCD.tmp", "mybest.pt.0123abcd.tmp"]
     for name in (*kept, "best.pt.0123abcd.tmp"):
         (tmp_path / name).write_text("")
     (tmp_path / "best.pt.ffffffff.tmp").mkdir()
+    with open_temporary(tmp_path / "best.pt") as file:  # and deletes that of a killed process
+        remove_temporaries(tmp_path, ["best.pt", "log.jsonl"])
+        assert os.path.exists(file.name)
     remove_temporaries(tmp_path, ["best.pt", "log.jsonl"])
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "best.pt.ffffffff.tmp"])
 

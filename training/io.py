@@ -81,34 +81,45 @@ def atomic_write(path):
     Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
     """
     path = Path(path)
-    # The name cannot be foreseen, and "x" follows no link: another user cannot choose the target.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "xb")
+        file = open_temporary(path)
         try:
             with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+                os.replace(file.name, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            Path(file.name).unlink(missing_ok=True)
             raise
         fsync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
-def remove_temporaries(folder, names):
-    """Deletes files that a killed `atomic_write` of one of `names` left in `folder`.
+def open_temporary(path):
+    """Returns a new file beside `path` to write to, and deletes those that killed processes left.
 
-    The caller holds the folder's lock: no other process is writing these files.
+    Its lock shows that its writer lives, until the file is closed.
     """
+    remove_temporaries(path.parent, [path.name])
+    # No link can wait under a random name, and "x" would not follow it.
+    file = open(path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), "xb")
+    with contextlib.suppress(OSError):  # some file systems have no locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def remove_temporaries(folder, names):
+    """Deletes temporary files of `names` in `folder` that no living process is writing."""
     pattern = rf"({'|'.join(map(re.escape, names))})\.[0-9a-f]{{8}}\.tmp"
-    for path in Path(folder).iterdir():
-        if re.fullmatch(pattern, path.name) and path.is_file():
-            path.unlink()
+    for path in Path(folder).glob("*.tmp"):
+        if re.fullmatch(pattern, path.name) and path.is_file() and not path.is_symlink():
+            # A writer that lives has the lock.
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 @contextlib.contextmanager

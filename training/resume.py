@@ -75,7 +75,8 @@ def training_state(train_step):
     steps, random state of rank 0 and of the others.
     """
     parameters, device = train_step.parameters, train_step.nonfinite_steps.device
-    rank_zero, *others = distributed.all_gather(_random_state(device))
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    rank_zero, *others = distributed.all_gather({"cpu": torch.get_rng_state(), "cuda": cuda})
     optimizer_state = {name: {} for name in parameters}
     for optimizer in train_step.optimizers:
         for name, parameter in parameters.items():
@@ -93,15 +94,6 @@ def training_state(train_step):
 def _own(parameters):
     """The parameters that belong to the objective and not to its model."""
     return {name: p for name, p in parameters.items() if name.startswith("objective.")}
-
-
-def _random_state(device):
-    """The states of the generators that dropout draws from."""
-    on_cuda = device.type == "cuda"
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if on_cuda else None,
-    }
 
 
 def _restore_random_state(saved, device, seed, step):
@@ -267,14 +259,14 @@ def find_checkpoint(config, provenance):
     return None, None
 
 
-def _check_best(progress, best):
+def _check_best(progress, path):
     """Forgets the best evaluation of an unfinished run whose best.pt is damaged or gone."""
-    if progress["best_step"]:
-        try:
-            read_checkpoint(best)
-        except UserError as error:
-            warn(f"{error}; the next evaluation writes it anew")
-            _forget_best(progress)
+    try:
+        if progress["best_step"]:
+            read_checkpoint(path)
+    except UserError as error:
+        warn(f"{error}; the next evaluation writes it anew")
+        _forget_best(progress)
 
 
 def _forget_best(progress):

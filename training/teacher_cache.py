@@ -13,13 +13,10 @@ Dimensions: N chunks, B sequences, T positions, C hidden.
 """
 
 import contextlib
-import fcntl
-import glob
 import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 from pathlib import Path
 
@@ -29,7 +26,7 @@ from tqdm import tqdm
 
 from training import distributed
 from training.device import free_bytes
-from training.io import GIB, UserError, log, pack_header, warn
+from training.io import GIB, UserError, log, open_temporary, pack_header, remove_temporaries, warn
 from training.plan import existing_folder
 
 MAGIC = "babyllama-cache"
@@ -131,24 +128,22 @@ def _allocate(path, header, size):
 
     Raises `UserError` if the disk is full.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f"{glob.escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
-            with open(leftover, "rb") as file, contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process still runs, or was killed
-                leftover.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        file = open_temporary(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with file:
             # Blocks are reserved: to write into a hole of a mapped file on a full disk is a SIGBUS.
             os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
-        with contextlib.suppress(FileExistsError):  # another run has made it at the same time
-            os.link(temporary, path)
+            with contextlib.suppress(FileExistsError):  # another run has made it at the same time
+                os.link(file.name, path)
     except OSError as error:
         raise UserError(f"cannot write {path}, {size} bytes: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        os.unlink(file.name)
 
 
 def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", out_bytes=0):
@@ -173,6 +168,8 @@ def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", 
         raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
     if in_file and distributed.node_rank() is not None:
         place = f"{place}.{distributed.node_rank()}"  # each machine has its own
+    if in_file and not dry_run:
+        remove_temporaries(Path(place).parent, [Path(place).name])
     size = needed = sum(map(math.prod, shapes)) * dtype.itemsize
     if in_file and existing_folder(place).stat().st_dev == existing_folder(out).stat().st_dev:
         needed += out_bytes  # so that the cache leaves room for checkpoints
