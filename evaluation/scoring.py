@@ -77,8 +77,8 @@ def prefix_ids(tokenizer, convention):
 
     Raises `UserError` if the tokenizer lacks what the convention puts before a sentence.
     """
-    prefix, processor = CONVENTIONS[convention].prefix, tokenizer.processor
-    if CONVENTIONS[convention].leading_space and processor.encode(" a", return_type=str)[0][0] != "\u2581":
+    prefix, pieces = CONVENTIONS[convention].prefix, tokenizer.processor.encode(" a", return_type=str)
+    if CONVENTIONS[convention].leading_space and not pieces[0].startswith("\u2581"):
         raise UserError(f"--convention {convention}: the tokenizer drops a leading space: choose another")
     if prefix is None:
         return []
@@ -86,8 +86,8 @@ def prefix_ids(tokenizer, convention):
         ids = tokenizer.encode("\n")
         exists = tokenizer.decode(ids) == "\n"
     else:
-        ids = [processor.bos_id() if prefix == "bos" else processor.eos_id()]
-        exists = ids[0] >= 0
+        ids = [tokenizer.bos_id if prefix == "bos" else tokenizer.eos_id]
+        exists = ids != [None]
     if not exists:
         raise UserError(f"--convention {convention}: the tokenizer has no {prefix!r}: choose another")
     return ids
