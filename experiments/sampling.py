@@ -32,7 +32,8 @@ def count_words(text):
 
 def sentences(text):
     """The sentences of a text, each with the blank or newline after it: a line has one at least."""
-    pieces = re.findall(r"[^\n]+?[.!?] |[^\n]*\n|[^\n]+", text)
+    chinese = r"[\u3002\uff01\uff1f]"  # full stop, exclamation and question mark, no blank after them
+    pieces = re.findall(rf"[^\n]+?(?:[.!?] |{chinese})|[^\n]*\n|[^\n]+", text)
     cut = re.compile(rf"\s*(?:\S+\s*){{1,{SENTENCE_WORDS}}}|\s+")
     return [sentence for piece in pieces for sentence in cut.findall(piece)]
 
@@ -65,28 +66,37 @@ def plain_name(path):
     return sub_corpus(path) + (".txt" if suffix == ".jsonl" else suffix)
 
 
+def read_words(folder):
+    """{file: its text} of a folder. Raises `UserError` if blanks do not separate the words."""
+    texts = {path: read_text(path) for path in sub_corpora(folder).values()}
+    if 2 * sum(map(count_unspaced, texts.values())) > sum(map(len, texts.values())):
+        raise UserError(f"{folder}: blanks do not separate its words, none can be sampled: ask for all")
+    return texts
+
+
 def sample_corpus(folder, target, words):
     """Writes a sample of each file of a folder, all in one proportion, with about `words` words."""
-    texts = {plain_name(path): read_text(path) for path in sub_corpora(folder).values()}
+    texts = read_words(folder)
     warn_of_ignored_files(folder)
-    unspaced, characters = (sum(map(count, texts.values())) for count in (count_unspaced, len))
-    if 2 * unspaced > characters:
-        raise UserError(f"{folder}: blanks do not separate its words, none can be sampled: ask for all")
-    total = sum(map(count_words, texts.values()))
-    samples = {name: sample_lines(text, min(1.0, words / max(total, 1))) for name, text in texts.items()}
-    for name, sample in samples.items():
-        write_text(target / name, sample)
-    taken = sum(map(count_words, samples.values()))
+    total, taken = sum(map(count_words, texts.values())), 0
+    for path, text in texts.items():
+        sample = sample_lines(text, min(1.0, words / max(total, 1)))
+        write_text(target / plain_name(path), sample)
+        taken += count_words(sample)
     log(f"sampled {taken:,} of the {total:,} words in {folder} ({words:,} asked for)")
 
 
 def halves(text):
-    """The two halves of a text, by words, cut between lines, or sentences where lines are too long."""
-    total = count_words(text)
+    """The two halves of a text, cut between lines, or between sentences where lines are too long.
+
+    They have as many words, or as many characters if blanks do not separate words.
+    """
+    size = len if 2 * count_unspaced(text) > len(text) else count_words
+    total = size(text)
     for pieces in (split_lines(text), sentences(text)):
         seen, middle = 0, 0
         while 2 * seen < total:
-            seen += count_words(pieces[middle])
+            seen += size(pieces[middle])
             middle += 1
         if 2 * seen - total <= TOLERANCE * total:
             break
@@ -101,10 +111,10 @@ def write_dev_halves(folder, targets, words=None, train_folder=None):
     """
     shares = {}
     if words is not None:
-        counts = {name: count_words(read_text(path)) for name, path in sub_corpora(train_folder).items()}
+        counts = {sub_corpus(path): count_words(text) for path, text in read_words(train_folder).items()}
         shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
     warn_of_ignored_files(folder)
-    written = {target: 0 for target in targets}
+    counts = dict.fromkeys(targets, 0)
     for name, path in sub_corpora(folder).items():
         if words is not None and not shares.get(name):
             warn(f"{path} is left out: {train_folder} has no sub-corpus {name}")
@@ -115,6 +125,7 @@ def write_dev_halves(folder, targets, words=None, train_folder=None):
             if words is not None:
                 half = sample_lines(half, min(1.0, words * shares[name] / count_words(half)))
             write_text(target / plain_name(path), half)
-            written[target] += count_words(half)
-    for target, count in written.items():
-        log(f"{target}: {count:,} words of {folder}")
+            counts[target] += count_words(half)
+    if words is not None:
+        taken = ", ".join(f"{count:,}" for count in counts.values())
+        log(f"sampled {taken} words of the halves of {folder} ({words:,} asked for)")

@@ -227,9 +227,11 @@ def test_what_is_sampled_and_what_is_left_out_is_said(tmp_path, capsys):
     sample_corpus(tmp_path / "train", tmp_path / "sample", 2000)
     write_dev_halves(tmp_path / "dev", (tmp_path / "A", tmp_path / "B"), 700, tmp_path / "train")
     out, err = capsys.readouterr()
-    assert "sampled 1,750 of the 21,000 words" in out and "A: 700 words" in out
+    assert "sampled 1,750 of the 21,000 words" in out and "sampled 700, 700 words" in out
     assert "b.txt is left out" in err
-    (tmp_path / "train" / "a.txt").write_text("\u5c0f\u732b\u559c\u6b22\n" * 99)
+    chinese = "\u5c0f\u732b\u559c\u6b22\u3002"
+    assert halves(chinese * 20) == (chinese * 10, chinese * 10)
+    (tmp_path / "train" / "a.txt").write_text(chinese * 99)
     with pytest.raises(UserError, match="blanks do not separate its words"):
         sample_corpus(tmp_path / "train", tmp_path / "sample", 50)
 
