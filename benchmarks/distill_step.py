@@ -18,17 +18,9 @@ import sys
 
 import torch
 
+from benchmarks import steps
 from benchmarks.measurement import Results, benchmark_parser
 from benchmarks.reference import original_loss, original_step
-from benchmarks.steps import (
-    VOCABULARY,
-    flops_per_token,
-    our_train_step,
-    random_batches,
-    reference_model,
-    round_and_warm_up,
-    time_steps,
-)
 from distill import DistillationObjective, DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
 from gpt2 import GPT2Config
 from model import PRESETS, build
@@ -40,7 +32,7 @@ from training.teacher_cache import TeacherCache
 CPU_VARIANTS = ("ours", "ours_eager", "ours_cached", "huggingface", "huggingface_compiled")
 GPU_VARIANTS = (*CPU_VARIANTS, "ours_plain", "ours_graph", "ours_cached_graph")
 TEACHERS = {
-    "small": (GPT2Config(VOCABULARY, 256, 1024, 8, 8), PRESETS["llama-16m"].config),
+    "small": (GPT2Config(steps.VOCABULARY, 256, 1024, 8, 8), PRESETS["llama-16m"].config),
     "paper": (PRESETS["gpt2-705m"].config, PRESETS["llama-360m"].config),
 }
 STUDENT = "llama-58m"
@@ -68,13 +60,13 @@ def our_step(args, device, variant, student, teachers):
     make_objective = DistillationObjective if variant == "ours_plain" else FusedDistillationObjective
     objective = make_objective(student, teachers, DistillConfig(teachers=[]), cache=cache)
     compiled = variant not in ("ours_eager", "ours_plain")
-    return our_train_step(objective, device, args.precision, compiled, graphed="graph" in variant)
+    return steps.our_train_step(objective, device, args.precision, compiled, graphed="graph" in variant)
 
 
 def hugging_face_step(device, variant, student, teachers):
     """Returns the original's step, on Hugging Face's models."""
-    model = student = reference_model(student, device).train()
-    teachers = [reference_model(teacher, device) for teacher in teachers]
+    model = student = steps.reference_model(student, device).train()
+    teachers = [steps.reference_model(teacher, device) for teacher in teachers]
     compiled = variant == "huggingface_compiled"
     if compiled:
         student, *teachers = (torch.compile(m) for m in (model, *teachers))
@@ -91,18 +83,18 @@ def build_variant(args, device, variant):
         step = our_step(args, device, variant, student, teachers)
     else:
         step = hugging_face_step(device, variant, student, teachers)
-    batches = random_batches(BATCHES, args.batch_size, args.sequence_length, VOCABULARY, device)
+    batches = steps.random_batches(BATCHES, args.batch_size, args.sequence_length, steps.VOCABULARY, device)
     warm_up_steps = BATCHES if "cached" in variant else 1  # fills the cache
-    return round_and_warm_up(step, batches, args.steps, device, warm_up_steps)
+    return steps.round_and_warm_up(step, batches, args.steps, device, warm_up_steps)
 
 
 def flops_of(variant, args):
     """Returns the operations per token of a variant's step."""
     teachers, length = TEACHERS[args.teachers], args.sequence_length
-    student = flops_per_token(PRESETS[STUDENT].config, length, training=True)
+    student = steps.flops_per_token(PRESETS[STUDENT].config, length, training=True)
     if "cached" in variant:  # only the product of the teachers' heads remains
         return student + sum(2 * config.hidden_size * config.vocab_size for config in teachers)
-    return student + sum(flops_per_token(config, length, training=False) for config in teachers)
+    return student + sum(steps.flops_per_token(config, length, training=False) for config in teachers)
 
 
 def main(argv=None):
@@ -123,7 +115,7 @@ def main(argv=None):
     variants = args.variants or (GPU_VARIANTS if cuda else CPU_VARIANTS)
     flops = {variant: flops_of(variant, args) for variant in variants}
     tokens = args.steps * args.batch_size * args.sequence_length
-    rates = time_steps(results, functools.partial(build_variant, args, device), flops, tokens)
+    rates = steps.time_steps(results, functools.partial(build_variant, args, device), flops, tokens)
     speeds = {name: result.get("tokens_per_second") for name, result in rates.items()}
     ratios = {}
     for key, (name, base) in RATIOS.items():

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -76,16 +75,6 @@ def describe(device):
         bf16 = ", native bf16" if torch.cpu._is_avx512_bf16_supported() else ""
         name = f"{torch.get_num_threads()} CPU threads{bf16}"
     return {"device": name, "torch": torch.__version__, "commit": commit()}
-
-
-def fastest(function, calls=1):
-    """Returns the seconds of the fastest of several calls."""
-    seconds = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def print_table(rows):

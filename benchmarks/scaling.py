@@ -12,12 +12,13 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from timeit import repeat, timeit
 
 import torch
 
 import make_toy_corpus
 import tokenize_corpus
-from benchmarks.measurement import Results, benchmark_parser, fastest, print_table
+from benchmarks.measurement import Results, benchmark_parser, print_table
 from benchmarks.workers import synchronize
 from data import TokenShard
 from evaluation.minimal_pairs import sentence_scores
@@ -54,7 +55,7 @@ def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
         synchronize(device)
 
     compute()
-    return fastest(compute, calls=5)
+    return min(repeat(compute, number=1, repeat=5))
 
 
 def corpus_seconds(folder, words, device):
@@ -63,14 +64,14 @@ def corpus_seconds(folder, words, device):
     make_toy_corpus.main(["--out", str(text), "--words", str(words)])
     arguments = ["--train", str(text / "train"), "--dev", str(text / "dev")]
     arguments += ["--out", str(folder), "--vocab-size", "1000"]
-    seconds = {"tokenising": fastest(lambda: tokenize_corpus.main(arguments))}
-    seconds["opening a shard"] = fastest(lambda: TokenShard(folder / "train.bin"), calls=5)
+    seconds = {"tokenising": timeit(lambda: tokenize_corpus.main(arguments), number=1)}
+    seconds["opening a shard"] = min(repeat(lambda: TokenShard(folder / "train.bin"), number=1, repeat=5))
     shard, tokenizer = TokenShard(folder / "dev.bin"), Tokenizer.load(folder / "tokenizer.model")
     model = build_model("llama-tiny", shard.vocabulary_size).to(device).eval()
-    seconds["scoring text"] = fastest(lambda: shard_losses(model, shard, 128))
+    seconds["scoring text"] = timeit(lambda: shard_losses(model, shard, 128), number=1)
     lines = (text / "train" / "stories.train").read_text(encoding="utf-8").split("\n")
     sentences = [line for line in lines if line][: words // 20]
-    seconds["scoring sentences"] = fastest(lambda: sentence_scores(model, tokenizer, sentences))
+    seconds["scoring sentences"] = timeit(lambda: sentence_scores(model, tokenizer, sentences), number=1)
     return seconds
 
 

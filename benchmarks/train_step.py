@@ -14,17 +14,9 @@ import sys
 
 import torch
 
+from benchmarks import steps
 from benchmarks.measurement import Results, benchmark_parser
 from benchmarks.reference import original_step
-from benchmarks.steps import (
-    VOCABULARY,
-    flops_per_token,
-    our_train_step,
-    random_batches,
-    reference_model,
-    round_and_warm_up,
-    time_steps,
-)
 from model import PRESETS, build_model
 from train import CrossEntropyObjective
 from training.device import choose_device, choose_precision
@@ -44,13 +36,13 @@ def build_variant(args, device, name, variant):
     compiled = variant not in ("ours_eager", "huggingface")
     if variant.startswith("ours"):
         objective, graphed = CrossEntropyObjective(model), variant == "ours_graph"
-        step = our_train_step(objective, device, args.precision, compiled, graphed)
+        step = steps.our_train_step(objective, device, args.precision, compiled, graphed)
     else:
-        model = reference_model(model, device).train()
+        model = steps.reference_model(model, device).train()
         forward = torch.compile(model) if compiled else model
         step = original_step(model, lambda ids: forward(ids, labels=ids).loss, compiled)
-    batches = random_batches(2, args.batch_size, LENGTH, VOCABULARY, device)
-    return round_and_warm_up(step, batches, args.steps, device)
+    batches = steps.random_batches(2, args.batch_size, LENGTH, steps.VOCABULARY, device)
+    return steps.round_and_warm_up(step, batches, args.steps, device)
 
 
 def main(argv=None):
@@ -70,9 +62,9 @@ def main(argv=None):
     results = Results(args, device)
     for name in args.models or (GPU_MODELS if cuda else CPU_MODELS):
         print(f"{name}, {args.batch_size} x {LENGTH} tokens, ours in {args.precision}", flush=True)
-        flops = dict.fromkeys(variants, flops_per_token(PRESETS[name].config, LENGTH, training=True))
+        flops = dict.fromkeys(variants, steps.flops_per_token(PRESETS[name].config, LENGTH, training=True))
         build_one = functools.partial(build_variant, args, device, name)
-        time_steps(results, build_one, flops, args.steps * args.batch_size * LENGTH, prefix=f"{name} ")
+        steps.time_steps(results, build_one, flops, args.steps * args.batch_size * LENGTH, prefix=f"{name} ")
     results.finish()
 
 
