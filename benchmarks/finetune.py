@@ -7,11 +7,12 @@ trainer          transformers' Trainer with dynamic padding, to the longest text
 trainer_grouped  the same with batches of texts of similar length
 trainer_full     the same with every text padded to 128 tokens, as BabyLM's pipeline of 2023 pads
 
-All variants have the same texts of 8 to 128 random tokens (42 on average), batch size, AdamW, linear
-schedule, clipping and precision. Trainer needs transformers 5 and the package accelerate.
+All variants have the same texts of 8 to 128 random tokens (42 on average), batch size, AdamW,
+clipping and precision. Trainer needs transformers 5 and the package accelerate.
 """
 
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
@@ -19,18 +20,18 @@ import tempfile
 import torch
 
 from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.steps import our_train_step
 from benchmarks.workers import time_variants
 from export_hf import hf_config, hf_weights
 from finetune import ClassificationObjective, ExampleStream
 from finetuning.classifier import as_classifier
 from finetuning.tasks import EncodedExamples
 from model import PRESETS, architecture, build_model
-from train import TrainStep, build_optimizer, learning_rate
-from training.device import autocast_for, choose_device, choose_precision
+from training.device import choose_device, choose_precision
 from training.io import run_program
 
 VARIANTS = ("ours", "trainer", "trainer_grouped", "trainer_full")
-LONGEST, VOCABULARY, RATE = 128, 16_000, 5e-5
+LONGEST, VOCABULARY = 128, 16_000
 
 
 def random_examples(count):
@@ -43,19 +44,15 @@ def random_examples(count):
 
 
 def our_epoch(model, examples, args, device):
-    """Returns a function that trains for an epoch, as finetune.py does."""
-    objective = ClassificationObjective(model).to(device).train()
+    """Returns a function that trains for an epoch, with the batches and the step of finetune.py."""
     stream = ExampleStream(examples, args.batch_size, seed=0)
-    autocast = autocast_for(device, args.precision)
-    step = TrainStep(objective, build_optimizer(objective, 0.0), autocast)
-    steps_done = 0
+    objective = ClassificationObjective(model)
+    step = our_train_step(objective, device, args.precision, compiled=False, graphed=False)
+    steps = itertools.count()
 
     def epoch():
-        nonlocal steps_done
-        for i in range(stream.num_batches):
-            rate = learning_rate(i, stream.num_batches, RATE, 0, schedule="linear")
-            step(stream(steps_done).to(device), rate)
-            steps_done += 1
+        for _ in range(stream.num_batches):
+            step(stream(next(steps)).to(device))
 
     return epoch
 
@@ -83,7 +80,7 @@ def trainer_epoch(model, examples, args, device, variant):
     arguments = transformers.TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is saved
         num_train_epochs=1,
-        learning_rate=RATE,
+        learning_rate=1e-4,
         per_device_train_batch_size=args.batch_size,
         bf16=args.precision == "bf16",
         use_cpu=device.type == "cpu",

@@ -47,59 +47,43 @@ def loss_and_gradients(objective, batch, autocast, micro_batch_size=SEQUENCES):
     return loss, torch.cat(gradients).cpu()
 
 
-def small_models():
-    """Returns a student and two teachers, whose doubled matrices make their predictions sharper."""
-    torch.manual_seed(0)
-    student = build_model("llama-small-student", VOCABULARY)
-    teachers = [build_model(name, VOCABULARY) for name in ("gpt2-small", "llama-small")]
-    for teacher in teachers:
-        for parameter in teacher.parameters():
-            parameter.data *= 2 if parameter.dim() == 2 else 1
-    return student, teachers
-
-
-def measure(device, results):
-    """Adds the errors of each path in fp32 and in bf16 to the results."""
-    student, teachers = small_models()
-    (batch,) = random_batches(1, SEQUENCES, LENGTH, VOCABULARY, device)
-    shapes = [(SEQUENCES, LENGTH, teacher.config.hidden_size) for teacher in teachers]
-
-    def objective(make, cache=None):
-        config = DistillConfig(teachers=[])
-        return make(student, teachers, config, cache=cache).to(device).train()
-
-    exact = copy.deepcopy(objective(ExactObjective)).double()
-    exact_loss, exact_gradients = loss_and_gradients(exact, batch, autocast_for(device, "fp32"))
-
-    def add(name, objective, autocast, micro_batch_size=SEQUENCES):
-        loss_and_gradients(objective, batch, autocast, micro_batch_size)  # fills the cache, if it has one
-        loss, gradients = loss_and_gradients(objective, batch, autocast, micro_batch_size)
-        error = ((gradients - exact_gradients).norm() / exact_gradients.norm()).item()
-        results.add(name, {"loss": abs(loss - exact_loss) / exact_loss, "gradients": error})
-
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        autocast = autocast_for(device, precision)
-        add(f"{precision}, plain", objective(DistillationObjective), autocast)
-        fused = objective(FusedDistillationObjective)
-        add(f"{precision}, fused", fused, autocast)
-        add(f"{precision}, fused, accumulated", fused, autocast, micro_batch_size=3)
-        cache = TeacherCache.in_memory(shapes, dtype, device)
-        cached = objective(FusedDistillationObjective, cache)
-        add(f"{precision}, fused, cached teachers", cached, autocast)
-        compiled = copy.deepcopy(fused)
-        compile_blocks(compiled)
-        add(f"{precision}, fused, compiled", compiled, autocast)
-
-
 def main(argv=None):
     args = benchmark_parser(__doc__).parse_args(argv)
     device = choose_device(args.device)
-    results = Results(args, device)
-    measure(device, results)
-    rows = [["path", "loss", "gradients"]]
-    for name, errors in results.values.items():
-        if name != "machine":
-            rows.append([name, f"{errors['loss']:.1e}", f"{errors['gradients']:.1e}"])
+    results, rows = Results(args, device), [["path", "loss", "gradients"]]
+    torch.manual_seed(0)
+    student = build_model("llama-small-student", VOCABULARY)
+    teachers = [build_model(name, VOCABULARY) for name in ("gpt2-small", "llama-small")]
+    for parameter in (p for teacher in teachers for p in teacher.parameters() if p.dim() == 2):
+        parameter.data *= 2  # sharper predictions, as of trained teachers
+    (batch,) = random_batches(1, SEQUENCES, LENGTH, VOCABULARY, device)
+    shapes = [(SEQUENCES, LENGTH, teacher.config.hidden_size) for teacher in teachers]
+
+    def build(make, cache=None):
+        objective = make(student, teachers, DistillConfig(teachers=[]), cache=cache)
+        return copy.deepcopy(objective).to(device).train()
+
+    exact = build(ExactObjective).double()
+    exact_loss, exact_gradients = loss_and_gradients(exact, batch, autocast_for(device, "fp32"))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        autocast = autocast_for(device, precision)
+        cache = TeacherCache.in_memory(shapes, dtype, device)
+        paths = {
+            "plain": build(DistillationObjective),
+            "fused": build(FusedDistillationObjective),
+            "fused, accumulated": build(FusedDistillationObjective),
+            "fused, cached teachers": build(FusedDistillationObjective, cache),
+            "fused, compiled": build(FusedDistillationObjective),
+        }
+        compile_blocks(paths["fused, compiled"])
+        for name, objective in paths.items():
+            size = 3 if name == "fused, accumulated" else SEQUENCES
+            for _ in range(2):  # the first time fills the cache
+                loss, gradients = loss_and_gradients(objective, batch, autocast, size)
+            loss_error = abs(loss - exact_loss) / exact_loss
+            error = ((gradients - exact_gradients).norm() / exact_gradients.norm()).item()
+            results.add(f"{precision}, {name}", {"loss": loss_error, "gradients": error})
+            rows.append([f"{precision}, {name}", f"{loss_error:.1e}", f"{error:.1e}"])
     print_table(rows)
     results.finish()
 

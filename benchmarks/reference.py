@@ -1,5 +1,8 @@
 """The original's objective on Hugging Face's models: the reference of tests and benchmarks."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,6 +27,24 @@ def hugging_face_model(model, weights=True, attention="eager"):
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         assert not missing or reference.lm_head.weight is reference.get_input_embeddings().weight
     return reference.eval()
+
+
+@torch.no_grad()
+def hugging_face_class_logits(path, examples, max_length, device, batch_size=32):
+    """Returns the logits (N, classes) of a classifier's checkpoint, exported and read by transformers."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder) / "hf"
+        export_hf.export(path, exported)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(exported).eval().to(device)
+    options = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
+    logits = []
+    for start in range(0, len(examples.texts), batch_size):
+        columns = map(list, zip(*examples.texts[start : start + batch_size]))
+        logits.append(model(**tokenizer(*columns, **options).to(device)).logits.cpu())
+    return torch.cat(logits)
 
 
 def original_loss(student, teachers, ids, alpha=0.5, temperature=2.0):

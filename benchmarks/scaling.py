@@ -34,6 +34,7 @@ LOSS_SIZES = {
     "vocabulary": (4000, 8000, 16_000, 32_000),
     "teachers": (1, 2, 4, 8),
 }
+WORDS = (50_000, 100_000, 200_000, 400_000)  # of toy corpora
 
 
 def loss_seconds(device, tokens=1024, vocabulary=8000, teachers=2):
@@ -76,19 +77,14 @@ def corpus_seconds(folder, words, device):
 
 
 def main(argv=None):
-    parser = benchmark_parser(__doc__)
-    sizes = [50_000, 100_000, 200_000, 400_000]
-    text = f"sizes of the toy corpora in words (default: {' '.join(map(str, sizes))})"
-    parser.add_argument("--words", type=int, nargs="+", default=sizes, help=text)
-    args = parser.parse_args(argv)
+    args = benchmark_parser(__doc__).parse_args(argv)
     device = choose_device(args.device)
     results = Results(args, device)
     rows = [["measured", "sizes", "seconds", "exponent"]]
 
     def add(name, sizes, seconds):
-        slope = statistics.linear_regression(
-            [math.log(n) for n in sizes], [math.log(s) for s in seconds]
-        ).slope
+        logarithms = (list(map(math.log, values)) for values in (sizes, seconds))
+        slope = statistics.linear_regression(*logarithms).slope
         results.add(name, {"sizes": sizes, "seconds": seconds, "exponent": slope})
         cells = ", ".join(f"{n:,}" for n in sizes), ", ".join(f"{s:.4f}" for s in seconds)
         rows.append([name, *cells, f"{slope:.2f}"])
@@ -96,9 +92,9 @@ def main(argv=None):
     for name, sizes in LOSS_SIZES.items():
         add(f"loss: {name}", sizes, [loss_seconds(device, **{name: size}) for size in sizes])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        corpora = [corpus_seconds(Path(folder) / str(words), words, device) for words in args.words]
+        corpora = [corpus_seconds(Path(folder) / str(words), words, device) for words in WORDS]
     for name in corpora[0]:
-        add(name, args.words, [seconds[name] for seconds in corpora])
+        add(name, WORDS, [seconds[name] for seconds in corpora])
     print_table(rows)
     results.finish()
 

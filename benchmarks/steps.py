@@ -2,13 +2,13 @@
 
 import functools
 import statistics
-import time
+import timeit
 
 import torch
 
 from benchmarks.measurement import print_table
 from benchmarks.reference import hugging_face_model
-from benchmarks.workers import time_variants
+from benchmarks.workers import synchronize, time_variants
 from data import Batch
 from gpt2 import GPT2Config
 from train import TrainStep, build_optimizer
@@ -16,7 +16,6 @@ from training.cuda_graph import GRAPH_WARM_UP, GraphedStep
 from training.device import autocast_for, compile_blocks
 
 VOCABULARY = 16_000
-CEILING_SECONDS = 10  # for products of matrices; one of them may take longer on a slow processor
 
 
 def our_train_step(objective, device, precision, compiled, graphed):
@@ -84,18 +83,17 @@ def matmul_flops(device, precision):
     size, products = (8192, 10) if cuda else (4096, 1)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds, started = [], time.perf_counter()
-    while len(seconds) < 10 and time.perf_counter() - started < CEILING_SECONDS:
-        begin = time.perf_counter()
+
+    def multiply():
         for _ in range(products):
             a @ b
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - begin) / products)
+        synchronize(device)
+
+    seconds = min(timeit.repeat(multiply, number=1, repeat=5)) / products
     if cuda:
         del a, b
         torch.cuda.empty_cache()  # the workers need the memory
-    return 2 * size**3 / min(seconds)
+    return 2 * size**3 / seconds
 
 
 def flops_per_token(config, length, training):

@@ -35,33 +35,33 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASE_SECONDS = 480
 POLL_SECONDS = 0.2
 
-GPU_DISTILL = "-m benchmarks.distill_step --device cuda --teachers paper --variants"
-GPU_TRAIN = "-m benchmarks.train_step --device cuda"
+GPU_DISTILL = "python -m benchmarks.distill_step --device cuda --teachers paper --variants"
+GPU_TRAIN = "python -m benchmarks.train_step --device cuda"
 GPU_STUDENT = f"{GPU_TRAIN} --models llama-58m --batch-size 32 --variants"
 GPU_GPT2 = f"{GPU_TRAIN} --models gpt2-705m --batch-size 256 --variants"
 GPU_LLAMA = f"{GPU_TRAIN} --models llama-360m --batch-size 128 --variants"
 SUITES = {
     "cpu": {
-        "steps": "-m benchmarks.distill_step",
-        "plain": "-m benchmarks.distill_step --variants ours_eager ours_plain",
-        "loss": "-m benchmarks.loss --rounds 3",
-        "training": "-m benchmarks.train_step --rounds 3",
-        "scaling": "-m benchmarks.scaling",
-        "evaluation": "-m benchmarks.evaluation",
-        "numerics": "-m benchmarks.numerics",
+        "steps": "python -m benchmarks.distill_step",
+        "plain": "python -m benchmarks.distill_step --variants ours_eager ours_plain",
+        "loss": "python -m benchmarks.loss --rounds 3",
+        "training": "python -m benchmarks.train_step --rounds 3",
+        "scaling": "python -m benchmarks.scaling",
+        "evaluation": "python -m benchmarks.evaluation",
+        "numerics": "python -m benchmarks.numerics",
     },
     "cpu-fp32": {  # as on a processor that does not multiply bf16 natively
-        "steps": "-m benchmarks.distill_step --precision fp32 --variants ours ours_eager huggingface",
+        "steps": "python -m benchmarks.distill_step --precision fp32 --variants ours ours_eager huggingface",
     },
     "gpu": {
-        "tests": "-m pytest -m gpu -p no:cacheprovider",
+        "tests": "python -m pytest -m gpu -p no:cacheprovider",
         "student": f"{GPU_STUDENT} ours ours_graph",
         "gpt2": f"{GPU_GPT2} ours",
         "llama": f"{GPU_LLAMA} ours",
         "steps": f"{GPU_DISTILL} ours ours_graph ours_cached ours_cached_graph",
-        "loss": "-m benchmarks.loss --device cuda --rounds 3",
-        "numerics": "-m benchmarks.numerics --device cuda",
-        "evaluation": "-m benchmarks.evaluation --device cuda --model llama-58m",
+        "loss": "python -m benchmarks.loss --device cuda --rounds 3",
+        "numerics": "python -m benchmarks.numerics --device cuda",
+        "evaluation": "python -m benchmarks.evaluation --device cuda --model llama-58m",
         "steps-huggingface": f"{GPU_DISTILL} ours ours_plain huggingface huggingface_compiled",
         "student-huggingface": f"{GPU_STUDENT} ours huggingface huggingface_compiled",
         "gpt2-huggingface": f"{GPU_GPT2} ours huggingface huggingface_compiled",
@@ -103,13 +103,8 @@ class Record:
         name, entry = commit(), self.entries.get(phase, {})
         if name == "unknown" or name.endswith("-dirty"):
             return False
-        expected = ("complete", name, command_of(self.suite, phase))
+        expected = ("complete", name, SUITES[self.suite][phase])
         return expected == tuple(entry.get(key) for key in ("state", "commit", "command"))
-
-
-def command_of(suite, phase):
-    """Returns a phase's command as it is typed."""
-    return f"python {SUITES[suite][phase]}"
 
 
 def page_lines(entry):
@@ -152,7 +147,7 @@ def process_group(command, **streams):
 def measure_phase(record, phase, seconds):
     """Runs a phase for at most `seconds`, and keeps its entry up to date. True if it was completed."""
     started = time.monotonic()
-    entry = {"command": command_of(record.suite, phase), "date": str(datetime.date.today())}
+    entry = {"command": SUITES[record.suite][phase], "date": str(datetime.date.today())}
     entry |= {"commit": commit(), "state": "running", "problem": None, "seconds": 0}
     entry |= {"printed": [], "results": {}}
     record.entries[phase] = entry

@@ -78,20 +78,6 @@ def measure(train, dev, args):
         return {"peak_bytes": peak, "seconds": time.perf_counter() - started}
 
 
-def measurements(args):
-    """Yields the megabytes of text of each corpus, and its result of `measure`."""
-    if args.train:
-        paths = [path for folder in (args.train, args.dev) for path in sub_corpora(folder).values()]
-        yield sum(path.stat().st_size for path in paths) / 1e6, measure(args.train, args.dev, args)
-        return
-    for megabytes in args.megabytes:
-        with tempfile.TemporaryDirectory() as folder:
-            train, dev = Path(folder) / "train", Path(folder) / "dev"
-            write_text(train / "invented.train", megabytes, seed=0)
-            write_text(dev / "invented.dev", 1, seed=1)
-            yield megabytes + 1, measure(train, dev, args)
-
-
 def main(argv=None):
     parser = benchmark_parser(__doc__)
     add = parser.add_argument
@@ -108,9 +94,17 @@ def main(argv=None):
         raise UserError("memory is read from /proc/PID/smaps_rollup: measure on Linux")
     results = Results(args, torch.device("cpu"))
     rows = [["MB of text", "peak MiB", "seconds"]]
-    for megabytes, result in measurements(args):
-        results.add(f"{megabytes:.0f} MB", {"megabytes": megabytes} | result)
-        rows.append([f"{megabytes:.0f}", f"{result['peak_bytes'] / MIB:.0f}", f"{result['seconds']:.0f}"])
+    for megabytes in [None] if args.train else args.megabytes:
+        with tempfile.TemporaryDirectory() as folder:
+            train, dev = args.train or f"{folder}/train", args.dev or f"{folder}/dev"
+            if not args.train:
+                write_text(Path(train) / "invented.train", megabytes, seed=0)
+                write_text(Path(dev) / "invented.dev", 1, seed=1)
+            paths = [path for given in (train, dev) for path in sub_corpora(given).values()]
+            size = sum(path.stat().st_size for path in paths) / 1e6
+            result = measure(train, dev, args)
+        results.add(f"{size:.0f} MB", {"megabytes": size} | result)
+        rows.append([f"{size:.0f}", f"{result['peak_bytes'] / MIB:.0f}", f"{result['seconds']:.0f}"])
     print_table(rows)
     results.finish()
 

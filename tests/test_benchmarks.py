@@ -46,7 +46,7 @@ def fake_suite(tmp_path, monkeypatch):
     def make(**programs):
         for name, text in programs.items():
             (tmp_path / f"{name}.py").write_text(text)
-        phases = {name: f"{tmp_path / name}.py" for name in programs}
+        phases = {name: f"python {tmp_path / name}.py" for name in programs}
         monkeypatch.setitem(suite.SUITES, "fake", phases)
         return ["fake", "--out", str(tmp_path / "out")]
 
@@ -134,7 +134,7 @@ def test_a_suite_that_is_killed_ends_its_phase_and_leaves_its_results(tmp_path, 
     program = (
         "import sys, signal; from benchmarks import suite; from training.io import run_program; "
         "signal.signal(signal.SIGTERM, signal.default_int_handler); "
-        f"suite.SUITES['fake'] = {{'hangs': {str(tmp_path / 'hangs.py')!r}}}; "
+        f"suite.SUITES['fake'] = {{'hangs': 'python {tmp_path / 'hangs.py'}'}}; "
         f"sys.exit(run_program(lambda: suite.main(['fake', '--out', {str(tmp_path / 'out')!r}])))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
@@ -168,7 +168,7 @@ def test_the_committed_results_are_those_of_their_pages(tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_program_accepts_each_command_of_the_suites(command, capsys):
-    _, module, *arguments = shlex.split(command)
+    _, _, module, *arguments = shlex.split(command)
     if module != "pytest":
         with pytest.raises(SystemExit) as ended:
             importlib.import_module(module).main([*arguments, "--results", "f", "--help"])
