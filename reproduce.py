@@ -13,9 +13,11 @@ validation text (best.pt, and all that you choose), the second halves are the te
 only reported. Writes OUT/report.md, report.html, report.json, and prints the main table.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -36,7 +38,7 @@ import tokenize_corpus
 import train
 from corpus.text_files import sub_corpora
 from data import TokenShard, open_corpus
-from evaluation.minimal_pairs import read_pairs
+from evaluation.minimal_pairs import pairs_digest, read_pairs
 from experiments import recipes
 from experiments.pages import write_report
 from experiments.results import (
@@ -51,10 +53,10 @@ from experiments.results import (
 from experiments.sampling import sample_corpus, write_dev_halves
 from finetuning.tasks import read_tasks
 from generate import complete
-from model import load_checkpoint
+from model import check_context, check_weights, initial_model, load_checkpoint
 from tokenizer import Tokenizer
 from training.checkpoint import content_digest, read_checkpoint
-from training.device import choose_compute, choose_device
+from training.device import choose_compute, choose_device, should_capture
 from training.io import UserError, aligned, locked, log, run_program, warn, write_json
 from training.logger import commit, machine
 from training.options import defaults, option, parse
@@ -280,14 +282,9 @@ class ExperimentContext:
 
     @functools.cached_property
     def scoring(self):
-        """{"precision", "pairs": {folder's name: digest of its files}}."""
-        digests = {
-            Path(folder).name: content_digest(
-                {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.jsonl"))}
-            )
-            for folder in self.pairs
-        }
+        """{"precision", "pairs": {folder's name: digest}}: what scores depend on besides the text."""
         precision = choose_compute(self.device, self.recipe.precision).precision
+        digests = {Path(folder).name: pairs_digest(read_pairs(folder)) for folder in self.pairs}
         return {"precision": precision, "pairs": digests}
 
     @functools.cached_property
@@ -392,13 +389,10 @@ def check_results(context):
 
 def check_scoring(context, path, result):
     """Raises `UserError` if a result was scored in another precision or on other minimal pairs."""
-    saved = result.get("scoring", {})  # earlier versions did not keep it
-    same = {"precision": context.scoring["precision"]} | context.scoring["pairs"]
-    changed = [
-        key
-        for key, value in ({"precision": saved.get("precision")} | saved.get("pairs", {})).items()
-        if value is not None and same.get(key, value) != value
-    ]
+    saved, current = result.get("scoring", {}), context.scoring  # earlier versions kept no such record
+    changed = ["precision"] if saved.get("precision", current["precision"]) != current["precision"] else []
+    digests = saved.get("pairs", {})
+    changed += [name for name, digest in current["pairs"].items() if digests.get(name, digest) != digest]
     if changed:
         raise UserError(
             f"{path} was scored with another {', '.join(changed)}: move it away, and it is scored again"
@@ -472,7 +466,7 @@ def make_result(context, specs, weights, seed, path, settings):
 
 def training_precision(context, spec, seed):
     """The precision of a model's training: that of its options, of its run, or of the machine."""
-    precision, checkpoint = spec.config().precision, context.folder(spec, seed) / "checkpoint.pt"
+    precision, checkpoint = spec.config.precision, context.folder(spec, seed) / "checkpoint.pt"
     if precision == "auto" and checkpoint.exists():
         precision = read_checkpoint(checkpoint)["config"].get("precision", precision)
     return choose_compute(context.device, precision).precision
@@ -480,7 +474,7 @@ def training_precision(context, spec, seed):
 
 def check_precision(context, spec, seed):
     """Raises `UserError` if another machine chose another precision for a model of this seed."""
-    if spec.config().precision != "auto":
+    if spec.config.precision != "auto":
         return
     here = training_precision(context, spec, seed)
     for path in sorted((context.results / f"seed-{seed}").glob("*.json")):
@@ -504,7 +498,7 @@ def train_model(context, spec, seed):
         steps = spec.whole_steps(TokenShard(context.data / "train.bin").num_tokens)
     options = [*spec.arguments(steps), "--data", context.data, "--seed", seed + spec.seed_offset]
     options += ["--device", context.device]
-    if spec.config().precision == "auto":
+    if spec.config.precision == "auto":
         options += ["--precision", training_precision(context, spec, seed)]
     teachers = [recipe.specs[name] for name in spec.teachers]
     for teacher in teachers:
@@ -531,7 +525,7 @@ def score(context, specs, weights, seed, path):
     options = ["--weight-by", context.data / "train.bin", "--device", context.device]
     options += ["--precision", context.scoring["precision"]]
     result = {"commit": commit(), "machine": machine(context.device), "torch": torch.__version__}
-    result["dev"] = evaluated(*scored, *options, "--data", context.data)
+    result["dev"], _ = evaluated(*scored, *options, "--data", context.data)
     if context.tuning:
         return result
     test, losses = context.data / "report", path.with_suffix(".losses.npz")
@@ -539,24 +533,28 @@ def score(context, specs, weights, seed, path):
     if context.pairs:
         more += ["--pairs", *context.pairs, "--pair-scores", path.with_suffix(".pairs.npz")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    result |= {"report": evaluated(*scored, *options, *more), "scoring": context.scoring}
-    result["losses"] = file_digest(losses)
+    result["report"], origin = evaluated(*scored, *options, *more)
+    result |= {"scoring": context.scoring, "losses": origin["losses"]}
+    if origin["text"] != context.shards["report"] or origin["pairs"] != context.scoring["pairs"]:
+        raise UserError(f"{test} or --pairs changed while {path} was made: give the command again")
     if len(specs) == 1:
         result["samples"] = samples(scored[0], context.device)
         if specs[0].name in context.recipe.teaching and scored != best:
-            result["teaching"] = evaluated(*best, *options, "--data", test)
+            result["teaching"], _ = evaluated(*best, *options, "--data", test)
     return result
 
 
 def evaluated(*arguments):
-    """The entry of one model in the JSON of evaluate.py."""
+    """One model's entry in the JSON of evaluate.py, and the digests of what it was scored on."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scores.json"
         stage(evaluate, *arguments, "--json", path)
-        (entry,) = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    (entry,), digests = scores["checkpoints"], scores["digests"]
     del entry["path"]
-    entry["pairs"] = {Path(folder).name: scores for folder, scores in entry["pairs"].items()}
-    return entry
+    for table in (entry, digests):
+        table["pairs"] = {Path(folder).name: value for folder, value in table["pairs"].items()}
+    return entry, digests
 
 
 def samples(path, device):
@@ -594,6 +592,34 @@ def finetune_model(context, spec, seed, path):
 
 
 # ---- the plan
+
+
+def check_models(context, seeds):
+    """Raises `UserError` for a model that its own run would refuse, before the first step.
+
+    Each run is planned as with --dry-run, by models on the meta device: they have no weights.
+    """
+    corpus, models = open_corpus(context.data), {}
+    for name, spec in context.recipe.specs.items():
+        out, data = str(context.folder(spec, seeds[0])), str(context.data)
+        config = dataclasses.replace(spec.config, data=data, out=out, device=context.device, dry_run=True)
+        compute = choose_compute(context.device, config.precision)
+        try:
+            with torch.device("meta"):
+                models[name], *_ = initial_model(config, corpus)
+            if all(context.result_path(name, seed).exists() for seed in seeds):
+                continue
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                train.fit_corpus(train.CrossEntropyObjective(models[name]), config, corpus, name)
+                if spec.teachers:
+                    check_weights(config.teacher_weights, len(spec.teachers))
+                    teachers = [models[teacher] for teacher in spec.teachers]
+                    for teacher in teachers:
+                        check_context(teacher, config.sequence_length, "a teacher")
+                    distill.open_teacher_cache(config, corpus, teachers, [], models[name])
+            should_capture(config.cuda_graph, compute, [], config.batch_size * config.sequence_length)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def print_plan(context, seeds):
@@ -640,7 +666,7 @@ def progress_of(context, name, seed):
         return 1.0, read_result(path).get("seconds", 0.0)
     if not log_path.exists():
         return 0.0, 0.0
-    run, config = read_log(log_path), spec.config()
+    run, config = read_log(log_path), spec.config
     steps = config.steps or config.epochs * run["steps"] / max(run["epochs"], 1e-9)
     return min(run["steps"] / max(steps, 1), 1.0), run["seconds"]
 
@@ -707,6 +733,7 @@ def main(argv=None):
         if not config.tune:
             check_results(context)
         context = dataclasses.replace(context, recipe=chosen)
+        check_models(context, seeds)
         print_plan(context, seeds)
         if config.dry_run:
             return 0

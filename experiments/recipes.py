@@ -29,6 +29,7 @@ or false counts as not given: so a table can undo an option of `like`.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -56,8 +57,8 @@ CHOICES = {
 }
 FINETUNE_OPTIONS = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
 SWITCHES_WITHOUT_DEFAULT = ("compile", "cuda_graph")  # false is not the same as not given
-# Options that reproduce.py sets itself, and those that belong to the table of a single model.
-RESERVED = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run"}
+# Options that reproduce.py sets itself or cannot use, and those of the table of a single model.
+RESERVED = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run", "shard"}
 OF_ONE_MODEL = {"model", "teachers", "like", "title", "seed_offset"}
 
 
@@ -72,15 +73,19 @@ class ModelSpec:
     seed_offset: int
     options: dict
 
+    @functools.cached_property
     def config(self):
-        """The config of its run, with the preset's hyperparameters."""
-        arguments = self.arguments()
-        if self.teachers:
-            arguments += ["--teachers", *self.teachers]
-            config = parse(DistillConfig, "", arguments, check=check_cache, parser_class=Strict)
-        else:
-            config = parse(TrainConfig, "", arguments, parser_class=Strict)
-        return models.with_hyperparameters(config)
+        """The config of its run, with the preset's hyperparameters. Raises `UserError` for bad options."""
+        try:
+            arguments = self.arguments()
+            if self.teachers:
+                arguments += ["--teachers", *self.teachers]
+                config = parse(DistillConfig, "", arguments, check=check_cache, parser_class=Strict)
+            else:
+                config = parse(TrainConfig, "", arguments, parser_class=Strict)
+            return models.with_hyperparameters(config)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
 
     @property
     def teacher_or_ensemble(self):
@@ -92,14 +97,14 @@ class ModelSpec:
 
         Some of them may change when a run is continued, but they lead to another model.
         """
-        config = self.config()
+        config = self.config
         names = {field.name for field in dataclasses.fields(config)}
         deciding = (names - may_change(type(config))) | (names & {"dropout", "patience", "eval_every"})
         return {name: getattr(config, name) for name in sorted(deciding - RESERVED)}
 
     def whole_steps(self, num_tokens):
         """Its steps on `num_tokens` tokens if each epoch has its whole batches alone."""
-        config = self.config()
+        config = self.config
         if config.steps is not None:
             return config.steps
         chunks = count_chunks(num_tokens, config.sequence_length, config.random_offset)
@@ -335,16 +340,13 @@ def _model_spec(name, tables, specs, shared_options):
         raise UserError(f"{name}: a teacher is there twice: use teacher_weights")
     if not isinstance(preset, str):
         raise UserError(f"{name}: model must be a preset: {', '.join(models.PRESETS)}")
-    if type(offset) is not int or offset < 0 or not isinstance(title, str):
-        raise UserError(f"{name}: seed_offset must be a whole number, title a text")
+    if type(offset) is not int or not 0 <= offset < 1 << 62 or not isinstance(title, str):
+        raise UserError(f"{name}: seed_offset must be a whole number below 2^62, title a text")
     options = {**shared_options, **table}
     if wrong := RESERVED & set(options):
-        raise UserError(f"{name}: a recipe cannot set {sorted(wrong)[0]}: reproduce.py does")
+        raise UserError(f"{name}: a recipe cannot set {sorted(wrong)[0]}")
     spec = ModelSpec(name, title, preset, tuple(teachers), offset, options)
-    try:
-        spec.config()
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+    spec.conditions()  # raises for options that the programs do not have
     return spec
 
 
@@ -387,7 +389,7 @@ def costs(experiment, num_tokens, words):
     """
     result, blocks, heads, widths = {}, {}, {}, {}
     for name, spec in experiment.specs.items():
-        config = spec.config()
+        config = spec.config
         shape = models.preset_shape(config)
         with torch.device("meta"):
             model = models.build(dataclasses.replace(shape, vocab_size=experiment.vocabulary_size))

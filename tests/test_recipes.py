@@ -33,7 +33,7 @@ def test_a_model_takes_from_another_what_it_does_not_say_itself(tmp_path):
     recipe = read_experiment(written(tmp_path, options={"log_every": 7}))
     student = recipe.specs["student"]
     assert student.options == {"log_every": 7, "weight_decay": 0.5, "alpha": 0.25}
-    config = student.config()
+    config = student.config
     assert (config.alpha, config.weight_decay, config.epochs) == (0.25, 0.5, 14)
     assert recipe.specs["control"].arguments() == [
         "--model",
@@ -58,14 +58,14 @@ def test_switches_and_lists_become_flags(tmp_path):
     models["student"] = {"model": "llama-tiny", "teachers": ["teacher"], "teacher_weights": [2]}
     recipe = read_experiment(written(tmp_path, models=models))
     assert recipe.specs["control"].arguments()[2:] == ["--no-compile", "--random-offset"]
-    assert recipe.specs["student"].config().teacher_weights == [2.0]
+    assert recipe.specs["student"].config.teacher_weights == [2.0]
 
 
 def test_a_factor_is_varied_one_model_a_value(tmp_path):
     recipe = read_experiment(written(tmp_path), ["student.alpha=0,1", "student.kl-reduction=token"])
-    assert recipe.specs["student.alpha=1"].config().alpha == 1
-    assert recipe.specs["student.alpha=1"].config().weight_decay == 0.5
-    assert recipe.specs["student.kl-reduction=token"].config().kl_reduction == "token"
+    assert recipe.specs["student.alpha=1"].config.alpha == 1
+    assert recipe.specs["student.alpha=1"].config.weight_decay == 0.5
+    assert recipe.specs["student.kl-reduction=token"].config.kl_reduction == "token"
     assert len(recipe.specs) == 6
 
 
@@ -74,7 +74,7 @@ def test_an_entry_can_take_back_what_another_gives_it(tmp_path):
         "control": {"model": "llama-tiny-student", "epochs": 4, "random_offset": True},
         "short": {"like": "control", "epochs": None, "steps": 9, "random_offset": False},
     }
-    config = read_experiment(written(tmp_path, models=models)).specs["short"].config()
+    config = read_experiment(written(tmp_path, models=models)).specs["short"].config
     assert (config.epochs, config.steps, config.random_offset) == (None, 9, False)
 
 
@@ -95,7 +95,7 @@ def test_a_list_is_varied_in_json(tmp_path):
     vary += ["control.no_decay=norms,norms+embeddings"]
     entries = read_experiment(written(tmp_path), vary).specs
     assert entries['student.teachers=["teacher", "control"]'].teachers == ("teacher", "control")
-    assert entries["control.no_decay=norms+embeddings"].config().no_decay == "norms+embeddings"
+    assert entries["control.no_decay=norms+embeddings"].config.no_decay == "norms+embeddings"
 
 
 def test_some_models_bring_their_teachers_along(tmp_path):
