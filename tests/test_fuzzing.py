@@ -175,8 +175,8 @@ def kinds(tmp_path_factory, data_folder, tokenizer):
     shapes = {name: array.shape for name, array in arrays.items()}
     shard = (data_folder / "train.bin").read_bytes()
     shard_header = json.loads(shard[FIRST_LINE_BYTES:PAGE_BYTES])
-    arrays = {"shapes": [(4, 3, 2)], "dtype": torch.float32, "made_from": {"teachers": ["a"]}}
-    TeacherCache.in_file(folder / "cache", **arrays)
+    layout = {"shapes": [(4, 3, 2)], "dtype": torch.float32, "made_from": {"teachers": ["a"]}}
+    TeacherCache.in_file(folder / "cache", **layout)
     cache = (folder / "cache").read_bytes()
     cache_header = json.loads(cache[first_line_bytes(CACHE_MAGIC) : PAGE_BYTES])
     signed = {
@@ -190,7 +190,7 @@ def kinds(tmp_path_factory, data_folder, tokenizer):
             folder / "a.cache",
             cache_header,
             sign["teacher caches"],
-            lambda path: TeacherCache.in_file(path, **arrays),
+            lambda path: TeacherCache.in_file(path, **layout),
         ),
         "config.json": Kind(config, json.loads(config.read_text()), write_json, import_folder),
         "losses": Kind(losses, arrays, functools.partial(write_arrays, shapes), compare),

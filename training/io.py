@@ -196,14 +196,6 @@ def printable(text):
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def json_memory(content):
-    """Bytes that JSON, given as bytes, takes at most once it is parsed, its strings aside.
-
-    An empty list takes 80, in three bytes of text; an object with something in it 300.
-    """
-    return 80 * (content.count(b",") + content.count(b"[")) + 300 * content.count(b"{")
-
-
 def sha256(data):
     """The hexadecimal SHA-256 of a bytes-like object."""
     return hashlib.sha256(data).hexdigest()
