@@ -23,7 +23,7 @@ import torch
 
 from finetuning.classifier import is_classifier, load_any
 from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
-from tokenizer import BOS, EOS, PAD, UNK, Tokenizer
+from tokenizer import BOS, EOS, PAD, Tokenizer
 from training.checkpoint import write_checkpoint
 from training.io import UserError, atomic_write, log, printable, run_program, write_json, write_text
 from training.options import Parser
@@ -73,8 +73,7 @@ EMBEDDING = {"llama": "embed_tokens.weight", "gpt2": "wte.weight"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D keeps (in, out)
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # constants in older files
 DEFAULT_POSITIONS = {"llama": 2048, "gpt2": 1024}  # of a config.json that does not say it
-SPECIAL = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
-SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}  # of our own tokenizers
 # Text that a lossy tokenizer would change: runs of blanks, a tab, a ligature, a no-break space.
 PROBE = "a  b\n\n\tﬁ ½\u00a0e\u0301 "
 RECIPE = (
@@ -127,7 +126,7 @@ def hf_weights(architecture, weights):
     }
 
 
-def hf_config(model, architecture, classes=()):
+def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS):
     """Returns config.json, with the keys of transformers 4 and 5 where they differ.
 
     `classes` are the names of a classifier's classes.
@@ -135,7 +134,7 @@ def hf_config(model, architecture, classes=()):
     shape = dataclasses.asdict(model.config)
     config = {"architectures": [CLASSES[architecture]], "model_type": architecture}
     config |= {theirs: shape[ours] for ours, theirs in FIELDS[architecture].items()}
-    config |= FIXED[architecture] | SPECIAL_IDS
+    config |= FIXED[architecture] | special_ids
     if architecture == "llama":
         head_size = shape["hidden_size"] // shape["num_attention_heads"]
         config |= {"num_key_value_heads": shape["num_attention_heads"], "head_dim": head_size}
@@ -170,20 +169,28 @@ def check_tokenizer(tokenizer, path):
     user-defined pieces, are others.
     """
     processor, size = tokenizer.processor, tokenizer.vocabulary_size
-    special = [processor.is_control(i) for i in (PAD, BOS, EOS)] + [processor.is_unknown(UNK)]
     scores = [processor.get_score(i) for i in range(size) if is_normal(processor, i)]
     lines = tokenizer.encode("a\n") + tokenizer.encode("b")
     if (
-        not all(special)
-        or scores != [-float(i) for i in range(len(scores))]
+        scores != [-float(i) for i in range(len(scores))]
         or tokenizer.decode(tokenizer.encode(PROBE)) != PROBE
         or tokenizer.encode("a\nb") != lines
         or tokenizer.encode("\n") != [processor.piece_to_id("<0x0A>")]
     ):
         raise UserError(
             f"{path}: a tokenizer of another kind than tokenize_corpus.py's (BPE with byte fallback that "
-            "changes no text and adds no prefix; ids 0 to 3 for pad, bos, eos, unk)"
+            "changes no text and adds no prefix)"
         )
+
+
+def special_ids_of(tokenizer):
+    """Returns {"pad_token_id": ..., "bos_token_id", "eos_token_id", "unk_token_id"}, those that exist.
+
+    Transformers' classifiers need a padding token: without one it is unk, which text never becomes.
+    """
+    pad = tokenizer.unk_id if tokenizer.pad_id is None else tokenizer.pad_id
+    ids = {"pad": pad, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
+    return {f"{name}_token_id": i for name, i in ids.items() if i is not None}
 
 
 def hf_tokenizer(tokenizer):
@@ -205,9 +212,11 @@ def hf_tokenizer(tokenizer):
         if piece[:i] in normal and piece[i:] in normal
     )
     merges = [(pieces[left], pieces[right]) for _, left, right in splits]
-    bpe = tokenizers.models.BPE(ids, merges, unk_token=pieces[UNK], fuse_unk=True, byte_fallback=True)
+    bpe = tokenizers.models.BPE(
+        ids, merges, unk_token=pieces[tokenizer.unk_id], fuse_unk=True, byte_fallback=True
+    )
     result = tokenizers.Tokenizer(bpe)
-    special = [pieces[i] for i in sorted(SPECIAL.values())]
+    special = [pieces[i] for i in sorted(set(special_ids_of(tokenizer).values()))]
     result.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in special])
     result.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
     decoders = tokenizers.decoders
@@ -225,7 +234,10 @@ def hf_tokenizer(tokenizer):
 
 def hf_tokenizer_config(tokenizer, context):
     """Returns tokenizer_config.json, and special_tokens_map.json, which only transformers 4 reads."""
-    special = {key: tokenizer.processor.id_to_piece(i) for key, i in SPECIAL.items()}
+    special = {
+        key.removesuffix("_id"): tokenizer.processor.id_to_piece(i)
+        for key, i in special_ids_of(tokenizer).items()
+    }
     config = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # Without this 4.51 adds token_type_ids, which GPT-2 turns into embeddings.
@@ -312,13 +324,14 @@ def model_card(checkpoint, model, folder, metadata, scores, start_token, positio
         )
     if start_token == "newline":
         notes.append(
-            "`<s>` and `</s>` never occurred in training. In this export their input embeddings are copies "
-            "of the newline's, which precedes sentences in training (`--start-token newline`)."
+            "Special tokens never occurred in training. In this export, the input embeddings of those that "
+            "begin and end a text are copies of the newline's, which precedes sentences in training "
+            "(`--start-token newline`)."
         )
     elif "train_shard" in config:
         notes.append(
-            "`<s>` and `</s>` never occurred in training. Their embeddings are as initialised: prefer a "
-            "newline as context."
+            "Special tokens such as `<s>` never occurred in training. Their embeddings are as initialised: "
+            "prefer a newline as context."
         )
     lines = [
         "---",
@@ -379,7 +392,9 @@ def start_like_newline(checkpoint, tokenizer, path):
         )
     (newline,) = tokenizer.encode("\n")
     rows = weights[EMBEDDING[checkpoint["model"]["architecture"]]]
-    rows[[BOS, EOS]] = rows[newline].clone()
+    for special in (tokenizer.bos_id, tokenizer.eos_id):
+        if special is not None:
+            rows[special] = rows[newline]
 
 
 def check_positions(positions, architecture, own, path):
@@ -410,12 +425,14 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
     # A classifier's texts are cut as in training.
     max_length = config["sequence_length"] if is_classifier(checkpoint) else positions
     tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, max_length)
+    special_ids = special_ids_of(tokenizer)
+    del special_ids["unk_token_id"]  # which a config does not have
     contents = {
-        "generation_config.json": SPECIAL_IDS,
+        "generation_config.json": special_ids,
         "tokenizer.json": hf_tokenizer(tokenizer),
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special_tokens_map,
-        "config.json": hf_config(model, architecture, config.get("classes", ()))
+        "config.json": hf_config(model, architecture, config.get("classes", ()), special_ids)
         | {FIELDS[architecture]["max_position_embeddings"]: positions},
     }
     facts = score_facts(scores, Path(path)) if scores else {}

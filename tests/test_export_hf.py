@@ -21,7 +21,7 @@ import model as models
 from benchmarks.reference import hugging_face_model
 from conftest import save_model, train_tokenizer, write_text
 from distill import DistillConfig
-from tokenizer import BOS, EOS
+from tokenizer import BOS, EOS, Tokenizer
 from training.checkpoint import read_checkpoint
 from training.io import run_program
 from training.options import may_change
@@ -417,23 +417,59 @@ LOSSLESS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": F
 LOSSLESS |= {"add_dummy_prefix": False, "character_coverage": 1.0}
 
 
-def another_tokenizer(**options):
-    """A SentencePiece model such as others train."""
+def sentencepiece_model(**options):
+    """The bytes of a SentencePiece model such as others train."""
     defaults = {"vocab_size": 290, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
     if "pad_id" not in options:
         defaults |= {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(write_text(2000, 1).split("\n")),
+        model_writer=written,
+        hard_vocab_limit=False,
+        **defaults | options,
+    )
+    return written.getvalue()
 
-    def replace(folder):
-        written = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(write_text(2000, 1).split("\n")),
-            model_writer=written,
-            hard_vocab_limit=False,
-            **defaults | options,
-        )
-        (folder / "tokenizer.model").write_bytes(written.getvalue())
 
-    return replace
+def another_tokenizer(**options):
+    return lambda folder: (folder / "tokenizer.model").write_bytes(sentencepiece_model(**options))
+
+
+def test_special_ids_are_those_of_the_tokenizer(tmp_path):
+    tokenizer = Tokenizer(sentencepiece_model(**LOSSLESS, pad_id=-1, bos_id=1, eos_id=2, unk_id=0))
+    model = models.build_model("llama-tiny", tokenizer.vocabulary_size)
+    save_model(tmp_path / "a.pt", model, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(export(tmp_path / "a.pt"))
+    assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+    assert theirs.pad_token_id == 0  # unk stands for the one that is missing
+    for text in NASTY:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    assert import_back(tmp_path / "exported", tmp_path / "back.pt") == 0
+
+
+@pytest.mark.parametrize("checkpoint", ["llama-tiny", "gpt2-tiny"], indirect=True)
+def test_rows_beyond_the_tokenizers_are_left_out(checkpoint, tmp_path, capsys):
+    folder = export(checkpoint)
+    padded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    padded.resize_token_embeddings(pad_to_multiple_of=64)
+    padded.save_pretrained(folder)
+    assert import_back(folder, tmp_path / "back.pt") == 0
+    assert "20 rows beyond the tokenizer's 300 pieces are left out" in capsys.readouterr().out
+    before, after = (read_checkpoint(path) for path in (checkpoint, tmp_path / "back.pt"))
+    assert after["model"]["shape"]["vocab_size"] == V
+    assert all(torch.equal(before["weights"][name], w) for name, w in after["weights"].items())
+
+
+@pytest.mark.parametrize("checkpoint", ["llama-tiny"], indirect=True)
+def test_weights_that_no_program_could_use_are_not_imported(checkpoint, tmp_path, capsys):
+    folder = export(checkpoint)
+    change_tensors(lambda t: t[NORM].fill_(math.nan))(folder)
+    assert import_back(folder, tmp_path / "back.pt") == 1
+    assert "is no model that could be used" in capsys.readouterr().err
+    assert not (tmp_path / "back.pt").exists()
 
 
 NORM = "model.norm.weight"
@@ -483,10 +519,6 @@ LLAMA_FAULTS = {
     "an empty tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b""), "not a SentencePiece"),
     "a lossy tokenizer": (another_tokenizer(), "another kind"),
     "a unigram": (another_tokenizer(**LOSSLESS, model_type="unigram"), "another kind"),
-    "LLaMA's own ids": (
-        another_tokenizer(**LOSSLESS, pad_id=-1, bos_id=1, eos_id=2, unk_id=0),
-        "another kind",
-    ),
     "pieces of one's own": (
         another_tokenizer(**LOSSLESS, user_defined_symbols=["dog", "\n"]),
         "another kind",
