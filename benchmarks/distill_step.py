@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import steps
 from benchmarks.measurement import Results, benchmark_parser
-from benchmarks.reference import original_loss, original_step
+from benchmarks.reference import hugging_face_model, original_loss, original_step
 from distill import DistillationObjective, DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
 from gpt2 import GPT2Config
 from model import PRESETS, build
@@ -63,16 +63,6 @@ def our_step(args, device, variant, student, teachers):
     return steps.our_train_step(objective, device, args.precision, compiled, graphed="graph" in variant)
 
 
-def hugging_face_step(device, variant, student, teachers):
-    """Returns the original's step, on Hugging Face's models."""
-    model = student = steps.reference_model(student, device).train()
-    teachers = [steps.reference_model(teacher, device) for teacher in teachers]
-    compiled = variant == "huggingface_compiled"
-    if compiled:
-        student, *teachers = (torch.compile(m) for m in (model, *teachers))
-    return original_step(model, lambda ids: original_loss(student, teachers, ids), compiled)
-
-
 def build_variant(args, device, variant):
     """Returns a round of a variant and its warm-up, as functions. All variants have the same weights."""
     torch.manual_seed(0)
@@ -82,7 +72,11 @@ def build_variant(args, device, variant):
     if variant.startswith("ours"):
         step = our_step(args, device, variant, student, teachers)
     else:
-        step = hugging_face_step(device, variant, student, teachers)
+        model, *teachers = (hugging_face_model(m, device=device) for m in (student, *teachers))
+        compiled = variant == "huggingface_compiled"
+        student = torch.compile(model.train()) if compiled else model.train()
+        teachers = list(map(torch.compile, teachers)) if compiled else teachers
+        step = original_step(model, lambda ids: original_loss(student, teachers, ids), compiled)
     batches = steps.random_batches(BATCHES, args.batch_size, args.sequence_length, steps.VOCABULARY, device)
     warm_up_steps = BATCHES if "cached" in variant else 1  # fills the cache
     return steps.round_and_warm_up(step, batches, args.steps, device, warm_up_steps)

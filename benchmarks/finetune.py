@@ -124,19 +124,14 @@ def main(argv=None):
     print(f"{args.model}, {args.precision}, {size}", flush=True)
 
     def to_result(_variant, seconds):
-        speed = 1 / statistics.median(seconds)
-        return {
-            "examples_per_second": speed * args.examples,
-            "tokens_per_second": speed * examples.num_tokens,
-        }
+        return {"examples_per_second": args.examples / statistics.median(seconds)}
 
     build_one = functools.partial(build_variant, args, device, examples)
     by_variant = time_variants(results, build_one, args.variants or VARIANTS, to_result)
-    rows = [["variant", "examples/s", "tokens/s", "peak GiB"]]
+    rows = [["variant", "examples/s", "peak GiB"]]
     for variant, result in by_variant.items():
         if "error" not in result:
-            speeds = f"{result['examples_per_second']:.1f}", f"{result['tokens_per_second']:,.0f}"
-            rows.append([variant, *speeds, f"{result['peak_gb']:.2f}"])
+            rows.append([variant, f"{result['examples_per_second']:.1f}", f"{result['peak_gb']:.2f}"])
     print_table(rows)
     results.finish()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from training.io import aligned
-from training.logger import commit
+from training.logger import commit, machine
 
 
 def benchmark_parser(description, variants=None, rounds=None):
@@ -37,9 +37,9 @@ class Results:
         self.args, self.device, self.values = args, device, {}
         if args.results:
             Path(args.results).write_text("", encoding="utf-8")
-        machine = describe(device)
-        self.add("machine", machine)
-        print("{device}, torch {torch}, commit {commit}".format(**machine), flush=True)
+        measured_on = {"device": machine(device.type), "threads": torch.get_num_threads()}
+        self.add("machine", measured_on | {"torch": torch.__version__, "commit": commit()})
+        print("{device}, {threads} threads, torch {torch}, commit {commit}".format(**self.values["machine"]))
 
     def add(self, name, result):
         """Adds a result. It replaces an earlier one of the same name."""
@@ -65,16 +65,6 @@ def read_results(path):
             result = json.loads(line)
             results[result.pop("name")] = result
     return results
-
-
-def describe(device):
-    """Returns what a measurement depends on: {"device", "torch", "commit"}."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        bf16 = ", native bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-        name = f"{torch.get_num_threads()} CPU threads{bf16}"
-    return {"device": name, "torch": torch.__version__, "commit": commit()}
 
 
 def print_table(rows):

@@ -11,22 +11,28 @@ import export_hf
 from model import architecture
 
 
-def hugging_face_model(model, weights=True, attention="eager"):
-    """Returns transformers' model of the same shape, in eval mode, with the same weights if `weights`."""
+def hugging_face_model(model, weights=True, device="cpu"):
+    """Returns transformers' model of the same shape, in eval mode, with the same weights if `weights`.
+
+    Its attention is eager on a CPU, as in the version that the original ran with. On CUDA it is
+    PyTorch's fused one, which is the default of transformers today.
+    """
     import transformers  # here, because it takes seconds and few tests need it
 
-    kind = architecture(model.config)
+    kind, device = architecture(model.config), torch.device(device)
     fields = export_hf.hf_config(model, kind)
     for key in ("architectures", "torch_dtype", "dtype"):
         del fields[key]
     config = transformers.AutoConfig.for_model(**fields)
-    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    attention = "sdpa" if device.type == "cuda" else "eager"
+    with device:
+        reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if weights:
         tensors = export_hf.hf_weights(kind, model.state_dict())
         missing, unexpected = reference.load_state_dict(tensors, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         assert not missing or reference.lm_head.weight is reference.get_input_embeddings().weight
-    return reference.eval()
+    return reference.to(device).eval()
 
 
 @torch.no_grad()

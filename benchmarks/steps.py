@@ -7,7 +7,6 @@ import timeit
 import torch
 
 from benchmarks.measurement import print_table
-from benchmarks.reference import hugging_face_model
 from benchmarks.workers import synchronize, time_variants
 from data import Batch
 from gpt2 import GPT2Config
@@ -34,16 +33,6 @@ def our_train_step(objective, device, precision, compiled, graphed):
             raise RuntimeError("no CUDA graph was captured: this would measure plain steps")
 
     return graphed_step
-
-
-def reference_model(model, device):
-    """Returns transformers' model with the same weights, on the device.
-
-    Its attention is eager on a CPU, as in the version that the original ran with. On CUDA it is
-    PyTorch's fused one, which is the default of transformers today.
-    """
-    with device:
-        return hugging_face_model(model, attention="sdpa" if device.type == "cuda" else "eager").to(device)
 
 
 def random_batches(count, batch_size, length, vocabulary_size, device):

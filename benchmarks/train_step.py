@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import steps
 from benchmarks.measurement import Results, benchmark_parser
-from benchmarks.reference import original_step
+from benchmarks.reference import hugging_face_model, original_step
 from model import PRESETS, build_model
 from train import CrossEntropyObjective
 from training.device import choose_device, choose_precision
@@ -38,7 +38,7 @@ def build_variant(args, device, name, variant):
         objective, graphed = CrossEntropyObjective(model), variant == "ours_graph"
         step = steps.our_train_step(objective, device, args.precision, compiled, graphed)
     else:
-        model = steps.reference_model(model, device).train()
+        model = hugging_face_model(model, device=device).train()
         forward = torch.compile(model) if compiled else model
         step = original_step(model, lambda ids: forward(ids, labels=ids).loss, compiled)
     batches = steps.random_batches(2, args.batch_size, LENGTH, steps.VOCABULARY, device)
