@@ -14,7 +14,7 @@ from gpt2 import GPT2, GPT2Config
 from llama import Llama, LlamaConfig
 from tokenizer import VOCABULARY_SIZE
 from training.checkpoint import read_checkpoint
-from training.io import UserError, aligned, printable
+from training.io import UserError, aligned, log, printable
 
 ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
 LARGEST_SIZE = 1 << 20  # of any dimension of a shape
@@ -233,7 +233,10 @@ def load_checkpoint(path, add_head=None):
 
 
 def load_compatible(path, corpus):
-    """`load_checkpoint`, but `UserError` unless `corpus` was made with the model's tokenizer."""
+    """`load_checkpoint`, but `UserError` unless `corpus` was made with the model's tokenizer.
+
+    Rows of a padded vocabulary, which have no piece, are left out of embedding and head.
+    """
     model, checkpoint = load_checkpoint(path)
     identity, tokenizer = checkpoint["tokenizer"]["identity"], corpus.tokenizer
     if identity != tokenizer.identity:
@@ -242,12 +245,22 @@ def load_compatible(path, corpus):
             f"({tokenizer.identity[:12]}): encode the data with that of the checkpoint, "
             "which export_hf.py writes as tokenizer.model (tokenize_corpus.py --tokenizer)"
         )
-    if model.config.vocab_size != tokenizer.vocabulary_size:
-        raise UserError(
-            f"{path} has {model.config.vocab_size} logits, the tokenizer of {corpus.folder} "
-            f"{tokenizer.vocabulary_size} pieces: use a model trained on this data"
-        )
+    rows, pieces = model.config.vocab_size, tokenizer.vocabulary_size
+    if rows < pieces:
+        raise UserError(f"{path} has {rows} logits for {pieces} pieces: use a model trained on this data")
+    if rows > pieces:
+        log(f"{path}: {rows - pieces} rows beyond the tokenizer's {pieces} pieces are left out")
+        model = without_padding(model, pieces)
     return model, checkpoint
+
+
+def without_padding(model, vocabulary_size):
+    """The model with the first `vocabulary_size` rows of its embedding and head."""
+    shape = dataclasses.replace(model.config, vocab_size=vocabulary_size)
+    with torch.device("meta"):
+        smaller = build(shape).state_dict()
+    weights = model.state_dict()
+    return model_from_state_dict(shape, {key: weights[key][: len(smaller[key])] for key in smaller}).eval()
 
 
 def check_context(model, sequence_length, name):

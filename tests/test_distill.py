@@ -9,7 +9,7 @@ import distill
 import model as models
 import train
 from conftest import save_model, step_of, train_tokenizer, write_split, write_text
-from data import BatchStream
+from data import BatchStream, open_corpus
 from distill import DistillConfig, FusedDistillationObjective
 from loss import Coefficients, plain_distillation_loss
 from training.checkpoint import content_digest, read_checkpoint
@@ -163,7 +163,7 @@ def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(teachers, 
 
 
 @pytest.mark.parametrize(
-    "vocabulary_size, positions, message", [(300, 16, "--sequence-length"), (301, 64, "301 logits")]
+    "vocabulary_size, positions, message", [(300, 16, "--sequence-length"), (299, 64, "299 logits")]
 )
 def test_a_teacher_of_another_shape_is_refused(
     data_folder, tokenizer, tmp_path, capsys, vocabulary_size, positions, message
@@ -172,6 +172,20 @@ def test_a_teacher_of_another_shape_is_refused(
     save_model(tmp_path / "t.pt", teacher, tokenizer, "gpt2-tiny")
     arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
     assert message in refused(capsys, tmp_path / "s", *arguments)
+
+
+def test_rows_of_a_padded_vocabulary_are_left_out(data_folder, tokenizer, tmp_path, capsys):
+    """Of a teacher and of --init: the other rows are those of the checkpoint, and logits have 300."""
+    for name in ("gpt2-tiny", "llama-tiny"):
+        padded = models.build_model(name, 320).eval()
+        path = tmp_path / f"{name}.pt"
+        save_model(path, padded, tokenizer, name, length=32)
+        loaded, _ = models.load_compatible(path, open_corpus(data_folder))
+        tokens = torch.randint(300, (2, 9))
+        torch.testing.assert_close(loaded(tokens), padded(tokens)[..., :300])
+        arguments = ["--teachers", str(path), "--init", str(path), "--data", str(data_folder)]
+        assert distill.main([*arguments, "--out", str(tmp_path / "s" / name), *SHORT]) == 0
+        assert "20 rows beyond the tokenizer's 300 pieces are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -198,7 +212,7 @@ def test_wrong_usage_exits_with_2(arguments):
 def test_a_shard_is_no_teacher(data_folder, tmp_path, capsys):
     given = ("--teachers", data_folder / "train.bin", "--data", data_folder)
     error = refused(capsys, tmp_path / "s", *given)
-    assert "train.bin is a token shard" in error and "give a best.pt" in error
+    assert "train.bin" in error and "no checkpoint" in error
 
 
 def test_a_hugging_face_folder_is_no_teacher_and_the_way_in_is_named(data_folder, tmp_path, capsys):

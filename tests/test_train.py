@@ -562,12 +562,14 @@ def test_weights_of_another_tokenizer_are_no_beginning(data_folder, tmp_path, ca
     assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_run_without_a_finite_evaluation_fails_and_says_what_to_do(data_folder, tmp_path):
-    """It has no best.pt, so that to call it finished would mislead the next command."""
-    config = config_for(data_folder, tmp_path / "r", steps=3, learning_rate=1e9)
-    with pytest.raises(UserError, match=r"no dev evaluation was finite.*lower --learning-rate"):
-        trained(config)
-    assert not (tmp_path / "r" / "best.pt").exists()
+@pytest.mark.parametrize("every, best", [(0, "there is no"), (1, "has step 1")])
+def test_a_run_that_diverges_fails_and_says_what_to_do(data_folder, tmp_path, every, best):
+    """Also where patience ends it, and where the same command is given again."""
+    options = {"learning_rate": 1e15, "clip": 0.0, "eval_every": every, "patience": 2}
+    config = config_for(data_folder, tmp_path / "r", model="llama-tiny", steps=20, **options)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"diverged.*{best} .*best.pt|diverged.*best.pt {best}"):
+            trained(config)
 
 
 def test_tensorboard_shows_what_the_log_says_also_of_a_run_that_was_stopped(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from training import distributed
 from training.checkpoint import make_checkpoint, write_checkpoint
 from training.io import UserError, atomic_write, log, remove_temporaries, warn, write_text
-from training.resume import gather_on_rank_zero, training_state
+from training.resume import check_diverged, gather_on_rank_zero, training_state
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AGREE_SECONDS = 2  # Ranks agree on stopping at least this often, or after as many steps:
@@ -383,11 +383,7 @@ class TrainingLogger:
         }
 
     def log_finished(self):
-        """Names the best checkpoint. Raises `UserError` if no evaluation was finite."""
-        if not self.progress["best_step"]:
-            raise UserError(
-                f"no dev evaluation was finite, so there is no {self.out / 'best.pt'}: lower "
-                "--learning-rate or use --precision fp32, and choose another --out"
-            )
+        """Names the best checkpoint. Raises `UserError` if the run has diverged."""
+        check_diverged(self.progress, self.out)
         best = f"dev cross-entropy {self.progress['best_dev_cross_entropy']:.4f}"
         log(f"finished: {self.out / 'best.pt'} has step {self.progress['best_step']}, {best}")

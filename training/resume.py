@@ -196,6 +196,18 @@ def check_start(config, provenance):
     distributed.check_same_on_all_ranks({key: value for key, value in settings if key not in PATH_OPTIONS})
 
 
+def check_diverged(progress, out):
+    """Raises `UserError` if the last evaluation of a finished run was not finite."""
+    if math.isfinite(progress.get("dev_cross_entropy", 0.0)):
+        return
+    best = Path(out) / "best.pt"
+    state = f"{best} has step {progress['best_step']}" if progress["best_step"] else f"there is no {best}"
+    raise UserError(
+        f"the run diverged: its last dev cross-entropy is not finite, {state}; lower --learning-rate or "
+        "use --precision fp32, and choose another --out"
+    )
+
+
 def start_or_resume(train_step, config, provenance, steps):
     """The progress of a new run, or of the checkpoint that was found and copied into `train_step`.
 
@@ -211,6 +223,7 @@ def start_or_resume(train_step, config, provenance, steps):
         return progress
     restore(train_step, checkpoint, path)
     if is_finished(progress, config.patience):
+        check_diverged(progress, config.out)
         log(f"{config.out} is finished at {progress['step']} steps; a new run needs another --out")
         if not (Path(config.out) / "best.pt").exists():
             warn(f"its best.pt is gone: {path} has the weights of the last step")
