@@ -70,8 +70,8 @@ def write_shard(path, texts, tokenizer, cleaning):
                 files.append({"name": name, "start": tokens, "stop": tokens, "words": 0, "bytes": 0})
             tokens += len(ids)
             largest_id = max(largest_id, int(ids.max(initial=0)))
-            file = files[-1]
-            file.update(stop=tokens, words=file["words"] + words, bytes=file["bytes"] + num_bytes)
+            entry = files[-1]
+            entry.update(stop=tokens, words=entry["words"] + words, bytes=entry["bytes"] + num_bytes)
             payload.write(ids.astype(DTYPES[dtype]).tobytes())
         if not tokens:
             raise UserError(f"{path}: there is no text to write")
