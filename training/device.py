@@ -24,27 +24,26 @@ def choose_device(name):
     off for all that follows: in torch 2.11 some of its kernels round the dropout probability to
     sixteenths (pytorch PR 174245).
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if name == "cuda" and distributed.is_torchrun():
         name = f"cuda:{distributed.local_rank()}"
-    kind, _, index = name.partition(":")
-    if kind not in available or not (index == "" or index.isdecimal()):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in available:
         raise UserError(f"--device {name}: choose auto, cuda, mps or cpu")
-    if not available[kind]:
+    if not available[device.type]:
         raise UserError(f"--device {name}: this machine has none; try --device auto")
-    if kind == "cuda":
-        if int(index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
         torch.backends.cuda.enable_cudnn_sdp(False)
-        if index:
-            torch.cuda.set_device(int(index))  # streams and graphs are made on the current device
-    return torch.device(name)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current device
+    return device
 
 
 def choose_precision(name, device):

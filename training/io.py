@@ -43,6 +43,12 @@ def run_program(main):
         reason = f"{error.filename or 'system'}: {error.strerror or error}"
     except MemoryError as error:
         reason = f"out of memory: {error or 'free some, or use a machine with more'}"
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        if rank_prefix:  # another rank has ended, and has said why
+            return 1
+        reason = "another process of this run has ended"
     print(f"error: {rank_prefix}{reason}", file=sys.stderr)
     return 1
 
