@@ -135,6 +135,7 @@ class ScoredModel:
     name: str
     model: nn.Module
     sequence_length: int
+    digest: str | None = None  # of the checkpoint
 
 
 def load_models(args, device):
@@ -146,7 +147,9 @@ def load_models(args, device):
     for path in dict.fromkeys(args.checkpoints + args.ensemble):
         model, checkpoint = load_checkpoint(path)
         length = checkpoint["config"]["sequence_length"]
-        scored[path] = ScoredModel(path, checkpoint["model"]["name"], model.to(device), length)
+        scored[path] = ScoredModel(
+            path, checkpoint["model"]["name"], model.to(device), length, checkpoint["digest"]
+        )
         checkpoints[path] = checkpoint
     first, *others = checkpoints
     for path in others:
@@ -248,7 +251,8 @@ def score(args, compute):
     shard = open_dev_text(args, tokenizer, config)
     results, log_p = [], []
     for scored in models:
-        result = {"path": scored.path, "model": scored.name, "parameters": count_parameters(scored.model)}
+        result = {"path": scored.path, "digest": scored.digest, "model": scored.name}
+        result["parameters"] = count_parameters(scored.model)
         result |= {**dict.fromkeys(TEXT_SCORES), "per_file": {}}
         with compute.autocast:
             if shard is not None:

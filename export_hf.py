@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from data import TokenShard
 from finetuning.classifier import is_classifier, load_any
 from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
 from tokenizer import BOS, EOS, PAD, Tokenizer
@@ -271,6 +272,7 @@ def card_facts(checkpoint, model):
         "vocabulary": f"{model.config.vocab_size:,} pieces of SentencePiece BPE, "
         f"identity {checkpoint['tokenizer']['identity'][:12]}",
         "training text": digests.get("train_shard"),
+        "cleaning": cleaning_of(config),
         "initialised from": digests.get("init_digest"),
         "task": config.get("task"),
         "classes": ", ".join(config.get("classes", ())),
@@ -288,20 +290,29 @@ def card_facts(checkpoint, model):
     return {name: value for name, value in (facts | recipe).items() if value not in (None, "")}
 
 
-def score_facts(path, checkpoint_path):
-    """Returns {fact: value} of a checkpoint's scores in a file of evaluate.py --json.
+def cleaning_of(config):
+    """Returns how the training text was cleaned, or None if its file is no longer where it was."""
+    try:
+        shard = TokenShard(Path(str(config.get("data"))) / "train.bin")
+    except (UserError, OSError):
+        return None
+    return shard.cleaning if shard.digest == config.get("train_shard") else None
+
+
+def score_facts(path, digest):
+    """Returns {fact: value} of the scores of the checkpoint with that digest in evaluate.py's JSON.
 
     Raises `UserError` if there are none.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))["checkpoints"]
-        (entry,) = [e for e in entries if Path(e["path"]).resolve() == checkpoint_path.resolve()]
+        (entry,) = [entry for entry in entries if entry.get("digest") == digest]
         facts = {name.replace("_", " "): f"{entry[name]:.4f}" for name in TEXT_SCORES if entry.get(name)}
         for folder, pairs in (entry.get("pairs") or {}).items():
             facts[f"minimal pairs of {Path(folder).name}"] = f"{100 * pairs['accuracy_over_files']:.1f} %"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--scores {path}: no scores of {checkpoint_path}: give what evaluate.py --json wrote for it"
+            f"--scores {path}: no scores of this checkpoint: give what evaluate.py --json wrote for it"
         ) from error
     return facts
 
@@ -435,7 +446,7 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
         "config.json": hf_config(model, architecture, config.get("classes", ()), special_ids)
         | {FIELDS[architecture]["max_position_embeddings"]: positions},
     }
-    facts = score_facts(scores, Path(path)) if scores else {}
+    facts = score_facts(scores, checkpoint["digest"]) if scores else {}
     card = model_card(checkpoint, model, out.name, metadata or {}, facts, start_token, positions)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, or delete it")

@@ -187,6 +187,7 @@ class TokenShard:
         self.dtype = DTYPES[header["dtype"]]
         self.num_tokens, self.words, self.bytes = (header[k] for k in ("tokens", "words", "bytes"))
         self.vocabulary_size, self.tokenizer = header["vocabulary_size"], header["tokenizer"]
+        self.cleaning = header["cleaning"]
         self.files = [SourceFile(**file) for file in header["files"]]
         ids = np.memmap(self.path, self.dtype, "r", offset=header_bytes, shape=(self.num_tokens,))
         self._ids = np.asarray(ids)  # a plain view of the map: faster to index

@@ -298,7 +298,7 @@ def test_several_checkpoints_and_their_ensemble_side_by_side(checkpoints, data_f
     text = "cross_entropy bits_per_byte perplexity perplexity_per_word per_file".split()
     means = "accuracy_over_files accuracy_over_fields tie_rate per_file per_field".split()
     for result in results:
-        assert [*result] == ["path", "model", "parameters", *text, "pairs"]
+        assert [*result] == ["path", "digest", "model", "parameters", *text, "pairs"]
         assert [*result["pairs"][str(pairs)]] == means
     assert results[2]["parameters"] == results[0]["parameters"] + results[1]["parameters"]
 

@@ -202,12 +202,19 @@ def test_the_card_has_every_option_that_makes_the_model_what_it_is():
 
 def test_the_card_has_the_scores_of_its_own_checkpoint(checkpoint, tmp_path, capsys):
     pairs = {"blimp": {"accuracy_over_files": 0.625}}
-    entry = {"path": str(checkpoint), "cross_entropy": 4.25, "bits_per_byte": None, "pairs": pairs}
+    digest = read_checkpoint(checkpoint)["digest"]
+    entry = {
+        "path": str(checkpoint),
+        "digest": digest,
+        "cross_entropy": 4.25,
+        "bits_per_byte": None,
+        "pairs": pairs,
+    }
     scores = tmp_path / "scores.json"
-    scores.write_text(json.dumps({"checkpoints": [entry | {"path": "other.pt"}, entry]}))
+    scores.write_text(json.dumps({"checkpoints": [entry | {"digest": "another"}, entry]}))
     card = (export(checkpoint, "--scores", str(scores)) / "README.md").read_text()
     assert "| cross entropy | 4.2500 |" in card and "| minimal pairs of blimp | 62.5 % |" in card
-    scores.write_text(json.dumps({"checkpoints": [entry | {"path": "other.pt"}]}))
+    scores.write_text(json.dumps({"checkpoints": [entry | {"digest": "another"}]}))
     arguments = [str(checkpoint), "--out", str(tmp_path / "x"), "--scores", str(scores)]
     assert run_program(lambda: export_hf.main(arguments)) == 1
     assert "no scores of" in capsys.readouterr().err and not (tmp_path / "x").exists()
@@ -308,6 +315,9 @@ def test_what_was_imported_can_teach_and_be_trained_further(checkpoint, tmp_path
     before = read_checkpoint(tmp_path / "back.pt")["weights"]
     after = read_checkpoint(tmp_path / "run" / "checkpoint.pt")["weights"]
     assert all(torch.equal(before[name], after[name]) for name in before)
+    card = (export(tmp_path / "run" / "best.pt") / "README.md").read_text()
+    for fact in ("cleaning | none", "initialised from", "alpha | 0.5", "clip | 1.0", "teachers | exported"):
+        assert fact in card, fact
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     if "dropout" not in read_checkpoint(tmp_path / "back.pt")["model"]["shape"]:
         assert abs(json.loads(log[1])["kl"]) < 1e-3  # it is its own teacher
