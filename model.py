@@ -114,6 +114,8 @@ def preset_shape(config):
         name, _, value = item.strip().partition("=")
         if name not in types:
             raise UserError(f"--shape {name}: choose from {', '.join(types)}")
+        if name in changes:
+            raise UserError(f"--shape: {name} is given twice")
         try:
             if types[name] is bool:
                 changes[name] = {"true": True, "false": False}[value.lower()]
@@ -124,6 +126,8 @@ def preset_shape(config):
                 f"--shape {item!r}: give name=value, such as hidden_size=384, with commas between several"
             ) from error
     if config.dropout is not None:
+        if "dropout" in changes:
+            raise UserError("--shape: dropout is that of --dropout, leave one of the two out")
         changes["dropout"] = config.dropout
     return with_overrides(shape, changes)
 

@@ -81,7 +81,10 @@ class TrainConfig(RunConfig):
     )
     beta2: float = recipe(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
     eval_sequences: int = option(
-        1024, "dev sequences per evaluation, the same in all runs", minimum=1, group="evaluate and save"
+        1024,
+        "dev sequences per evaluation, at most; the same in all runs",
+        minimum=1,
+        group="evaluate and save",
     )
     micro_batch_size: int | None = option(
         None,
@@ -288,6 +291,8 @@ def fit(objective, config, stream, evaluate, provenance):
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
     resume.check_start(config, provenance)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
+    if config.warmup_steps > plan.steps // 10:
+        log(f"warm-up    {plan.steps // 10} steps, a tenth of the run, instead of {config.warmup_steps}")
     if config.dry_run:
         return resume.new_progress(plan.steps)
     train_step = build_train_step(objective, config, stream, compute)

@@ -438,6 +438,8 @@ def test_a_shape_of_ones_own_is_printed_trained_and_saved(data_folder, tmp_path,
     assert (config.hidden_size, config.num_hidden_layers, config.dropout) == (32, 1, 0.25)
     assert config.intermediate_size == models.PRESETS["llama-tiny"].config.intermediate_size
     assert run_train(data_folder, tmp_path / "r", *options) == 0  # is finished
+    assert run_train(data_folder, tmp_path / "r", "--shape", "dropout=0.1", "--dropout", "0") == 1
+    assert "leave one of the two out" in capsys.readouterr().err
     assert run_train(data_folder, tmp_path / "r", *options[:4], "--dropout", "0") == 1
     assert "shape.dropout: 0.25 -> 0.0" in capsys.readouterr().err
 
@@ -447,6 +449,7 @@ def test_a_shape_of_ones_own_is_printed_trained_and_saved(data_folder, tmp_path,
     [
         ("hiden_size=3", "choose from hidden_size"),
         ("vocab_size=9", "choose from hidden_size"),
+        ("hidden_size=32,hidden_size=64", "hidden_size is given twice"),
         ("num_attention_heads=5", "5 attention heads do not divide hidden_size 96"),
         ("num_attention_heads=32", "heads of an even size, here 3"),
         ("hidden_size=big", "give name=value"),

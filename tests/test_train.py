@@ -357,6 +357,7 @@ def test_a_dry_run_prints_the_arithmetic_and_nothing_else_happens(data_folder, t
     trained(config)
     printed = capsys.readouterr().out
     assert "4 sequences x 32 = 128 tokens" in printed and "12 steps" in printed
+    assert "warm-up    1 steps, a tenth of the run, instead of 50" in printed
     assert not (tmp_path / "r").exists()
 
 
