@@ -39,6 +39,7 @@ import train
 from corpus.text_files import sub_corpora
 from data import TokenShard, open_corpus
 from evaluation.minimal_pairs import pairs_digest, read_pairs
+from evaluation.perplexity import training_shares
 from experiments import recipes
 from experiments.pages import write_report
 from experiments.results import (
@@ -701,6 +702,8 @@ def open_context(config, recipe, out):
         read_tasks(Path(config.finetune), recipe.finetune.get("only"))
     deadline = None if config.stop_after is None else time.monotonic() + 60 * config.stop_after
     data = given_data(recipe, config.data) if config.data else prepare_data(recipe, config, out)
+    for name in ("dev.bin", "report/dev.bin"):  # refused before training: every model is scored with these
+        training_shares(data, TokenShard(Path(data) / name))
     pairs, tasks = config.pairs, config.finetune
     if recipe.corpus == "toy":
         pairs, tasks = [str(out / "corpus" / "pairs")], str(out / "corpus" / "tasks")

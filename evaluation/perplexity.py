@@ -99,7 +99,10 @@ def training_shares(path, shard):
         raise UserError(f"{training.path} was made with another tokenizer than {shard.path}")
     shares = {sub_corpus(f.name): (f.stop - f.start) / training.num_tokens for f in training.files}
     if not sum(shares.get(sub_corpus(file.name), 0) for file, _, _ in file_spans(shard)):
-        raise UserError(f"{path} and {shard.path} have no file of one name: leave out --weight-by")
+        raise UserError(
+            f"{path} and {shard.path} have no sub-corpus in common: name their files alike, "
+            "or leave out --weight-by"
+        )
     return shares
 
 

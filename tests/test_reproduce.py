@@ -349,3 +349,12 @@ def test_the_models_of_a_seed_have_one_precision_and_another_seed_may_have_anoth
     assert "cpu, bf16" in capsys.readouterr().out
     result = json.loads((tmp_path / "toy/seed-2/control.json").read_text())
     assert result["conditions"]["precision"] == "bf16"
+
+
+def test_dev_text_of_other_sub_corpora_is_refused_before_training(recipe, tmp_path, capsys):
+    for name in ("train/essays.txt", "dev/letters.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(f"{name} " + write_text(4000, seed=len(name)))
+    folders = ["--train", tmp_path / "train", "--dev", tmp_path / "dev", "--out", tmp_path / "out"]
+    assert run("--recipe", recipe(vocabulary_size=300), *folders, "--dry-run") == 1
+    assert "have no sub-corpus in common" in capsys.readouterr().err
