@@ -284,7 +284,7 @@ def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(data_fo
         fitted(objective, config)
         return counter.frame_count
 
-    alone = 4 + 2  # whole and ragged: of the layers in training and on dev, of the loss in training
+    alone = 4 + 2  # of two batch sizes: layers in training and on dev, the loss in training
     assert graphs_of("gpt2-tiny", "gpt2") == alone
     assert graphs_of("llama-tiny", "llama") == alone
     assert graphs_of("llama-tiny-student", "control") == alone
@@ -420,5 +420,5 @@ def test_attention_drops_the_share_that_it_is_asked_to_drop_on_a_gpu(probability
     v = torch.ones_like(q)
     with torch.no_grad():
         y = F.scaled_dot_product_attention(q, q, v, dropout_p=probability)
-    kept = y[..., 0].float().mean().item() * (1 - probability)
-    assert abs(1 - kept - probability) < 0.002
+    share = y[..., 0].float().mean().item() * (1 - probability)
+    assert abs(1 - share - probability) < 0.002

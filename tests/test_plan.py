@@ -11,7 +11,7 @@ from training.plan import Plan, word_marks
 
 
 def test_a_small_run_needs_little_room(tmp_path, monkeypatch):
-    """What is kept free besides the states is no more than they are, and at most 64 MiB."""
+    """Small files get as much room as the states, and at most 64 MiB."""
     plan, usage = Plan(10, 1, 1, 1, 1, {}, 0), namedtuple("usage", "free")
     for parameters, enough in ((10_000, 800_000), (100_000_000, 4_000_000_000 + (64 << 20))):
         monkeypatch.setattr(plans.shutil, "disk_usage", lambda _, n=enough: usage(n))
@@ -28,6 +28,7 @@ def test_babylm_marks_are_those_of_the_rules():
     expected = {f"chck_{m}M.pt": m * million for m in rules}
     assert word_marks(["babylm"], 1000 * million) == expected and len(expected) == 28
     assert list(word_marks(["babylm"], 100 * million).values()) == [m * million for m in rules[:19]]
+    assert list(word_marks(["babylm"], 0)) == ["chck_1M.pt"]  # which the plan calls out of reach
     assert list(word_marks(["babylm"], 43 * million)) == [f"chck_{m}M.pt" for m in rules[:13]]
 
 

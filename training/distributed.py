@@ -25,17 +25,17 @@ def init_distributed(device):
     """Joins the process group of torchrun, if there is one; `io.log` then prints on rank 0 alone."""
     if not is_torchrun() or dist.is_initialized():
         return
-    # gloo's threads abort a process that ends before they do. These modules keep a reference to the
-    # group that exists when they are imported, so they are imported before; a last garbage
-    # collection, after `_destroy`, frees what else refers to it.
+    # gloo's threads abort a process that ends before they do. So nothing may refer to the group at
+    # the end: these modules refer to the one that exists when they are imported, which is none yet;
+    # garbage is collected after `_destroy`.
     import torch.distributed.nn  # noqa: F401
 
     atexit.register(gc.collect)
+    on_gpu = device.type == "cuda"  # gradients by NCCL, numbers of the host by gloo
     try:
-        if device.type == "cuda":  # numbers of the host by gloo, gradients by NCCL
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the processes that torchrun names: {error}") from error
     if rank():
@@ -43,12 +43,12 @@ def init_distributed(device):
 
 
 def destroy_when_done():
-    """Leaves the process group when this process ends, before all else that runs at exit.
+    """Leaves the process group first when this process ends.
 
     A rank that failed does not leave: NCCL would wait for the others, and torchrun would not notice.
     """
     atexit.unregister(_destroy)
-    atexit.register(_destroy)
+    atexit.register(_destroy)  # what is registered last runs first
 
 
 def _destroy():
@@ -107,12 +107,9 @@ def check_same_on_all_ranks(values):
     """Raises `UserError` on all ranks unless each has the same {name: value}."""
     first, *others = all_gather(values)
     for number, other in enumerate(others, start=1):
-        differing = [name for name in first if other.get(name) != first[name]]
-        if differing:
-            raise UserError(
-                f"process {number} has another {', '.join(differing)} than process 0: give the "
-                "same files and options on every machine"
-            )
+        if differing := ", ".join(name for name in first if other.get(name) != first[name]):
+            remedy = "give the same files and options on every machine"
+            raise UserError(f"process {number} has another {differing} than process 0: {remedy}")
 
 
 # ---- one model on several ranks

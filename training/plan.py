@@ -86,7 +86,7 @@ def plan_run(config, num_chunks, words, num_tokens=math.inf):
 
 
 def word_marks(names, total_words):
-    """Returns {file name: words} of --save-at-words; babylm's end with the words of the run.
+    """Returns {file name: words} of --save-at-words; babylm's go to the words of the run, at least 1M.
 
     Raises `UserError` for what is no number of words.
     """
@@ -95,7 +95,7 @@ def word_marks(names, total_words):
         number, unit = (name[:-1], name[-1]) if name[-1:] in ("k", "M") else (name, "")
         if name == "babylm":  # the rules: every 1M to 10M, every 10M to 100M, every 100M to 1B
             rules = {n * unit * MILLION for unit in (1, 10, 100) for n in range(1, 11)}
-            marks |= {words for words in rules if words <= total_words}
+            marks |= {words for words in rules if words <= max(total_words, MILLION)}
         elif number.isascii() and number.isdigit() and len(number) < 16 and int(number):
             marks.add(int(number) * {"": 1, "k": 1000, "M": MILLION}[unit])
         else:
