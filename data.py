@@ -1,7 +1,7 @@
 """Batches of a tokenised corpus and their order.
 
-A batch is a function of (seed, step) and of nothing else: resuming, or asking what step 1234 saw,
-needs only the number. corpus/token_shards.py has the format of the files.
+A batch is a function of (seed, step) and of nothing else. To resume, or to ask which text step 1234
+saw, the number of the step is enough. corpus/token_shards.py has the format of the files.
 """
 
 import functools
@@ -57,7 +57,7 @@ def open_corpus(folder):
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one step: `chunk_ids` (B,), `tokens` (B, T), `targets` (B, T).
+    """Sequences of one step: `chunk_ids` (B,), `tokens` (B, T), and the next tokens, `targets` (B, T).
 
     `num_sequences` and `num_targets` count the whole step even in a micro-batch or in a rank's
     slice. Losses divide by them, so that parts of any size add up to the loss of the one batch.
@@ -73,16 +73,16 @@ class Batch:
 
     @classmethod
     def whole(cls, chunk_ids, tokens, targets):
-        """The batch of a whole step; targets below 0, which have no loss, are not counted."""
+        """The batch of a whole step. Targets below 0 have no loss and are not counted."""
         return cls(chunk_ids, tokens, targets, len(tokens), int((targets >= 0).sum()))
 
     def rank_slice(self, rank, world_size):
-        """Every `world_size`-th sequence, from that of `rank` on."""
+        """The sequences of a rank: number `rank`, and every `world_size`-th after it."""
         tensors = (t[rank::world_size].contiguous() for t in (self.chunk_ids, self.tokens, self.targets))
         return Batch(*tensors, self.num_sequences, self.num_targets)
 
     def split(self, size):
-        """Micro-batches of at most `size` sequences, or of the sizes in that list."""
+        """Micro-batches of at most `size` sequences, or of the sizes in the list `size`."""
         parts = zip(self.chunk_ids.split(size), self.tokens.split(size), self.targets.split(size))
         return [Batch(*part, self.num_sequences, self.num_targets) for part in parts]
 
@@ -119,9 +119,10 @@ def count_chunks(num_tokens, sequence_length, random_offset=False):
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed, epoch, num_chunks, sequence_length, random_offset):
-    """The chunk ids of an epoch in their order, and where each chunk starts: both (N,).
+    """The chunk ids of an epoch in their order, and the first token of each chunk: both (N,).
 
-    A function of its arguments alone. torch's generator uses 32 bits of a seed: those of a hash.
+    The same arguments give the same order. torch's generator uses only 32 bits of a seed, so seed
+    and epoch are hashed into these 32 bits.
     """
     mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4]
     generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
@@ -176,7 +177,7 @@ class BatchStream:
         return Batch(chunk_ids, tokens, targets, len(tokens), targets.numel())
 
     def load_to_device(self, device):
-        """Copies all tokens of the shard to `device`, in two bytes each if the shard has them so."""
+        """Copies all tokens of the shard to `device`, in as many bytes a token as the shard has."""
         # As signed integers of the same size: torch cannot index uint16 on all devices.
         ids = self.shard.tokens.view(f"int{8 * self.shard.dtype.itemsize}")
         dtype = {2: torch.int16, 4: torch.int32}[ids.itemsize]
@@ -197,7 +198,7 @@ class BatchStream:
 
 
 def dev_subset(shard, sequence_length, num_sequences):
-    """Starts (at most `num_sequences`,) of dev chunks: in order, and the same for every run.
+    """The starts of at most `num_sequences` dev chunks, in order, and the same for every run.
 
     Raises `UserError` if the shard holds no whole chunk.
     """

@@ -5,8 +5,8 @@
     loss = alpha · CE + (1 - alpha) · tau² · KL(teachers ‖ student)
 
 The KL is summed over the positions of a sequence and averaged over sequences (--kl-reduction
-sequence), because that is what produced the paper's numbers: the original's `batchmean` divides by
-the batch alone. --kl-reduction token is the mean over tokens, the formula as one would write it.
+sequence). The paper's numbers were made so: the original's `batchmean` divides by the batch size
+alone. --kl-reduction token is the mean over tokens, as the formula is usually written.
 """
 
 import dataclasses
@@ -62,11 +62,13 @@ class DistillationObjective(Objective):
     def prepare(self, batch):
         """The batch with the teachers' final hidden states, K × (B, T, C_k), in the products' dtype.
 
-        They come from the cache if it has all of them. If one is missing the whole batch is
-        computed: products of another shape could round differently, and what the cache holds must
-        not depend on the order of its entries.
+        They come from the cache if it has all of them. If one is missing, all are computed: a
+        product of another shape could round differently, and then the cache would depend on the
+        order in which it was filled.
         """
-        cache = None if batch.chunk_ids is None else self.cache  # --micro-batch-size auto tries without
+        cache = (
+            None if batch.chunk_ids is None else self.cache
+        )  # --micro-batch-size auto tries a step without it
         states = cache.read(batch.chunk_ids) if cache else None
         if states is None:
             states = [teacher.hidden_states(batch.tokens) for teacher in self.teachers]

@@ -6,10 +6,10 @@
     python evaluate.py --compare student-*.npz --against baseline-*.npz     one --losses file per seed
 
 Cross-entropy is in nats per token, over the chunks of training. Bits per byte and perplexity per
-word, of the cleaned text, do not depend on the tokenizer; a language that is written without blanks
+word, of the cleaned text, do not depend on the tokenizer. A language that is written without blanks
 has no perplexity per word. A minimal pair is right if the acceptable sentence has the higher
-log-probability; a tie counts half. Products are in float32 by default, because fewer digits make
-ties.
+log-probability; a tie counts half. Matrix products are in float32 by default: with fewer digits,
+more pairs would tie.
 
 --convention chooses the prefix of a sentence. `newline`, the default, is the context in which
 sentences begin in training. The official BabyLM pipelines use other prefixes: 2023 has </s> (and
@@ -76,8 +76,8 @@ def parse_arguments(argv):
     add("--surprisals", metavar="FILE", help="write a table with the bits of each word and token of --text")
     add("--text", metavar="FILE", help="text for --surprisals; each line is scored alone")
     add("--bow-correction", action="store_true", help="also bits corrected for the blank after each word")
-    add("--compare", nargs="+", metavar="FILE", help="compare a model, by its --losses files, one per seed")
-    add("--against", nargs="+", metavar="FILE", help="... with another, in the same order of seeds")
+    add("--compare", nargs="+", metavar="FILE", help="compare one model, by its --losses files, one per seed")
+    add("--against", nargs="+", metavar="FILE", help="with another model, seeds in the same order")
     add = parser.add_argument_group("speed").add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     precision_help = "of matrix products; bf16 is faster on a GPU, scores differ slightly (default: fp32)"
@@ -90,7 +90,7 @@ def parse_arguments(argv):
 
 
 def usage_errors(args):
-    """{message: whether it applies} for options that do not go together."""
+    """{message: True if it applies} for options that do not go together."""
     outputs = (args.losses, args.pair_scores, args.json)
     scoring = any((args.data, args.weight_by, args.temperature_scaled, args.pairs, *outputs))
     num_models = len(args.checkpoints) + bool(args.ensemble)
@@ -168,8 +168,8 @@ def load_models(args, device):
 def open_dev_text(args, tokenizer, config):
     """The dev shard of --data, else of the first checkpoint's run, else of data/babylm.
 
-    None, after a warning, if there is none and no option needs one. Raises `UserError` for a shard
-    that is needed and missing, or of another tokenizer.
+    If it is missing or of another tokenizer, raises `UserError` if an option needs it; otherwise
+    warns and returns None.
     """
     folder = args.data or config.get("data") or "data/babylm"
     try:

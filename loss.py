@@ -1,4 +1,4 @@
-"""The objectives: the plain formulas first, then the fused one that is trained with.
+"""The objectives: the plain formulas first, then the fused one, which training uses.
 
     loss = alpha · CE + (1 - alpha) · tau² · KL( softmax(z_teachers / tau) ‖ softmax(z_student / tau) )
 
@@ -37,7 +37,7 @@ class Coefficients(NamedTuple):
 def cross_entropy(logits, targets, num_targets):
     """Σ -log softmax(logits)[target] / num_targets: (..., V), (...) → ().
 
-    Targets below 0 are ignored. Nats per token if `num_targets` is the number of the others.
+    Targets below 0 are ignored. If `num_targets` counts all other targets, the unit is nats per token.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()
     targets = targets.masked_fill(targets < 0, IGNORED)
@@ -52,7 +52,7 @@ def ensemble_logits(teacher_logits, weights):
 def kl_divergence(p_logits, q_logits, tau, kl_denominator):
     """Σ_positions KL(p ‖ q) / kl_denominator, p and q at temperature tau: 2 × (..., V) → ().
 
-    p is the distribution that is imitated. The original's KL has the teachers there.
+    p is the distribution that q imitates: the teachers', in the original.
     """
     log_p = F.log_softmax(p_logits / tau, dim=-1)
     log_q = F.log_softmax(q_logits / tau, dim=-1)
@@ -92,8 +92,9 @@ def plain_distillation_loss(student_logits, teacher_logits, weights, targets, co
 def center_head(head):
     """`head` less its mean row: (V, C) → (V, C).
 
-    This adds one constant to all logits of a token, which changes no softmax and, the rows of dz
-    summing to zero, no gradient; but a large common offset would use up the digits of bfloat16.
+    This shifts all logits of a token by one constant. No softmax changes and, because each row of
+    dz sums to zero, no gradient either. Without it, a large common offset would use up the digits
+    of bfloat16.
     """
     return head - head.mean(dim=0, keepdim=True)
 
@@ -101,8 +102,8 @@ def center_head(head):
 def join_heads(heads, weights, dtype):
     """The teachers' heads side by side, K × (V, C_k) → (V, ΣC_k), for one product of all.
 
-    Weights are folded in relative to their mean, so that equal weights leave the heads as they are;
-    the division by K happens in the row arithmetic, where it is not rounded to `dtype`.
+    Each head is multiplied by its weight / mean weight, so equal weights leave the heads as they are.
+    The division by K happens in the row arithmetic, where it is not rounded to `dtype`.
     """
     mean = sum(weights) / len(weights)
     scaled = [center_head(h) if w == mean else center_head(h) * (w / mean) for h, w in zip(heads, weights)]
@@ -129,11 +130,11 @@ def distillation_loss(
     """The distillation objective, fused: a dict of `loss`, `cross_entropy` and `kl`, each ().
 
     student_hidden (..., C), student_head (V, C), targets (...), and teachers
-    [(hidden_k (..., C_k), head_k (V, C_k), weight_k), ...]. Heads are the float32 parameters; they
-    are cast for the product inside. `joined_head` is `join_heads` of the teachers' heads, for
-    callers that keep it from step to step. Logits of at most `chunk_tokens` tokens exist at a time;
-    `compiled` runs the row arithmetic as one torch.compile'd kernel. Only `loss` has a gradient,
-    only with respect to the student, and only once.
+    [(hidden_k (..., C_k), head_k (V, C_k), weight_k), ...]. Heads are the float32 parameters and are
+    cast inside. `joined_head` is `join_heads` of the teachers' heads, for callers that keep it from
+    step to step. Logits of at most `chunk_tokens` tokens exist at a time. `compiled` runs the row
+    arithmetic as one torch.compile'd kernel. Only `loss` has a gradient, only with respect to the
+    student, and backward works only once.
     """
     dtype = matmul_dtype(student_hidden)
     hiddens, heads, weights = zip(*teachers)
@@ -168,7 +169,7 @@ class _FusedLoss(torch.autograd.Function):
         row_function = _rows if hidden.is_cuda else _rows_in_blocks
         if compiled:
             row_function = _compiled_rows()
-        # needs_input_grad is also True under no_grad, where nobody will read a gradient.
+        # needs_input_grad is also True under no_grad, where no gradient is needed.
         needs_d_hidden, needs_d_head = (gradient and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if needs_d_hidden else None
         d_head = torch.zeros_like(head) if needs_d_head else None
@@ -221,8 +222,8 @@ def _product_in_float32(a, b):
 def _rows(logits, targets, teacher_logits, num_teachers, coefficients, need_gradient):
     """A chunk's Σ CE / num_targets and Σ KL / kl_denominator, and dz (n, V) or None.
 
-    `teacher_logits` (n, V) are the sum of K teachers', or None: then the KL is 0. The arithmetic is
-    in float32 for logits of any dtype; dz is rounded at the very end.
+    `teacher_logits` (n, V) is the sum over K teachers, or None, and then the KL is 0. The arithmetic
+    is in float32 for logits of bfloat16 too; dz is rounded at the very end.
     """
     alpha, tau, num_targets, kl_denominator = coefficients
     num_targets = max(num_targets, 1)  # a step without targets: 0, not 0 / 0

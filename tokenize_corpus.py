@@ -1,14 +1,14 @@
-"""Text -> tokenizer.model, train.bin, dev.bin: cleans, trains the tokenizer, encodes.
+"""Makes tokenizer.model, train.bin and dev.bin of text: cleans it, trains the tokenizer, encodes.
 
     python tokenize_corpus.py --train babylm_10M --dev babylm_dev --out data/babylm
     python tokenize_corpus.py --dev essays --tokenizer data/babylm/tokenizer.model --out data/essays
 
-A folder holds one file per sub-corpus, as BabyLM has them: aochildes.train, qed.dev, or any *.txt,
-or *.jsonl, whose lines are objects with a "text"; each may be compressed, as *.gz, *.bz2 or *.xz.
-The tokenizer sees the training split alone, and of a large one a sample of its lines.
+A folder holds one file per sub-corpus, as in BabyLM: aochildes.train, qed.dev, or any *.txt, or
+*.jsonl, whose lines are objects with a "text". Each may be compressed: *.gz, *.bz2 or *.xz. The
+tokenizer is trained on the training split alone, and if that is large, on a sample of its lines.
 
-Text is streamed: it is read, cleaned and encoded block by block. What --out held before is replaced
-when everything is ready.
+Text is read, cleaned and encoded block by block, so it may be larger than memory. The files of an
+earlier corpus in --out are replaced only when all new ones are ready.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class SourceText:
     def blocks(self, tell=False):
         """Yields the cleaned text in blocks of whole lines.
 
-        With `tell`, warns of what is unusual in the file. Raises `UserError` if the file cannot be
+        If `tell`, warns of what is unusual in the file. Raises `UserError` if the file cannot be
         used, or cleaning leaves nothing of it.
         """
         raw = text_blocks(self.path, as_is=self.cleaning == "none", keep_cr=self.keep_cr, tell=tell)
@@ -79,7 +79,7 @@ class SourceText:
 
     @functools.cached_property
     def stats(self):
-        """The `TextStats` of the text, which is read for them once."""
+        """The `TextStats` of the text. It reads the file once, and keeps them."""
         num_bytes, digest, characters, unspaced = 0, hashlib.sha256(), 0, 0
         for block in self.blocks(tell=True):
             encoded = block.encode()
@@ -101,9 +101,9 @@ def read_folder(folder, cleaning="light", keep_cr=False):
 
 
 def line_blocks(text, characters):
-    """`text` in blocks of whole lines, each block as few lines as give it `characters`.
+    """`text` in blocks of whole lines: a block ends with the line that reaches `characters`.
 
-    A newline is never inside a piece, so blocks have the ids that the whole text has.
+    No piece contains a newline, so the ids of all blocks together are those of the whole text.
     """
     start = 0
     while start < len(text):
@@ -208,7 +208,7 @@ def encode(tokenizer, text):
 def encode_split(path, sources, tokenizer):
     """Writes a list of `SourceText`s as the shard `path`. Returns the shard's header.
 
-    Warns if the tokenizer does not give the text back: one that this program trained always does.
+    Warns if decoding does not give the text back. With a tokenizer of this program it always does.
     Raises `UserError` if the text has changed since it was measured.
     """
     split, expected = path.stem, sum(source.stats.bytes for source in sources)
@@ -293,20 +293,24 @@ def parse_arguments(argv):
     )
     parser.add_argument("--train", metavar="DIR", help="training text; needed without --tokenizer")
     parser.add_argument("--dev", metavar="DIR", required=True, help="validation text")
-    parser.add_argument("--out", metavar="DIR", default="data/babylm", help="default: %(default)s")
+    parser.add_argument(
+        "--out", metavar="DIR", default="data/babylm", help="folder to write (default: %(default)s)"
+    )
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
         help=f"pieces of the tokenizer (default: {VOCABULARY_SIZE})",
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="encode with this one, train none")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="encode with this tokenizer instead of training one"
+    )
     parser.add_argument(
         "--clean",
         choices=CLEANERS,
         default="light",
-        help="light: remove markup and credits; paper: do exactly what the original does, which also "
-        "joins lines; none: keep every character (default: light)",
+        help="light: remove markup and credits; paper: exactly the original's cleaning, which also joins "
+        "lines; none: keep every character (default: light)",
     )
     parser.add_argument("--keep-cr", action="store_true", help="keep carriage returns that end lines")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Trains a GPT-2 or a LLaMA on token shards: the one training loop of this project.
 
-    python train.py --model llama-58m                 its recipe comes with it
-    python train.py --model llama-58m --dry-run       the arithmetic, and nothing else
+    python train.py --model llama-58m                 with the preset's own recipe
+    python train.py --model llama-58m --dry-run       prints the plan and stops
 
 The run's folder holds checkpoint.pt (full state), previous.pt (the one before), best.pt (weights at
 the best dev cross-entropy) and log.jsonl. The same command continues a run that was stopped.
@@ -43,7 +43,7 @@ class TrainConfig(RunConfig):
     data: str = option("data/babylm", "folder with train.bin, dev.bin and tokenizer.model", may_change=True)
     init: str | None = option(
         None,
-        "start from the weights and shape of this checkpoint; --model then only gives the recipe",
+        "start from the weights and shape of this checkpoint; --model then gives only the recipe",
         may_change=True,
     )
     shape: str | None = option(
@@ -64,7 +64,7 @@ class TrainConfig(RunConfig):
         None, "peak learning rate (default: the preset's)", minimum=0, alias="--lr"
     )
     warmup_steps: int | None = recipe(
-        None, "steps of linear warm-up, at most a tenth of all (default: the preset's)", minimum=0
+        None, "steps of linear warm-up, at most a tenth of all steps (default: the preset's)", minimum=0
     )
     schedule: str = recipe("cosine", "learning-rate decay after warm-up", choices=("cosine", "linear"))
     min_lr_ratio: float = recipe(0.0, "final learning rate divided by the peak", minimum=0, maximum=1)
@@ -82,7 +82,7 @@ class TrainConfig(RunConfig):
     beta2: float = recipe(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
     eval_sequences: int = option(
         1024,
-        "dev sequences per evaluation, at most; the same in all runs",
+        "largest number of dev (validation) sequences per evaluation, the same in all runs",
         minimum=1,
         group="evaluate and save",
     )
@@ -106,7 +106,7 @@ class Objective(nn.Module):
     All parameters that require gradients are trained, clipped and saved, the model's and others.
     """
 
-    compiled = False  # set with --compile: `forward` may then compile what is its own
+    compiled = False  # True with --compile: `forward` may then compile its own functions
 
     def __init__(self, model):
         super().__init__()
@@ -135,8 +135,8 @@ class CrossEntropyObjective(Objective):
 def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0, schedule="cosine"):
     """The learning rate of step 0, 1, ...: linear warm-up to `peak`, then decay.
 
-    It begins at 0 and reaches `peak` at `warmup_steps`, at most a tenth of the steps; a cosine, or
-    a line with the schedule "linear", ends at `min_ratio` of the peak. The original ends at 0.
+    The warm-up begins at 0 and takes `warmup_steps`, at most a tenth of the steps. The decay is a
+    cosine or, with the schedule "linear", a line. It ends at `min_ratio` · peak: 0 in the original.
     """
     warmup_steps = min(warmup_steps, steps // 10)
     if step < warmup_steps:
@@ -150,10 +150,10 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
     """A list of optimizers of all parameters that require gradients. Add an optimizer here.
 
     The `lr` of a group is its ratio to the scheduled learning rate. AdamW's other values are
-    0.9 / beta2 / 1e-8. Biases have no weight decay, nor what `no_decay` names: LayerNorm alone in
-    the version that the paper ran (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`), but strong decay
-    needs "norms", as it takes RMSNorm's gains to zero. Muon's updates have AdamW's size
-    ("match_rms_adamw"), so that one learning rate suits both.
+    0.9 / beta2 / 1e-8. Biases and what `no_decay` names have no weight decay. The default names
+    LayerNorm only, as the version that the paper ran (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`).
+    With strong decay choose "norms": otherwise RMSNorm's gains shrink to zero. Muon's updates have
+    AdamW's size ("match_rms_adamw"), so that one learning rate suits both.
     """
     trained = resume.trained_parameters(objective).values()
     exempt = {
@@ -187,8 +187,8 @@ class TrainStep:
 
     `module` is the objective, or the DistributedDataParallel or FSDP2 module of it. Returns the
     objective's terms and the gradient norm before clipping, as tensors on the device. A step whose
-    gradient is not finite changes no parameter and is counted. Fused AdamW skips it on the device,
-    other optimizers after waiting for the device.
+    gradient is not finite changes no parameter and is counted. Fused AdamW skips it on the device;
+    for other optimizers the host waits for the gradient norm.
     """
 
     def __init__(self, module, optimizers, autocast, micro_batch_size=None, clip=1.0):
@@ -217,7 +217,7 @@ class TrainStep:
             return [self.objective.prepare(micro_batch) for micro_batch in batch.split(sizes)]
 
     def update(self, micro_batches):
-        """The step from prepared micro-batches: always the same kernels, so that a CUDA graph fits."""
+        """The step from prepared micro-batches: always the same kernels, so a CUDA graph can replay it."""
         sums = {}
         for micro_batch in micro_batches:
             # Gradients are all-reduced once a step, in the backward pass of its last micro-batch.
@@ -282,10 +282,11 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
 def fit(objective, config, stream, evaluate, provenance):
     """Trains an `Objective` and returns its progress: "step", "steps", "dev_cross_entropy", ...
 
-    `stream(step)` is a batch; its `num_chunks`, `num_tokens` and `words` are those of an epoch.
-    `evaluate(model, autocast)` returns {"dev_cross_entropy": ..., whatever else is logged}; best.pt
-    has the lowest dev cross-entropy or, if one is returned, the highest "score". "stopped_by" in
-    the progress is the signal that stopped the run, or None. Raises `UserError` for a bad config.
+    `stream(step)` returns the batch of a step; `stream.num_chunks`, `num_tokens` and `words` count
+    an epoch. `evaluate(model, autocast)` returns {"dev_cross_entropy": ..., other values to log}.
+    best.pt has the lowest dev cross-entropy or, if there is a "score", the highest score.
+    "stopped_by" in the progress is the signal that stopped the run, or None. Raises `UserError` for
+    a bad config.
     """
     compute = choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)

@@ -21,8 +21,8 @@ from training.resume import check_diverged, gather_on_rank_zero, training_state
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AGREE_SECONDS = 2  # Ranks agree on stopping at least this often, or after as many steps:
 AGREE_STEPS = 8  # torchrun kills a process that has not ended 30 seconds after a signal.
-PROFILE_AFTER = 10  # steps: by then all layers are compiled and all caches are made
-NONFINITE_LIMIT = 10  # steps in a row without a finite gradient, after which a run gives up
+PROFILE_AFTER = 10  # steps: by then all layers are compiled and all buffers are allocated
+NONFINITE_LIMIT = 10  # a run ends after so many steps in a row without a finite gradient
 
 
 # ---- where a result comes from
@@ -60,10 +60,10 @@ def machine(device):
 
 
 class StopSignal:
-    """Within its `with`, a signal or the end of the time asks a run to stop after its step.
+    """A context in which a signal, or the end of `minutes`, asks the run to stop after its step.
 
-    `number` is that of the signal, SIGTERM, SIGINT or SIGHUP, or None. In a run of one process a
-    second signal acts at once. A SIGHUP that is ignored, as nohup has it, stays ignored.
+    `number` is the signal, SIGTERM, SIGINT or SIGHUP, or None. In a run of one process a second
+    signal ends the run at once. If SIGHUP is ignored, as under nohup, it stays ignored.
     """
 
     def __init__(self, minutes=None):
@@ -90,9 +90,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def is_requested(self):
-        """Whether the run is to stop. Call it once after each step.
+        """True if the run should stop. Call it once after each step.
 
-        Ranks agree every few steps: all learn of it after the same step, and of the signal too.
+        Ranks exchange this every few steps, so that all stop after the same step.
         """
         is_late = time.perf_counter() > self.deadline
         if distributed.world_size() > 1:
@@ -123,8 +123,8 @@ def exit_code(progress):
 class JSONLog:
     """log.jsonl: one JSON object a line, the run first, then training steps and evaluations.
 
-    Nothing is written if `path` is None. TensorBoard gets the same numbers in the folder
-    `tensorboard`, if there is one: each value under its name, at its step.
+    Nothing is written if `path` is None. If `tensorboard` is a folder, TensorBoard gets the same
+    numbers there.
     """
 
     def __init__(self, path, first, from_step, tensorboard=None):
@@ -139,7 +139,7 @@ class JSONLog:
             self.board = summary_writer(tensorboard, from_step)
 
     def write(self, entry):
-        """Appends one object; numbers that JSON does not have become null."""
+        """Appends one object; NaN and infinity, which JSON does not have, become null."""
         if not self.file:
             return
         for key, value in entry.items() if self.board else ():
@@ -236,10 +236,10 @@ class ProgressLine:
 
 
 def note_evaluation(progress, values, least_gain=0.0):
-    """Adds an evaluation to the progress; whether it is the best so far.
+    """Adds an evaluation to the progress. Returns True if it is the best so far.
 
-    The best has the lowest dev cross-entropy, or the highest "score" where there is one. A gain of
-    at most `least_gain` counts as none for early stopping.
+    The best has the lowest dev cross-entropy or, if there is a "score", the highest score. Early
+    stopping ignores a gain of at most `least_gain`.
     """
     cross_entropy, score = values["dev_cross_entropy"], values.get("score")
     if score is None:
@@ -258,7 +258,7 @@ def note_evaluation(progress, values, least_gain=0.0):
 class TrainingLogger:
     """Writes a run's log, evaluations and checkpoints, and keeps its progress, a dict.
 
-    Each rank has one, because all take part in gathering weights; rank 0 alone writes.
+    Each rank has one, because all ranks must join the gathering of weights. Rank 0 alone writes.
     """
 
     def __init__(self, train_step, config, plan, provenance, progress):
@@ -279,7 +279,7 @@ class TrainingLogger:
         }
         fields, path, board = self._fields(), None, None
         if self.writes:
-            make_checkpoint(**fields)  # refuses before training what could not be saved after it
+            make_checkpoint(**fields)  # raises now what would otherwise fail at the first save
             names = ("checkpoint.pt", "best.pt", "log.jsonl", "trace.json", *plan.marks)
             remove_temporaries(self.out, names)
             path = self.out / "log.jsonl"
@@ -307,7 +307,7 @@ class TrainingLogger:
         self.log.close()
 
     def count(self, step):
-        """Notes that a step was taken; at a mark of --save-at-words the weights are saved."""
+        """Counts a step. At a mark of --save-at-words it saves the weights."""
         self.progress |= {"step": step, "words": self.plan.words_seen(step)}
         self.line.bar.update()
         if self.profiler:
@@ -316,7 +316,7 @@ class TrainingLogger:
             self._write(name)
 
     def log_step(self, terms, rate):
-        """One line of the log; the only place where a step waits for the device.
+        """Writes a line of the log. Only here does the host wait for the device.
 
         Raises `UserError` if no gradient was finite in the last steps.
         """
@@ -371,7 +371,7 @@ class TrainingLogger:
                 write_checkpoint(self.out / name, **fields, **details)
 
     def _fields(self):
-        """The fields that all checkpoints of the run have. All ranks take part."""
+        """The fields that all checkpoints of the run have. All ranks must call it, to gather weights."""
         return {
             "model": self.provenance.model,
             "weights": {key: gather_on_rank_zero(w) for key, w in self.model.state_dict().items()},

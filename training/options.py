@@ -46,8 +46,8 @@ class RunConfig:
     save_every: int = option(500, "steps between checkpoints", SAVE, minimum=1, may_change=True)
     save_at_words: list[str] | None = option(
         None,
-        "also keep the weights, as chck_1M.pt and so on, after this many words of training: numbers "
-        "such as 500k or 1M, or babylm for those that the BabyLM rules ask for",
+        "also keep the weights after this many words of training, as chck_1M.pt and so on: numbers such "
+        "as 500k or 1M, or babylm for the numbers that the BabyLM rules ask for",
         SAVE,
         may_change=True,
     )
@@ -84,8 +84,8 @@ class RunConfig:
     )
     resume: str = option(
         "auto",
-        "auto: continue the run in --out if there is one; never: refuse to; or the path of a checkpoint "
-        "to continue from",
+        "auto: continue the run in --out if there is one; never: exit if there is one; or the path of a "
+        "checkpoint to continue from",
         STOP,
         may_change=True,
     )
@@ -101,7 +101,7 @@ class RunConfig:
     )
     profile: int = option(
         0,
-        "write a torch.profiler trace of this many steps, after the first ten, to OUT/trace.json",
+        "write a torch.profiler trace of this many steps, after the first ten, to OUT/trace.json; 0: none",
         STOP,
         minimum=0,
         may_change=True,

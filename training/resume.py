@@ -19,7 +19,7 @@ CHECKPOINT_NAMES = ("checkpoint.new", "checkpoint.pt", "previous.pt")
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origin of a model, as its checkpoints state it besides the options.
+    """The origin of a model: what its checkpoints say of it besides the options.
 
     `shape` is the model's config, a dataclass; `tokenizer` has `identity` and `model_bytes`;
     `digests` are those of the data and of --init; `teachers` [{"name", "digest"}].
@@ -39,7 +39,7 @@ class Provenance:
         return {"name": self.name, "architecture": self.architecture, "shape": shape}
 
     def run_settings(self, config):
-        """The settings that make a run this run: its options, its shape and digests of its inputs."""
+        """The settings that identify a run: its options, its shape and the digests of its inputs."""
         return dataclasses.asdict(config) | {
             **self.digests,
             "shape": self.model["shape"],
@@ -97,9 +97,9 @@ def _own(parameters):
 
 
 def _restore_random_state(saved, device, seed, step):
-    """Gives each rank the state that it had; a rank that has none gets a seed of its own.
+    """Restores each rank's random state. A rank without a saved state gets a seed of its own.
 
-    In a new run `saved` is None, and rank 0 keeps the state that it has.
+    In a new run `saved` is None, and rank 0 keeps its current state.
     """
     rank = distributed.rank()
     states = [] if saved is None else [saved, *saved.get("others", [])]
@@ -115,8 +115,8 @@ def _restore_random_state(saved, device, seed, step):
 def restore(train_step, checkpoint, path):
     """Copies a full checkpoint's weights, optimizer state and random state into `train_step`.
 
-    Raises `UserError` unless all names, shapes and types are those of this model, objective and
-    optimizers: a fused optimizer would write beyond the end of a smaller tensor.
+    Raises `UserError` if a name, shape or type differs from those of this model, objective and
+    optimizers. Without this check a fused optimizer would write beyond the end of a smaller tensor.
     """
     saved, device = checkpoint["training"], train_step.nonfinite_steps.device
     try:
@@ -180,7 +180,7 @@ def new_progress(steps):
 
 
 def is_finished(progress, patience=0):
-    """Whether a run has taken all its steps, or early stopping has ended it."""
+    """True if a run has taken all its steps, or early stopping has ended it."""
     waited = progress.get("evaluations_since_best", 0)
     return progress["step"] >= progress["steps"] or 0 < patience <= waited
 
@@ -209,9 +209,9 @@ def check_diverged(progress, out):
 
 
 def start_or_resume(train_step, config, provenance, steps):
-    """The progress of a new run, or of the checkpoint that was found and copied into `train_step`.
+    """The progress of a new run, or of the checkpoint of `find_checkpoint`, copied into `train_step`.
 
-    Raises `UserError` where `find_checkpoint` does, or if ranks find different checkpoints.
+    Raises `UserError` as `find_checkpoint` does, or if ranks find different checkpoints.
     """
     checkpoint, path = distributed.rank_zero_first(
         lambda: find_checkpoint(config, provenance), distributed.rank() == 0
@@ -291,10 +291,10 @@ def _forget_best(progress):
 
 
 def check_same_run(checkpoint, config, provenance, path, full=True):
-    """Raises `UserError`, listing what differs, unless the checkpoint is of this very run.
+    """Raises `UserError`, with a list of differences, if the checkpoint is of another run.
 
-    An option or a field of the shape that an older checkpoint lacks has its default. `full` asks
-    for a checkpoint that can be resumed, not for weights alone.
+    An option that an older checkpoint lacks has its default, and so has a field of the shape. If
+    `full`, the checkpoint must also have the state to resume from, not weights alone.
     """
     if full and not checkpoint["training"]:
         raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
