@@ -1,8 +1,9 @@
 import dataclasses
 import json
+import os
 import random
 import signal
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -50,16 +51,16 @@ def write_task(folder, name, train, valid):
         (folder / f"{name}.{part}.jsonl").write_text(lines)
 
 
-def drawn(count, seed, pairs=False):
-    """Examples of which the class says whether a text begins and ends with a river."""
-    generator, found = random.Random(seed), []
+def drawn(count, seed, pairs=False, names=(0, 1)):
+    """Examples whose class says whether a text begins and ends with a river."""
+    generator, examples = random.Random(seed), []
     for i in range(count):
         words = write_text(generator.randint(3, 14), seed * 1000 + i).replace("river", "dog")
         label = generator.randint(0, 1)
         text = " ".join([("child", "river")[label], words, ("child", "river")[label]])
-        found.append({"sentence1": "the cat runs", "sentence2": text} if pairs else {"text": text})
-        found[-1]["label"] = label
-    return found
+        fields = {"sentence1": "the cat runs", "sentence2": text} if pairs else {"text": text}
+        examples.append(fields | {"label": names[label]})
+    return examples
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +89,8 @@ def finetuned(*arguments):
 
 def results(out):
     """{path in `out`: result}, but for times."""
-    found = {str(p.relative_to(out)): json.loads(p.read_text()) for p in out.glob("*/*/*.json")}
-    return {path: {k: v for k, v in r.items() if k != "seconds"} for path, r in found.items()}
+    results = {str(p.relative_to(out)): json.loads(p.read_text()) for p in out.glob("*/*/*.json")}
+    return {path: {k: v for k, v in r.items() if k != "seconds"} for path, r in results.items()}
 
 
 # ---- equal to transformers
@@ -98,10 +99,10 @@ def results(out):
 def twin_of(model, classes):
     """Transformers' classifier with the same weights."""
     kind = models.architecture(model.config)
-    described = export_hf.hf_config(model, kind, classes)
-    config = transformers.AutoConfig.for_model(**described)
+    fields = export_hf.hf_config(model, kind, classes)
+    config = transformers.AutoConfig.for_model(**fields)
     twin = transformers.AutoModelForSequenceClassification.from_config(config)
-    assert type(twin).__name__ == described["architectures"][0]
+    assert type(twin).__name__ == fields["architectures"][0]
     missing, unexpected = twin.load_state_dict(export_hf.hf_weights(kind, model.state_dict()), strict=False)
     assert not missing and not unexpected
     return twin.eval()
@@ -119,11 +120,8 @@ def random_batch(seed, lengths=(3, 17, 9, 40)):
 def test_logits_loss_and_ten_steps_are_those_of_transformers(kind):
     # With seed 0 one gradient is 1e-9, near AdamW's epsilon, so that rounding decides its step.
     model = classifier.as_classifier(language_model(kind, seed=1), 3)
-    twin, objective = (
-        twin_of(model, ["no", "maybe", "yes"]),
-        finetune.ClassificationObjective(model),
-    )
-    step = step_of(objective)
+    twin = twin_of(model, ["no", "maybe", "yes"])
+    step = step_of(finetune.ClassificationObjective(model))
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 1, 10)
     for i in range(10):
@@ -150,13 +148,13 @@ def test_the_exported_folder_predicts_what_finetune_reported(kind, folder, check
     for task in read_tasks(folder):
         best = out / kind / task.name / "seed-0" / "best.pt"
         logits = hugging_face_class_logits(best, task.valid[task.name], 12, torch.device("cpu"))
-        found = logits.argmax(1).tolist()
-        kept = results(out)[f"{kind}/{task.name}/seed-0.json"]
-        assert " ".join(map(str, found)) == kept["predictions"][task.name]
-        assert len(set(found)) == 2
+        predictions = logits.argmax(1).tolist()
+        result = results(out)[f"{kind}/{task.name}/seed-0.json"]
+        assert " ".join(map(str, predictions)) == result["predictions"][task.name]
+        assert len(set(predictions)) == 2
     assert export_hf.main([str(best), "--out", str(tmp_path / "hf")]) is None
-    described = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert described["id2label"] == {"0": "0", "1": "1"}
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["id2label"] == {"0": "0", "1": "1"}
 
 
 def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenizer, tmp_path):
@@ -177,6 +175,9 @@ def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenize
 # ---- tasks
 
 
+WSC = ('Does "B" refer to "A" in this passage?', "C")
+
+
 @pytest.mark.parametrize(
     "fields, texts",
     [
@@ -187,11 +188,12 @@ def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenize
         ({"question": "A", "sentence": "B"}, ("A", "B")),  # QNLI
         ({"question": "A", "passage": "B"}, ("A", "B")),  # BoolQ
         ({"paragraph": "C", "question": "A", "answer": "B"}, ("Question: A Answer: B", "C")),
+        ({"text": "C", "span1_text": "A", "span2_text": "B", "span1_index": 1}, WSC),
         (
-            {"text": "C", "span1_text": "A", "span2_text": "B", "span1_index": 1},
-            ('Does "B" refer to "A" in this passage?', "C"),
-        ),
-        ({"sentence": "A", "linguistic_feature_type": "syntactic"}, ("A",)),  # MSGS
+            {"text": "C", "target": {"span1_text": "A", "span2_text": "B", "span2_index": 1}},
+            WSC,
+        ),  # SuperGLUE's
+        ({"sentence": "A", "linguistic_feature_type": "syntactic", "UID": "x"}, ("A",)),  # MSGS
         ({"text_a": "A", "text_b": "B"}, ("A", "B")),
         ({"text": "A {sentence}"}, ("A {sentence}",)),
     ],
@@ -200,15 +202,19 @@ def test_fields_become_texts_as_in_the_pipelines(tmp_path, fields, texts):
     write_task(tmp_path, "t", [fields | {"label": i, "idx": i} for i in (0, 1)], [fields | {"label": 1}])
     (task,) = read_tasks(tmp_path)
     assert task.train.texts == [texts, texts] and task.valid["t"].labels == [1]
+    assert task.unused_fields == []
+
+
+def test_fields_that_are_no_part_of_the_text_are_named(tmp_path, checkpoints, capsys):
+    entries = [entry | {"word": "river", "idx": 3} for entry in drawn(20, 1)]
+    write_task(tmp_path / "in", "wic", entries, entries)
+    assert finetuned(checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert "wic: these fields are not part of the text: word\n" in capsys.readouterr().err
 
 
 def test_classes_are_the_train_files_in_order(tmp_path):
-    write_task(
-        tmp_path,
-        "t",
-        [{"text": "x", "label": label} for label in (10, 2, "yes", 2, "no")],
-        [{"text": "x", "label": "yes"}],
-    )
+    entries = [{"text": "x", "label": label} for label in (10, 2, "yes", 2, "no")]
+    write_task(tmp_path, "t", entries, [{"text": "x", "label": "yes"}])
     (task,) = read_tasks(tmp_path)
     assert task.classes == ("2", "10", "no", "yes")
     assert task.train.labels == [1, 0, 3, 0, 2] and task.valid["t"].labels == [3]
@@ -228,6 +234,7 @@ def test_files_may_be_named_as_in_2023_and_labels_written_as_others_do(tmp_path)
 
 
 GOOD = '{"text": "a dog", "label": 0}\n{"text": "a cat", "label": 1}\n'
+PAIR = '{"text_a": "a", "text_b": "b", "label": 1}'
 
 
 @pytest.mark.parametrize(
@@ -237,19 +244,14 @@ GOOD = '{"text": "a dog", "label": 0}\n{"text": "a cat", "label": 1}\n'
         (None, GOOD, "holds no NAME.train.jsonl"),
         (GOOD, "", "t.valid.jsonl is empty"),
         (GOOD, '{"text": "a", "label": 2}', "line 1: the class 2 never occurs in the train file (0, 1)"),
-        (
-            GOOD + '{"text": " ", "label": 1}',
-            GOOD,
-            "line 3: there is no text: text must not be empty",
-        ),
+        (GOOD + '{"text": " ", "label": 1}', GOOD, "line 3: there is no text: text must not be empty"),
         (GOOD + '{"text": "a", "label": -1}', GOOD, "line 3: the label -1 is no class"),
         (GOOD + '{"text": "a", "label": 0.5}', GOOD, "line 3: the label 0.5 is no class"),
         (GOOD + '{"text": "a"}', GOOD, 'line 3: it is no JSON object with a "label"'),
-        (
-            GOOD + '{"words": "a", "label": 1}',
-            GOOD,
-            "line 3: it has none of these sets of fields: ",
-        ),
+        (GOOD + '{"words": "a", "label": 1}', GOOD, "line 3: it has none of these sets of fields: "),
+        (GOOD + PAIR, GOOD, "line 3: it has text_a, text_b, and the task's first line has text:"),
+        (PAIR + "\n" + GOOD, GOOD, "line 2: it has text, and the task's first line has text_a, text_b:"),
+        (GOOD, PAIR, "t.valid.jsonl, line 1: it has text_a, text_b, and the task's first line has text:"),
         (GOOD + '{"text": ["a"], "label": 1}', GOOD, "line 3: text must be text"),
         (GOOD + '{"text": "a\\ud800", "label": 1}', GOOD, "line 3: 'utf-8' codec can't encode"),
         (GOOD + "[" * 100_000, GOOD, "line 3: "),
@@ -269,11 +271,18 @@ def test_a_task_that_cannot_be_learned_is_one_line(
     assert message in error and error.count("\n") == 1 and str(tmp_path) in error
 
 
+def test_a_task_is_read_once_and_a_link_to_nothing_is_an_error(folder, tmp_path):
+    with pytest.raises(UserError, match="single: it is named twice"):
+        read_tasks(folder, ["single", "double", "single"])
+    (tmp_path / "t.train.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="a link to nothing"):
+        read_tasks(tmp_path)
+
+
 def test_a_mismatched_part_is_scored_with_the_models_of_the_task(checkpoints, tmp_path, capsys):
     write_task(tmp_path / "in", "mnli", drawn(40, 1), drawn(20, 2))
-    (tmp_path / "in" / "mnli-mm.valid.jsonl").write_text(
-        "".join(json.dumps(entry) + "\n" for entry in drawn(10, 5))
-    )
+    lines = [json.dumps(entry) for entry in drawn(10, 5)]
+    (tmp_path / "in" / "mnli-mm.valid.jsonl").write_text("\n".join(lines))
     assert finetuned(checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path / "o") == 0
     (result,) = results(tmp_path / "o").values()
     assert set(result["scores"]) == {"mnli", "mnli-mm"}
@@ -287,46 +296,66 @@ def test_a_mismatched_part_is_scored_with_the_models_of_the_task(checkpoints, tm
 def test_scores_are_those_of_their_definitions():
     generator = np.random.default_rng(0)
     for _ in range(20):
-        labels, predicted = generator.integers(2, size=(2, 50))
-        found = scores(confusion(torch.tensor(predicted), torch.tensor(labels), 2))
-        assert found["accuracy"] == pytest.approx((labels == predicted).mean())
-        assert found["mcc"] == pytest.approx(np.corrcoef(labels, predicted)[0, 1])
-        precision, recall = (
-            (labels[predicted == 1] == 1).mean(),
-            (predicted[labels == 1] == 1).mean(),
-        )
-        assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+        labels, predictions = generator.integers(2, size=(2, 50))
+        table = confusion(torch.tensor(predictions), torch.tensor(labels), 2)
+        assert scores(table)["accuracy"] == pytest.approx((labels == predictions).mean())
+        assert scores(table)["mcc"] == pytest.approx(np.corrcoef(labels, predictions)[0, 1])
+        for positive in (0, 1):
+            precision = (labels[predictions == positive] == positive).mean()
+            recall = (predictions[labels == positive] == positive).mean()
+            f1 = 2 * precision * recall / (precision + recall)
+            assert scores(table, positive)["f1"] == pytest.approx(f1)
 
 
 def test_matthews_correlation_of_several_classes_is_that_of_their_indicators():
-    labels, predicted = np.random.default_rng(1).integers(3, size=(2, 60))
-    is_, said = np.eye(3)[labels], np.eye(3)[predicted]  # (N, classes)
-    center_head = [m - m.mean(0) for m in (is_, said)]
-    covariance = (center_head[0] * center_head[1]).sum()
-    expected = covariance / np.sqrt((center_head[0] ** 2).sum() * (center_head[1] ** 2).sum())
-    found = scores(confusion(torch.tensor(predicted), torch.tensor(labels), 3))
-    assert found["mcc"] == pytest.approx(expected) and "f1" not in found
+    labels, predictions = np.random.default_rng(1).integers(3, size=(2, 60))
+    is_label, is_prediction = (m - m.mean(0) for m in (np.eye(3)[labels], np.eye(3)[predictions]))  # (N, C)
+    expected = (is_label * is_prediction).sum() / np.sqrt((is_label**2).sum() * (is_prediction**2).sum())
+    result = scores(confusion(torch.tensor(predictions), torch.tensor(labels), 3))
+    assert result["mcc"] == pytest.approx(expected) and "f1" not in result
 
 
-def test_who_says_one_class_always_correlates_with_nothing(tmp_path):
+def test_predicting_one_class_always_correlates_with_nothing(tmp_path):
     entries = [{"text": "x", "label": label} for label in (1, 1, 0)]
     write_task(tmp_path, "t", entries, entries + entries[:1])
     (task,) = read_tasks(tmp_path)
-    found = tasks.majority_scores(task, "t")
-    assert found == {"accuracy": 0.75, "mcc": 0.0, "f1": pytest.approx(6 / 7)}
+    majority = tasks.majority_scores(task, "t")
+    assert majority == {"accuracy": 0.75, "mcc": 0.0, "f1": pytest.approx(6 / 7)}
     assert scores(confusion(torch.zeros(4, dtype=int), torch.ones(4, dtype=int), 2))["f1"] == 0
+
+
+@pytest.mark.parametrize(
+    "task, names", [("mrpc", ("not_equivalent", "equivalent")), ("QQP", ("no", "Duplicate"))]
+)
+def test_the_f1_of_words_is_that_of_numbers(task, names, checkpoints, tmp_path, capsys):
+    for folder, labels in (("numbers", (0, 1)), ("words", names)):
+        write_task(tmp_path / folder, task, drawn(64, 3, True, labels), drawn(30, 4, True, labels))
+    arguments = [checkpoints["llama"], "--tasks", tmp_path / "words", "--out", tmp_path / "out"]
+    assert finetuned(*arguments) == 0
+    assert f"f1 of {names[1]}" in capsys.readouterr().out
+    (result,) = results(tmp_path / "out").values()
+    predictions = [result["classes"][int(i)] == names[1] for i in result["predictions"][task].split()]
+    (numbers,) = read_tasks(tmp_path / "numbers")
+    assert result["scores"][task] == numbers.scores(task, torch.tensor(predictions).long())
+
+
+def test_an_f1_of_no_known_class_is_refused(tmp_path):
+    write_task(tmp_path, "mrpc", drawn(8, 1, names=("same", "other")), drawn(8, 2, names=("same", "other")))
+    with pytest.raises(UserError, match='F1 of mrpc is that of "equivalent", 1, true or yes'):
+        read_tasks(tmp_path)
 
 
 def test_the_interval_over_texts_is_that_of_drawing_them_again():
     generator = np.random.default_rng(2)
     labels = generator.integers(2, size=80)
-    predicted = np.where(generator.random(80) < 0.8, labels, 1 - labels)
-    low, high = tasks.bootstrap_interval(confusion(torch.tensor(predicted), torch.tensor(labels), 2), "mcc")
+    predictions = np.where(generator.random(80) < 0.8, labels, 1 - labels)
+    table = confusion(torch.tensor(predictions), torch.tensor(labels), 2)
     values = []
     for _ in range(2000):
-        drawn = generator.integers(80, size=80)
-        values.append(np.corrcoef(labels[drawn], predicted[drawn])[0, 1])
-    assert np.quantile(values, (0.025, 0.975)) == pytest.approx([low, high], abs=0.03)
+        resample = generator.integers(80, size=80)
+        values.append(np.corrcoef(labels[resample], predictions[resample])[0, 1])
+    expected = pytest.approx(np.quantile(values, (0.025, 0.975)), abs=0.03)
+    assert tasks.bootstrap_interval(table, "mcc") == expected
 
 
 # ---- batches
@@ -391,15 +420,14 @@ def test_a_task_is_learned_and_nothing_is_done_twice(folder, checkpoints, tmp_pa
     assert finetuned(*arguments) == 0
     printed = capsys.readouterr().out
     table = json.loads((tmp_path / "table.json").read_text())
-    for model in ("llama", "gpt2"):
-        for task in ("single", "double"):
-            found, majority = table["models"][model][task], table["tasks"][task]["majority"]
-            values = [found["seeds"][seed]["accuracy"] for seed in ("0", "1")]
-            assert min(values) > majority + 0.1 and found["mean"] == sum(values) / 2
-    kept = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
-    assert kept == sorted(
-        f"{m}/{t}/seed-{s}.json" for m in ("llama", "gpt2") for t in ("single", "double") for s in (0, 1)
-    )
+    for model, task in product(("llama", "gpt2"), ("single", "double")):
+        score, majority = table["models"][model][task], table["tasks"][task]["majority"]
+        values = [score["seeds"][seed]["accuracy"] for seed in ("0", "1")]
+        assert min(values) > majority + 0.1 and score["mean"] == sum(values) / 2
+    files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
+    assert files == {
+        f"{m}/{t}/seed-{s}.json" for m in checkpoints for t in ("single", "double") for s in (0, 1)
+    }
     monkeypatch.setattr(finetune, "fit", None)
     assert finetuned(*arguments) == 0
     assert capsys.readouterr().out == "\n" + printed.split("\n\n")[1]
@@ -418,8 +446,10 @@ def test_a_run_that_was_stopped_continues_with_the_same_bits(
         assert finetuned(*arguments, "--out", tmp_path / "parts") == 128 + signal.SIGTERM
     assert "stopped after 0 of 1 runs: the same command continues" in capsys.readouterr().out
     assert not results(tmp_path / "parts")
-    assert finetuned(*arguments, "--out", tmp_path / "parts", "--stop-after", 0) == 0
-    assert not results(tmp_path / "parts")
+    for step in (8, 9):  # however short the time, each command takes a step
+        assert finetuned(*arguments, "--out", tmp_path / "parts", "--stop-after", 0) == 0
+        state = tmp_path / "parts" / "gpt2" / "double" / "seed-0" / "checkpoint.pt"
+        assert read_checkpoint(state)["progress"]["step"] == step and not results(tmp_path / "parts")
     assert finetuned(*arguments, "--out", tmp_path / "parts") == 0
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
@@ -432,19 +462,13 @@ def test_a_signal_in_the_last_step_of_a_run_ends_the_command_too(folder, checkpo
     assert list(results(tmp_path)) == ["llama/double/seed-0.json"]
 
 
-def test_results_that_are_there_are_looked_at_before_anything_is_trained(
+def test_results_of_other_runs_are_refused_before_anything_is_trained(
     folder, checkpoints, tmp_path, capsys, monkeypatch
 ):
-    arguments = [checkpoints["llama"], "--tasks", folder, "--out", tmp_path]
-    arguments += ["--precision", "fp32"]
+    arguments = [checkpoints["llama"], "--tasks", folder, "--out", tmp_path, "--precision", "fp32"]
     assert finetuned(*arguments, "--only", "single") == 0
     (path,) = tmp_path.glob("*/*/*.json")
-    (path.with_suffix("")).mkdir()
-    (path.with_suffix("") / "checkpoint.pt").touch()  # as a kill would leave it
-    (path.with_suffix("") / "log.jsonl").touch()
     monkeypatch.setattr(finetune, "fit", None)
-    assert finetuned(*arguments, "--only", "single") == 0
-    assert not path.with_suffix("").exists()
     for option, message in (
         ("--keep", "was made without it, and there is no best.pt"),
         ("--precision=bf16", "precision: fp32 -> bf16"),
@@ -453,9 +477,38 @@ def test_results_that_are_there_are_looked_at_before_anything_is_trained(
         assert finetuned(*arguments, option) == 1
         assert message in capsys.readouterr().err
     result = json.loads(path.read_text())
-    path.write_text(json.dumps(result | {"predictions": 0}))
-    assert finetuned(*arguments) == 1
-    assert f"{path} is no result of this program" in capsys.readouterr().err
+    for edited in (result | {"predictions": 0}, result | {"predictions": {"single": "0 7"}}, []):
+        path.write_text(json.dumps(edited))
+        assert finetuned(*arguments) == 1
+        assert f"{path} is no result of this program" in capsys.readouterr().err
+
+
+def test_a_finished_run_removes_its_own_files_alone(folder, checkpoints, tmp_path, monkeypatch):
+    arguments = [checkpoints["llama"], "--tasks", folder, "--only", "single", "--out", tmp_path]
+    with monkeypatch.context() as patched:  # a kill right after the result was written
+        patched.setattr(finetune, "clean", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert finetuned(*arguments) == 130
+    run = tmp_path / "llama" / "single" / "seed-0"
+    (run / "notes.txt").write_text("years of work")
+    (run / "exported").mkdir()
+    assert (run / "best.pt").exists()
+    monkeypatch.setattr(finetune, "fit", None)
+    assert finetuned(*arguments) == 0
+    assert sorted(path.name for path in run.iterdir()) == ["exported", "notes.txt"]
+    (run / "best.pt").write_text("of something else")
+    assert finetuned(*arguments) == 0 and (run / "best.pt").exists()  # no log.jsonl: no run's folder
+
+
+def test_what_was_kept_stays_when_the_command_is_repeated_without_keep(folder, checkpoints, tmp_path):
+    arguments = [checkpoints["llama"], "--tasks", folder, "--only", "single", "--out", tmp_path]
+    assert finetuned(*arguments, "--keep") == 0
+    (path,) = tmp_path.glob("*/*/*.json")
+    for _ in range(2):
+        assert finetuned(*arguments) == 0
+        assert {p.name for p in path.with_suffix("").iterdir()} == {"best.pt", "log.jsonl"}
+        result = json.loads(path.read_text())
+        result.pop("kept", None)  # results of earlier versions do not say it
+        path.write_text(json.dumps(result))
 
 
 def test_other_text_under_the_same_name_is_another_run(checkpoints, tmp_path, capsys):
