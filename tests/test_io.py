@@ -89,6 +89,19 @@ def test_exit_codes(capsys):
     assert run_program(lambda: fail(KeyboardInterrupt())) == 130
 
 
+def test_an_error_is_one_line_whatever_the_name_of_a_file_holds(capsys):
+    assert run_program(lambda: fail(UserError("a\nb\x1b[31m\udcff"))) == 1
+    assert capsys.readouterr().err == "error: a\\nb\\x1b[31m\\udcff\n"
+
+
+def test_the_end_of_another_rank_is_one_line_and_other_errors_are_not_hidden(capsys):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert run_program(lambda: fail(lost)) == 1
+    assert capsys.readouterr().err == "error: another process of this run has ended\n"
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_program(lambda: fail(RuntimeError("shapes differ")))
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

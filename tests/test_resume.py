@@ -301,6 +301,15 @@ def test_too_little_memory_is_told_from_a_size_that_was_made_up(tmp_path):
     checkpoints._raise_unless_damaged(path, RuntimeError(message.format(10**15)))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_under_the_log_is_told_once_with_its_name(tmp_path):
+    log = logger.JSONLog(tmp_path / "log.jsonl", {}, 0)
+    log.file = open("/dev/full", "w")
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
+        log.write({"step": 1})
+    log.close()
+
+
 # ---- small things
 
 

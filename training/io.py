@@ -49,7 +49,7 @@ def run_program(main):
         if rank_prefix:  # another rank has ended, and has said why
             return 1
         reason = "another process of this run has ended"
-    print(f"error: {rank_prefix}{reason}", file=sys.stderr)
+    print(f"error: {rank_prefix}{printable(str(reason))}", file=sys.stderr)
     return 1
 
 
@@ -76,7 +76,7 @@ def log(text):
 def warn(text):
     """Prints one line of warning on standard error, on rank 0 alone."""
     if not rank_prefix:
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -187,9 +187,9 @@ def locked(folder):
 
 
 def write_text(path, text):
-    """Writes `text` as UTF-8 through `atomic_write`."""
+    """Writes `text` as UTF-8 through `atomic_write`; bytes of a name that is not UTF-8 are escaped."""
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path, value):
@@ -198,8 +198,8 @@ def write_json(path, value):
 
 
 def printable(text):
-    """`text` without what moves a terminal's cursor or cannot be encoded: U+FFFD stands for it."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """`text` with escapes for characters that move a terminal's cursor or cannot be encoded."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sha256(data):

@@ -152,6 +152,8 @@ class JSONLog:
         try:
             print(json.dumps(finite), file=self.file, flush=True)
         except OSError as error:
+            with contextlib.suppress(OSError):  # it would be told again without the file's name
+                self.file.close()
             raise UserError(
                 f"cannot write {self.file.name}: {error.strerror}; make room, and the same command continues"
             ) from error
