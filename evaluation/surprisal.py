@@ -47,11 +47,10 @@ def token_bits(model, ids, blanks=()):
     while (done := len(blank_bits)) < len(ids):
         start = max(0, min(done - context // 2, len(ids) - context))
         window = torch.tensor([ids[start : start + context]], device=device)
-        log_p = model(window)[0, done - start :].float().log_softmax(-1) / -math.log(2)  # (positions, V)
+        log2_p = model(window)[0, done - start :].float().log_softmax(-1) / math.log(2)  # (N, V)
         targets = torch.tensor(ids[done + 1 : start + context + 1], dtype=torch.long, device=device)
-        bits += log_p[: len(targets)].gather(1, targets[:, None])[:, 0].tolist()
-        probability = torch.exp2(-log_p[:, list(blanks)]).sum(-1)
-        blank_bits += (-probability.log2()).tolist()
+        bits += (-log2_p[: len(targets)].gather(1, targets[:, None])[:, 0]).tolist()
+        blank_bits += (-torch.exp2(log2_p[:, list(blanks)]).sum(-1).log2()).tolist()
     return bits, blank_bits
 
 
@@ -69,7 +68,7 @@ def blank_pieces(tokenizer):
 
 
 def align(tokenizer, text):
-    """The words of a text, the ids of its tokens, their pieces, and the number of each token's word.
+    """Words (regular expression matches), tokens (ids, pieces, offsets), and each token's word number.
 
     SentencePiece says which characters a token stands for, whatever it normalises or inserts. A
     token belongs to the first word that it has a character of; without any, to the word after it,
@@ -79,7 +78,7 @@ def align(tokenizer, text):
     ends = [word.end() for word in words]
     tokens = tokenizer.processor.encode(text, return_type="offset_mapping")
     numbers = [min(bisect.bisect_right(ends, start), len(ends) - 1) for start, _ in tokens["offsets"]]
-    return [word.group() for word in words], tokens["ids"], tokens["pieces"], numbers
+    return words, tokens, numbers
 
 
 def word_surprisals(model, tokenizer, line, convention="newline", blanks=()):
@@ -89,24 +88,26 @@ def word_surprisals(model, tokenizer, line, convention="newline", blanks=()):
     precedes it. Corrected bits are None as well where no token begins at a boundary of the word.
     """
     prefix = prefix_ids(tokenizer, convention)
-    words, ids, pieces, numbers = align(tokenizer, scored_text(line, convention))
+    words, tokens, numbers = align(tokenizer, scored_text(line, convention))
+    ids, blank_ids = tokens["ids"], frozenset(blanks)
+    is_blank = [i in blank_ids for i in ids]
     bits, blank_bits = token_bits(model, prefix + ids, blanks)
     bits = [None, *bits][len(prefix) :]  # of each of `ids`
     blank_before = [None, *blank_bits][len(prefix) :]  # each of `ids`, and at the end of the line
     members = [[] for _ in words]
     for i, number in enumerate(numbers):
         members[number].append(i)
-    blank_ids = set(blanks)
-    is_blank = [i in blank_ids for i in ids]
     results = []
-    for text, own in zip(words, members):
-        own_bits, corrected = [bits[i] for i in own], None
-        total = sum(own_bits) if own and None not in own_bits else None
-        if total is not None and blanks:
-            first, end = own[0], own[-1] + 1
-            if (first == 0 or is_blank[first]) and (end == len(ids) or is_blank[end]):
-                corrected = total + blank_before[end] - (blank_before[first] if is_blank[first] else 0)
-        results.append(Word(text, total, [pieces[i] for i in own], own_bits, corrected))
+    for word, own in zip(words, members):
+        own_bits, total, corrected = [bits[i] for i in own], None, None
+        if own and None not in own_bits:
+            total, first = sum(own_bits), own[0]
+            # Without the blanks at the end of the line, which the last word has too.
+            end = next((i for i in own if tokens["offsets"][i][0] >= word.end()), own[-1] + 1)
+            if blanks and (first == 0 or is_blank[first]) and (end == len(ids) or is_blank[end]):
+                before = blank_before[first] if is_blank[first] else 0
+                corrected = sum(bits[first:end]) - before + blank_before[end]
+        results.append(Word(word.group(), total, [tokens["pieces"][i] for i in own], own_bits, corrected))
     return results
 
 

@@ -54,19 +54,21 @@ SPELLED = [  # a text, and its words' pieces joined; "_" stands for U+2581
 @pytest.mark.parametrize("options, text, expected", SPELLED)
 def test_a_token_belongs_to_the_word_whose_letters_it_spells(options, text, expected):
     tokenizer = make_tokenizer(**options)
-    words, ids, pieces, numbers = align(tokenizer, text)
-    assert words == text.split() and ids == tokenizer.encode(text)
-    spelled = ["".join(p for p, n in zip(pieces, numbers) if n == i) for i in range(len(words))]
+    words, tokens, numbers = align(tokenizer, text)
+    assert [word.group() for word in words] == text.split() and tokens["ids"] == tokenizer.encode(text)
+    spelled = [""] * len(words)
+    for piece, number in zip(tokens["pieces"], numbers):
+        spelled[number] += piece
     for byte, letter in ((b, chr(b)) for b in range(33, 127)):
         spelled = [word.replace(f"<0x{byte:02X}>", letter) for word in spelled]
         expected = [word.replace(f"<0x{byte:02X}>", letter) for word in expected]
     assert [word.replace("\u2581", "_") for word in spelled] == expected
 
 
-def test_no_break_spaces_part_words_in_this_projects_tokenizer(tokenizer):
-    words, ids, _, numbers = align(tokenizer, "the\u00a0cat runs")
-    assert words == ["the", "cat", "runs"]
-    own = [tokenizer.decode([i for i, n in zip(ids, numbers) if n == word]) for word in range(3)]
+def test_no_break_spaces_separate_words_in_this_projects_tokenizer(tokenizer):
+    words, tokens, numbers = align(tokenizer, "the\u00a0cat runs")
+    assert [word.group() for word in words] == ["the", "cat", "runs"]
+    own = [tokenizer.decode([i for i, n in zip(tokens["ids"], numbers) if n == word]) for word in range(3)]
     assert own == ["the", "\u00a0cat", " runs"]
 
 
@@ -98,6 +100,8 @@ def test_corrected_bits_move_the_blank_from_the_next_word_to_its_own(model, toke
         assert word.corrected_bits == pytest.approx(expected, rel=1e-4)
     total = sum(word.corrected_bits for word in words)  # all blanks cancel, but for the last
     assert total == pytest.approx(sum(bits) + blank[-1].item(), rel=1e-5)
+    spaced = word_surprisals(model, tokenizer, line + "  ", blanks=blank_pieces(tokenizer))
+    assert [w.corrected_bits for w in spaced] == pytest.approx([w.corrected_bits for w in words], rel=1e-5)
 
 
 def test_a_text_beyond_the_context_is_read_in_windows(model, tokenizer):
