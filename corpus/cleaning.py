@@ -151,36 +151,28 @@ def _join_heading(line):
     return before + title if line.endswith(" = = =\n") and mark and title else line
 
 
-# ---- each sub-corpus, by its name of 2023 (corpus/text_files.py has the other spellings)
+# ---- which cleaner a text gets
 
-LIGHT = {
-    "aochildes": tidy_spaces,
-    "bnc_spoken": tidy_spaces,
-    "cbt": clean_cbt,
-    "children_stories": unchanged,
-    "gutenberg": unchanged,
-    "open_subtitles": clean_open_subtitles,
-    "qed": clean_qed,
-    "simple_wikipedia": clean_wikipedia,
-    "switchboard": unchanged,
-    "wikipedia": clean_wikipedia,
+SUB_CORPORA = {  # of BabyLM, by their names of 2023: the cleaners light and paper
+    "aochildes": (tidy_spaces, paper_spaces),
+    "bnc_spoken": (tidy_spaces, paper_bnc_spoken),
+    "cbt": (clean_cbt, paper_cbt),
+    "children_stories": (unchanged, unchanged),
+    "gutenberg": (unchanged, unchanged),
+    "open_subtitles": (clean_open_subtitles, paper_open_subtitles),
+    "qed": (clean_qed, paper_qed),
+    "simple_wikipedia": (clean_wikipedia, join_paragraphs),
+    "switchboard": (unchanged, unchanged),
+    "wikipedia": (clean_wikipedia, paper_wikipedia),
 }
-PAPER = {
-    "aochildes": paper_spaces,
-    "bnc_spoken": paper_bnc_spoken,
-    "cbt": paper_cbt,
-    "children_stories": unchanged,
-    "gutenberg": unchanged,
-    "open_subtitles": paper_open_subtitles,
-    "qed": paper_qed,
-    "simple_wikipedia": join_paragraphs,
-    "switchboard": unchanged,
-    "wikipedia": paper_wikipedia,
+SPELLINGS = {"childes": "aochildes", "simple_wiki": "simple_wikipedia"}  # names since 2024
+CLEANERS = {
+    "light": {name: light for name, (light, _) in SUB_CORPORA.items()},
+    "paper": {name: paper for name, (_, paper) in SUB_CORPORA.items()},
+    "none": {},
 }
-
 # Written into a shard's header: raise a number when any of its cleaners changes.
 VERSIONS = {"light": "1", "paper": "paper-1", "none": "none"}
-CLEANERS = {"light": LIGHT, "paper": PAPER, "none": {}}
 
 
 def clean(name, text, how="light"):
@@ -193,7 +185,7 @@ def clean_blocks(name, blocks, how="light"):
 
     A light cleaner looks at one line at a time. The paper's join lines: they get the text as a whole.
     """
-    if how == "paper" and PAPER.get(name, unchanged) is not unchanged:
+    if how == "paper" and CLEANERS[how].get(name, unchanged) is not unchanged:
         blocks = ["".join(blocks)]
     for block in blocks:
         yield clean(name, block, how)

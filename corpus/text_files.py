@@ -17,12 +17,12 @@ import re
 import zlib
 from pathlib import Path
 
+from corpus.cleaning import SPELLINGS
 from training.io import UserError, warn
 
 SUFFIXES = {".train", ".dev", ".test", ".txt", ".jsonl"}
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NAMED = "*.train, *.dev, *.test, *.txt or *.jsonl, each also with .gz, .bz2 or .xz"
-SPELLINGS = {"childes": "aochildes", "simple_wiki": "simple_wikipedia"}  # BabyLM since 2024 -> of 2023
 READ_BYTES = 1 << 18
 # Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese: scripts without blanks between words
 UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3040-\u9fff]")

@@ -254,7 +254,7 @@ def test_cleaning_in_blocks_is_cleaning_the_whole(how):
 
 
 def test_a_long_text_is_not_held_to_be_cleaned():
-    for name in (*cleaning.LIGHT, "unknown"):
+    for name in (*cleaning.SUB_CORPORA, "unknown"):
         blocks = iter(["A line.\n\n = = = Heading = = =\n\nAnother line.\n"] * 100)
         next(clean_blocks(name, blocks))
         assert len(list(blocks)) >= 98, name

@@ -109,7 +109,7 @@ def test_text_that_needs_no_cleaning_is_left_as_it_is(name):
     assert clean(name, text) == clean(name, text, "paper") == text
 
 
-@pytest.mark.parametrize("name", cleaning.LIGHT)
+@pytest.mark.parametrize("name", cleaning.SUB_CORPORA)
 def test_clean_text_stays_as_it_is_when_cleaned_again(name):
     text = "= = A = =\n\nSubtitles by B\nTHE l AND lT  'S , OK ?\nthe queen 's  head .\n"
     assert clean(name, clean(name, text)) == clean(name, text)
