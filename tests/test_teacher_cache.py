@@ -128,6 +128,17 @@ def test_two_runs_that_make_a_file_at_the_same_time_share_it(tmp_path, monkeypat
     assert [file.name for file in tmp_path.iterdir()] == ["c"]
 
 
+def test_a_file_is_complete_from_its_first_moment(tmp_path, monkeypatch):
+    path, link = tmp_path / "c", os.link
+
+    def another_run_opens_it_at_once(*arguments):
+        link(*arguments)
+        assert open_file(path).read(torch.tensor([0])) is None
+
+    monkeypatch.setattr(os, "link", another_run_opens_it_at_once)
+    open_file(path)
+
+
 def test_a_link_in_the_way_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     for name in ("c.tmp", "c.0123abcd.tmp"):

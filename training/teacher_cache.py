@@ -128,22 +128,21 @@ def _allocate(path, header, size):
 
     Raises `UserError` if the disk is full.
     """
+    file = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open_temporary(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with file:
+        with open_temporary(path) as file:
             # Blocks are reserved: to write into a hole of a mapped file on a full disk is a SIGBUS.
             os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
+            file.flush()
             with contextlib.suppress(FileExistsError):  # another run has made it at the same time
                 os.link(file.name, path)
     except OSError as error:
         raise UserError(f"cannot write {path}, {size} bytes: {error.strerror}") from error
     finally:
-        os.unlink(file.name)
+        if file:
+            os.unlink(file.name)
 
 
 def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", out_bytes=0):
