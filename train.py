@@ -282,11 +282,10 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
 def fit(objective, config, stream, evaluate, provenance):
     """Trains an `Objective` and returns its progress: "step", "steps", "dev_cross_entropy", ...
 
-    `stream(step)` returns the batch of a step; `stream.num_chunks`, `num_tokens` and `words` count
-    an epoch. `evaluate(model, autocast)` returns {"dev_cross_entropy": ..., other values to log}.
-    best.pt has the lowest dev cross-entropy or, if there is a "score", the highest score.
-    "stopped_by" in the progress is the signal that stopped the run, or None. Raises `UserError` for
-    a bad config.
+    `stream(step)` returns a step's batch; `stream.num_chunks`, `num_tokens`, `words` count an epoch.
+    `evaluate(model, autocast)` returns {"dev_cross_entropy": ..., other values to log}. best.pt has
+    the lowest dev cross-entropy or, if there is a "score", the highest. In the progress "stopped_by"
+    is the signal that stopped the run, or None. Raises `UserError` for a bad config.
     """
     compute = choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)

@@ -63,8 +63,8 @@ def small_world(tmp_path, monkeypatch):
     monkeypatch.setattr("reproduce.SAMPLE_TOKENS", 4)
     monkeypatch.setattr(make_toy_corpus, "TASK_PAIRS", {"train": 4, "valid": 2})
     # The page and the pictures are for test_report.py.
-    monkeypatch.setattr("experiments.pages.picture", lambda *_: None)
-    monkeypatch.setattr("experiments.pages.overview", lambda *_: None)
+    monkeypatch.setattr("experiments.plots.picture", lambda *_: None)
+    monkeypatch.setattr("experiments.plots.overview", lambda *_: None)
     monkeypatch.setattr(tokenize_corpus, "VOCABULARY_SIZE", 300)
     monkeypatch.chdir(tmp_path)
 
