@@ -175,17 +175,17 @@ CLEANERS = {
 VERSIONS = {"light": "1", "paper": "paper-1", "none": "none"}
 
 
-def clean(name, text, how="light"):
+def clean(name, text, cleaning="light"):
     """`text` as the cleaner of the sub-corpus `name` leaves it."""
-    return CLEANERS[how].get(name, unchanged)(text)
+    return CLEANERS[cleaning].get(name, unchanged)(text)
 
 
-def clean_blocks(name, blocks, how="light"):
-    """Yields `clean(name, text, how)` in pieces, of a text given in blocks of whole lines.
+def clean_blocks(name, blocks, cleaning="light"):
+    """Yields `clean(name, text, cleaning)` in pieces, of a text given in blocks of whole lines.
 
     A light cleaner looks at one line at a time. The paper's join lines: they get the text as a whole.
     """
-    if how == "paper" and CLEANERS[how].get(name, unchanged) is not unchanged:
+    if cleaning == "paper" and CLEANERS[cleaning].get(name, unchanged) is not unchanged:
         blocks = ["".join(blocks)]
     for block in blocks:
-        yield clean(name, block, how)
+        yield clean(name, block, cleaning)

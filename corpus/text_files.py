@@ -67,7 +67,7 @@ def sub_corpora(folder):
             continue
         name = sub_corpus(path)
         if name.encode(errors="ignore").decode() != name:
-            raise UserError(f"{path}: its name is not UTF-8: rename it")
+            raise UserError(f"{path}: its name is not UTF-8 here: rename it, or set PYTHONUTF8=1")
         if name in paths:
             raise UserError(
                 f"{folder} holds both {paths[name].name} and {path.name}, which are one sub-corpus by "

@@ -173,7 +173,7 @@ def of_one_name(folder):
     "spoil, message",
     [
         (unreadable, r"g\.txt is a link to a file that does not exist"),
-        (without_utf_8, "its name is not UTF-8: rename it"),
+        (without_utf_8, "its name is not UTF-8"),
         (of_one_name, r"holds both a\.train\.jsonl and a\.txt, which are one sub-corpus"),
     ],
 )
