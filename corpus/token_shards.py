@@ -160,7 +160,8 @@ def _is_consistent(header):
     bounds = [0, *(file.stop for file in files)]
     return (
         (header["shard"], header["shards"]) == (1, 1)
-        and isinstance(header["tokenizer"], str)
+        and type(header["tokenizer"]) is type(header["cleaning"]) is str
+        and isinstance(header["digests"], list)
         and header["largest_id"] < header["vocabulary_size"]
         and bounds == [*(file.start for file in files), tokens] == sorted(bounds)
         and min(tokens, block_bytes) > 0

@@ -159,6 +159,8 @@ def test_a_truncated_shard_is_refused(path, cut):
         ({"block_bytes": 0}, "contradicts itself"),
         ({"block_bytes": 101}, "contradicts itself"),
         ({"digests": []}, "contradicts itself"),
+        ({"digests": dict.fromkeys(range(20))}, "contradicts itself"),
+        ({"cleaning": None}, "contradicts itself"),
         ({"files": "none"}, "cannot be read"),
         ({"shards": 2}, "contradicts itself"),
     ],
