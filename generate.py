@@ -61,26 +61,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="beginning of the text")
-    parser.add_argument("--tokens", type=int, default=100, help="number of tokens to write (default: 100)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="softmax temperature; 0: always the likeliest token (default: 0.8)",
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default: 0)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT")
+    add("--prompt", required=True, metavar="TEXT", help="beginning of the text")
+    add("--tokens", type=int, default=100, help="number of tokens to write (default: 100)")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default: 0)")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     if args.tokens < 0 or args.top_k < 0 or not 0 <= args.seed < 1 << 63:
         parser.error("--tokens, --top-k and --seed must not be below 0, nor enormous")
     if not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
         parser.error("--temperature must be 0, or between 0.01 and 100")
-
     if not args.prompt:
         raise UserError("--prompt is empty: give at least one character")
     try:

@@ -34,6 +34,7 @@ from training.plan import plan_run, print_plan
 
 EVAL_BATCH_SIZE = 32  # sequences
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
+PRESET = "(default: the preset's)"
 recipe = functools.partial(option, group="recipe")
 
 
@@ -46,34 +47,24 @@ class TrainConfig(RunConfig):
         "start from the weights and shape of this checkpoint; --model then gives only the recipe",
         may_change=True,
     )
-    shape: str | None = option(
-        None, "change the preset's shape, such as hidden_size=384,num_hidden_layers=10"
-    )
-    epochs: float | None = recipe(
-        None, "passes over the training data (default: the preset's)", exclusive=True, above=0
-    )
-    steps: int | None = recipe(
-        None, "number of optimizer steps, instead of --epochs", exclusive=True, minimum=1
-    )
-    batch_size: int | None = recipe(
-        None, "sequences per optimizer step, over all GPUs (default: the preset's)", minimum=1
-    )
+    shape: str | None = option(None, "change the preset's shape: hidden_size=384,num_hidden_layers=10")
+    epochs: float | None = recipe(None, f"passes over the data {PRESET}", exclusive=True, above=0)
+    steps: int | None = recipe(None, "optimizer steps, instead of --epochs", exclusive=True, minimum=1)
+    batch_size: int | None = recipe(None, f"sequences per step, over all GPUs {PRESET}", minimum=1)
     sequence_length: int = recipe(128, "tokens per sequence", minimum=1)
     random_offset: bool = recipe(False, "shift each sequence by a random number of tokens, anew each epoch")
-    learning_rate: float | None = recipe(
-        None, "peak learning rate (default: the preset's)", minimum=0, alias="--lr"
-    )
+    learning_rate: float | None = recipe(None, f"peak learning rate {PRESET}", minimum=0, alias="--lr")
     warmup_steps: int | None = recipe(
-        None, "steps of linear warm-up, at most a tenth of all steps (default: the preset's)", minimum=0
+        None, f"steps of linear warm-up, at most a tenth of all steps {PRESET}", minimum=0
     )
     schedule: str = recipe("cosine", "learning-rate decay after warm-up", choices=("cosine", "linear"))
     min_lr_ratio: float = recipe(0.0, "final learning rate divided by the peak", minimum=0, maximum=1)
-    weight_decay: float | None = recipe(None, "decoupled weight decay (default: the preset's)", minimum=0)
+    weight_decay: float | None = recipe(None, f"decoupled weight decay {PRESET}", minimum=0)
     no_decay: str = recipe(
         "layernorm", "parameters without weight decay besides biases; norms: RMSNorm too", choices=NO_DECAY
     )
     dropout: float | None = recipe(
-        None, "dropout probability (default: the preset's)", minimum=0, maximum=0.999, may_change=True
+        None, f"dropout probability {PRESET}", minimum=0, maximum=0.999, may_change=True
     )
     clip: float = recipe(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
     optimizer: str = recipe(
@@ -81,19 +72,16 @@ class TrainConfig(RunConfig):
     )
     beta2: float = recipe(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
     eval_sequences: int = option(
-        1024,
-        "largest number of dev (validation) sequences per evaluation, the same in all runs",
-        minimum=1,
-        group="evaluate and save",
+        1024, "largest number of dev (validation) sequences per evaluation", "evaluate and save", minimum=1
     )
     micro_batch_size: int | None = option(
         None,
         "sequences per forward and backward pass (gradient accumulation); auto: as many as fit in "
         "memory (default: the whole batch)",
+        group="speed and memory",
         word="auto",
         minimum=1,
         may_change=True,
-        group="speed and memory",
     )
 
 
