@@ -173,23 +173,20 @@ class _FusedLoss(torch.autograd.Function):
         needs_d_hidden, needs_d_head = (gradient and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if needs_d_hidden else None
         d_head = torch.zeros_like(head) if needs_d_head else None
+        need_gradient = needs_d_hidden or needs_d_head
+        teacher_hidden, joined_head, num_teachers = ensemble or (None, None, 0)
         ce = kl = torch.zeros((), dtype=_row_dtype(dtype), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             head_cast = center_head(head).to(dtype)  # (V, C)
             for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 hidden_cast = hidden[rows].to(dtype)  # (n, C)
-                logits, teacher_logits, num_teachers = hidden_cast @ head_cast.T, None, 0  # (n, V)
-                if ensemble is not None:
-                    teacher_hidden, joined_head, num_teachers = ensemble
-                    teacher_logits = teacher_hidden[rows] @ joined_head.T  # (n, V): K times the mean
+                logits = hidden_cast @ head_cast.T  # (n, V)
+                teacher_logits = None
+                if ensemble:
+                    teacher_logits = teacher_hidden[rows] @ joined_head.T  # (n, V): the sum of K teachers'
                 chunk_ce, chunk_kl, dz = row_function(
-                    logits,
-                    targets[rows],
-                    teacher_logits,
-                    num_teachers,
-                    coefficients,
-                    needs_d_hidden or needs_d_head,
+                    logits, targets[rows], teacher_logits, num_teachers, coefficients, need_gradient
                 )
                 ce, kl = ce + chunk_ce, kl + chunk_kl
                 if needs_d_hidden:
