@@ -1,4 +1,4 @@
-"""Writes a small invented corpus in the layout of BabyLM, and what models of it are tested on.
+"""Writes a small invented corpus in the layout of BabyLM, with minimal pairs and a task to test on.
 
     python make_toy_corpus.py --out data/toy-text --words 200000
 
@@ -50,47 +50,42 @@ def draw_pairs(seed, stream, compose, count):
     return pairs
 
 
+def write_lines(path, entries):
+    """Writes each entry as a line of JSON."""
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def write_pairs(folder, seed):
     """Writes each paradigm's pairs, no sentence twice, in the layout of BLiMP's files."""
     for name, (term, compose) in PARADIGMS.items():
         pairs = draw_pairs(seed, f"pairs {name}", compose, PAIRS_PER_PARADIGM)
-        lines = [
-            json.dumps(
-                {
-                    "sentence_good": good,
-                    "sentence_bad": bad,
-                    "field": "toy",
-                    "linguistics_term": term,
-                    "UID": name,
-                    "pair_id": i,
-                }
-            )
-            for i, (good, bad) in enumerate(pairs.items())
+        entries = [
+            {"sentence_good": good, "sentence_bad": bad, "field": "toy", "linguistics_term": term}
+            for good, bad in pairs.items()
         ]
-        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        entries = [entry | {"UID": name, "pair_id": i} for i, entry in enumerate(entries)]
+        write_lines(folder / f"{name}.jsonl", entries)
 
 
 def write_task(folder, seed):
     """Writes the task `acceptable`, in the layout of CoLA: no sentence is in both of its files."""
-    lines = {part: [] for part in TASK_PAIRS}
+    entries = {part: [] for part in TASK_PAIRS}
     for name, (_, compose) in PARADIGMS.items():
         pairs = iter(draw_pairs(seed, f"task {name}", compose, sum(TASK_PAIRS.values())).items())
         for part, count in TASK_PAIRS.items():
             for good, bad in islice(pairs, count):
-                lines[part].append(json.dumps({"sentence": good, "label": 1}))
-                lines[part].append(json.dumps({"sentence": bad, "label": 0}))
-    for part, found in lines.items():
-        write_text(folder / f"acceptable.{part}.jsonl", "\n".join(found) + "\n")
+                entries[part] += [{"sentence": good, "label": 1}, {"sentence": bad, "label": 0}]
+    for part, of_part in entries.items():
+        write_lines(folder / f"acceptable.{part}.jsonl", of_part)
 
 
 def check_vacant(out):
-    """Raises `UserError` if something is in the folder that this program would not overwrite."""
-    ours = {f"{name}.{split}" for name in REGISTERS for split in ("train", "dev")}
-    ours |= {f"{name}.jsonl" for name in PARADIGMS} | {"train", "dev", "pairs", "tasks"}
-    ours |= {f"acceptable.{part}.jsonl" for part in TASK_PAIRS}
-    for folder in (out, *(out / part for part in ("train", "dev", "pairs", "tasks"))):
-        for path in folder.glob("*"):
-            if path.name not in ours:
+    """Raises `UserError` if a folder to write into has a file that this program does not write."""
+    names = {f"{name}.{split}" for name in REGISTERS for split in ("train", "dev")}
+    names |= {f"{name}.jsonl" for name in PARADIGMS} | {f"acceptable.{part}.jsonl" for part in TASK_PAIRS}
+    for folder in ("train", "dev", "pairs", "tasks"):
+        for path in (out / folder).glob("*"):
+            if path.name not in names:
                 raise UserError(f"{path} is there already: choose an empty --out")
 
 

@@ -19,7 +19,6 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import shlex
 import shutil
@@ -624,17 +623,19 @@ def check_models(context, seeds):
 
 
 def print_plan(context, seeds):
-    """Prints what each model takes, and the time that is left if some training was measured."""
+    """Prints what each model takes, and the time that is left if some were trained on this machine."""
     shard = TokenShard(context.data / "train.bin")
     costs = recipes.costs(context.recipe, shard.num_tokens, shard.words)
-    progress = {name: [progress_of(context, name, seed) for seed in seeds] for name in costs}
-    speeds = measured_speeds(costs, progress)
-    rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "minutes left", "disk", "memory"]]
-    hours = 0.0
+    paths = {name: [context.result_path(name, seed) for seed in seeds] for name in costs}
+    results = [read_result(path) for of_model in paths.values() for path in of_model if path.exists()]
+    measured = [result for result in results if result.get("machine") == machine(context.device)]
+    flops = sum(costs[result["name"]].flops for result in measured)
+    seconds = sum(result.get("seconds", 0) for result in measured)
+    rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "left to train", "disk", "memory"]]
+    flops_left = 0
     for name, cost in costs.items():
-        left = cost.flops * sum(1 - share for share, _ in progress[name])
-        minutes = left / speeds[name] / 60 if speeds else math.nan
-        hours += minutes / 60
+        runs_left = sum(not path.exists() for path in paths[name])
+        flops_left += cost.flops * runs_left
         rows.append(
             [
                 name,
@@ -642,44 +643,20 @@ def print_plan(context, seeds):
                 f"{cost.epochs:.3g}",
                 f"{cost.tokens:,}",
                 f"{cost.flops:.1e}",
-                f"{minutes:.1f}" if speeds else "-",
+                f"{runs_left} of {len(seeds)}",
                 f"{cost.disk / 1e9:.2f} GB",
                 f"{cost.memory / 1e9:.2f} GB",
             ]
         )
     print("\n".join(aligned(rows)))
-    disk = sum(cost.disk for cost in costs.values()) * len(seeds) / 1e9
-    free = shutil.disk_usage(context.data).free / 1e9
-    time_left = f"{hours:.2g} hours of training left at the speed measured here"
+    hours = f", {flops_left * seconds / flops / 3600:.2g} hours at the speed measured here" if seconds else ""
+    disk, free = sum(cost.disk for cost in costs.values()) * len(seeds), shutil.disk_usage(context.data).free
     print(
-        f"seeds {seeds[0]} to {seeds[-1]}: {time_left if speeds else 'no speed was measured here yet'}; "
-        f"scoring and fine-tuning come on top\ndisk {disk:.2f} GB in all, {free:.0f} GB free"
+        f"seeds {seeds[0]} to {seeds[-1]}: {flops_left:.1e} FLOPs of training left{hours}; scoring and "
+        f"fine-tuning come on top\ndisk {disk / 1e9:.2f} GB in all, {free / 1e9:.0f} GB free"
     )
     if disk > free:
         warn("the disk is too small for all of it")
-
-
-def progress_of(context, name, seed):
-    """(done share of the training, its seconds so far), from a model's result or log."""
-    spec = context.recipe.specs[name]
-    path, log_path = context.result_path(name, seed), context.folder(spec, seed) / "log.jsonl"
-    if path.exists():
-        return 1.0, read_result(path).get("seconds", 0.0)
-    if not log_path.exists():
-        return 0.0, 0.0
-    run, config = read_log(log_path), spec.config
-    steps = config.steps or config.epochs * run["steps"] / max(run["epochs"], 1e-9)
-    return min(run["steps"] / max(steps, 1), 1.0), run["seconds"]
-
-
-def measured_speeds(costs, progress):
-    """{name: FLOP/s}, the mean speed for a model that was not trained yet; empty without training."""
-    speeds = {}
-    for name, cost in costs.items():
-        if seconds := sum(seconds for _, seconds in progress[name]):
-            speeds[name] = cost.flops * sum(share for share, _ in progress[name]) / seconds
-    mean = sum(speeds.values()) / max(len(speeds), 1)
-    return {name: speeds.get(name, mean) for name in costs} if mean else {}
 
 
 # ---- the command

@@ -16,7 +16,6 @@ A `Study` has one result for each model and seed, a dict that reproduce.py write
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 from evaluation.statistics import cluster_bootstrap, compare_variants, read_losses, t_interval
@@ -151,50 +150,8 @@ class Study:
 
 def cross_entropy(result, scores="report"):
     """Nats per token; sub-corpora are weighted as in the training text, where that is known."""
-    values = result.get(scores, result["report"])
+    values = result[scores] if scores in result else result["report"]
     return values.get("weighted_cross_entropy", values["cross_entropy"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """A number by which pictures compare models; `value(result)` computes it."""
-
-    axis: str  # label
-    value: Callable[[dict], float]
-    lower_is_better: bool
-    digits: int  # after the decimal point
-    unit: str
-
-    def wins(self, rows):
-        """The number of rows, [[result, baseline's result]], in which the first is better."""
-        sign = -1 if self.lower_is_better else 1
-        return sum(sign * self.value(result) > sign * self.value(baseline) for result, baseline in rows)
-
-
-CROSS_ENTROPY = Measure(
-    "test cross-entropy\n(nats per token, lower is better)",
-    cross_entropy,
-    lower_is_better=True,
-    digits=3,
-    unit="nats",
-)
-
-
-def measures(study):
-    """Test cross-entropy and, for each folder of minimal pairs, the mean accuracy over its files."""
-    return [
-        CROSS_ENTROPY,
-        *(
-            Measure(
-                f"minimal pairs judged right, {folder}\n(%, mean over files, higher is better)",
-                lambda result, f=folder: 100 * result["report"]["pairs"][f]["accuracy_over_files"],
-                lower_is_better=False,
-                digits=1,
-                unit="points",
-            )
-            for folder in pair_folders(study)
-        ),
-    ]
 
 
 def pair_folders(study):

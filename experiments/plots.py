@@ -3,8 +3,10 @@
 import io
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
 
-from experiments.findings import measures
+from experiments.findings import cross_entropy, pair_folders
 from experiments.tables import mean_and_deviation, with_minus
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito); the student and its control
@@ -60,15 +62,40 @@ def model_order(study):
 # ---- overview
 
 
+class Measure(NamedTuple):
+    """A panel of the overview; `value(result)` is the number, `sign` is 1 if higher is better."""
+
+    label: str
+    value: Callable[[dict], float]
+    sign: int
+    digits: int
+    unit: str
+
+
+def measures(study):
+    """Cross-entropy, and the accuracy on the first folder of minimal pairs, the mean over its files."""
+    label = "test cross-entropy\n(nats per token, lower is better)"
+    panels = [Measure(label, cross_entropy, -1, 3, "nats")]
+    for folder in pair_folders(study)[:1]:
+
+        def accuracy(result, folder=folder):
+            return 100 * result["report"]["pairs"][folder]["accuracy_over_files"]
+
+        label = f"minimal pairs judged right, {folder}\n(%, mean over files, higher is better)"
+        panels.append(Measure(label, accuracy, 1, 1, "points"))
+    return panels
+
+
 def overview(study):
-    """The picture of all models by cross-entropy and by the first folder's minimal pairs."""
-    shown, names = measures(study)[:2], model_order(study)
-    width, height = 5.6 + 3.9 * (len(shown) - 1), 1.5 + 0.45 * (len(names) + 1)
-    return picture(width, height, lambda figure: paint_overview(figure, study, names, shown))
+    """The picture of all models by each of the `measures`."""
+    panels, names = measures(study), model_order(study)
+    width, height = 5.6 + 3.9 * (len(panels) - 1), 1.5 + 0.45 * (len(names) + 1)
+    return picture(width, height, lambda figure: paint_overview(figure, study, names))
 
 
-def paint_overview(figure, study, names, shown):
-    """Draws a panel for each of the measures `shown`, side by side, with the same rows."""
+def paint_overview(figure, study, names):
+    """Draws a panel for each of the `measures`, side by side, with the same rows."""
+    shown = measures(study)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     heights = [float(i) for i in range(len(names))]
     if study.student and study.control:
@@ -94,24 +121,19 @@ def paint_measure(axes, study, rows, measure):
         if len(values) > 1:
             beside = 0.27 if name == study.student else -0.27  # on the side away from the arrow
             axes.scatter(values, [height + beside] * len(values), s=11, color=colour[name])
-    axes.set_xlabel(measure.axis)
+    axes.set_xlabel(measure.label)
     axes.set_ylim(max(rows.values()) + 0.6, -0.6)  # the first row is on top
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     if study.student in means and study.control in means:
-        pairs = study.paired_results(study.student, study.control)
-        seeds = f"{len(pairs)} seed{'s' * (len(pairs) > 1)}"
-        axes.set_title(f"student better than control in {measure.wins(pairs)} of {seeds}")
-        ends = [(means[name], rows[name]) for name in (study.control, study.student)]
-        paint_arrow(axes, *ends, advantage(study, measure))
-
-
-def advantage(study, measure):
-    """The student's value minus that of its control: "−0.061 ± 0.006 nats"."""
-    pairs = study.paired_results(study.student, study.control)
-    differences = [measure.value(student) - measure.value(control) for student, control in pairs]
-    return f"{with_minus(mean_and_deviation(differences, measure.digits, sign='+'))} {measure.unit}"
+        pairs = [map(measure.value, pair) for pair in study.paired_results(study.student, study.control)]
+        gains = [student - control for student, control in pairs]
+        wins = sum(measure.sign * gain > 0 for gain in gains)
+        axes.set_title(f"student better than control in {wins} of {len(gains)} seed{'s' * (len(gains) > 1)}")
+        label = f"{with_minus(mean_and_deviation(gains, measure.digits, sign='+'))} {measure.unit}"
+        start, end = ((means[name], rows[name]) for name in (study.control, study.student))
+        paint_arrow(axes, start, end, label)
 
 
 def paint_arrow(axes, start, end, label):

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import statistics
 
-from experiments.findings import Study
+from experiments.findings import Study, cross_entropy
 from training.io import UserError, aligned, markdown, printable, sha256, write_text
 
 LOGGED_POINTS, LAST_LINES = 150, 10
@@ -181,28 +181,21 @@ def trial_lines(results, seeds, shards):
     """
     paths = [path for seed in seeds for path in sorted((results / f"seed-{seed}").glob("*.json"))]
     trials = [trial for trial in map(read_result, paths) if trial.get("shards") == shards and "dev" in trial]
-    rows = [["model", "seed", "validation CE", "plain", "epochs", "train CE", "minutes", "options"]]
-
-    def score(trial):
-        return trial["dev"].get("weighted_cross_entropy", trial["dev"]["cross_entropy"])
-
-    for trial in sorted(trials, key=score):
-        options = " ".join(f"{key}={value}" for key, value in trial.get("options", {}).items())
+    rows = []
+    for trial in sorted(trials, key=lambda trial: cross_entropy(trial, "dev")):
         train = trial.get("train_cross_entropy")
-        rows.append(
-            [
-                trial["name"],
-                str(trial.get("seed", "-")),
-                f"{score(trial):.4f}",
-                f"{trial['dev']['cross_entropy']:.4f}",
-                f"{trial.get('epochs', 0):.3g}",
-                "-" if train is None else f"{train:.3f}",
-                f"{trial.get('seconds', 0) / 60:.1f}",
-                options,
-            ]
-        )
-    write_text(results / "tuning.md", "\n".join(markdown(rows)) + "\n")
-    return aligned(rows)
+        cells = [
+            f"{cross_entropy(trial, 'dev'):.4f}",
+            f"{trial['dev']['cross_entropy']:.4f}",
+            f"{trial.get('epochs', 0):.3g}",
+            "-" if train is None else f"{train:.3f}",
+            f"{trial.get('seconds', 0) / 60:.1f}",
+            " ".join(f"{key}={value}" for key, value in trial.get("options", {}).items()),
+        ]
+        rows.append([trial["name"], str(trial.get("seed", "-")), *cells])
+    heading = ["model", "seed", "validation CE", "plain", "epochs", "train CE", "minutes", "options"]
+    write_text(results / "tuning.md", "\n".join(markdown([heading, *rows])) + "\n")
+    return aligned([heading, *rows])
 
 
 # ---- a folder of results

@@ -1,6 +1,7 @@
 """Recipes: those that come with the project can be run, and a wrong one says what is wrong."""
 
 import json
+import math
 
 import pytest
 
@@ -147,6 +148,18 @@ def test_the_costs_are_the_arithmetic(tmp_path):
         ({"models": MODELS | {"control": {"model": "llama-tiny", "epoch": 5}}}, "control:.*epoch"),
         ({"models": MODELS | {"../x": {"model": "llama-tiny"}}}, "names a folder"),
         ({"models": {"student": MODELS["student"], **MODELS}}, "must be models above it"),
+        ({"models": MODELS | {"-g": {"model": "llama-tiny"}}}, "cannot be the name"),
+        ({"models": MODELS | {"a\0": {"model": "llama-tiny"}}}, "cannot be the name"),
+        ({"models": MODELS | {"control": {"model": ["llama-tiny"]}}}, "must be a preset"),
+        ({"models": MODELS | {"x": {"model": "llama-tiny", "teachers": [1]}}}, "must be models above it"),
+        ({"models": MODELS | {"x": {"model": "llama-tiny", "teachers": ["teacher"] * 2}}}, "there twice"),
+        ({"models": MODELS | {"x": {"model": "llama-tiny", "seed_offset": 10**39}}}, "below 2"),
+        ({"models": MODELS | {"x": {"model": "llama-tiny", "shard": True}}}, "cannot set shard"),
+        ({"options": {"model": "gpt2-tiny"}}, "give it to single models"),
+        ({"options": {"save_at_words": ["1M", "--out", "x"]}}, "would be an option of its own"),
+        ({"options": {"shape": "a\0"}}, "shape cannot be"),
+        ({"control_gain": -5.0}, "control_gain cannot be"),
+        ({"control_gain": math.inf}, "control_gain cannot be"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(changes, message, tmp_path):
@@ -164,6 +177,20 @@ def test_a_file_that_is_none_and_a_variation_of_nothing_are_named(tmp_path):
         read_experiment(written(tmp_path), ["nobody.alpha=1"])
     with pytest.raises(UserError, match="no model of recipe mine is called nobody"):
         read_experiment(written(tmp_path)).only(["nobody"])
+
+
+def test_what_would_be_replaced_or_split_in_silence_is_refused(tmp_path):
+    path = written(tmp_path)
+    for vary, message in (
+        (["control.epochs=6,6"], "6 is there twice"),
+        (["control.epochs=6", "control.epochs=6"], "control.epochs=6 is there twice"),
+        (["control.shape=hidden_size=64,num_hidden_layers=1"], "a shape has commas itself"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_experiment(path, vary)
+    path.write_text(path.read_text().replace('"models": {', '"models": {"control": {"model": "gpt2-tiny"}, '))
+    with pytest.raises(UserError, match="'control' is there twice"):
+        read_experiment(path)
 
 
 def test_names_of_recipes_are_those_of_their_files():

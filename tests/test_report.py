@@ -1,9 +1,14 @@
 """The report: its rows and pictures are those of the results, with matplotlib and without."""
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import json
+import math
+import random
 import re
+import shutil
 import sys
 
 import pytest
@@ -11,8 +16,8 @@ import pytest
 from benchmarks import ablations
 from evaluation.statistics import Difference, write_losses
 from experiments import pages, plots
-from experiments.findings import Study, measures, outperforms, pair_difference, verdict, verdict_of
-from experiments.results import read_log
+from experiments.findings import Study, outperforms, pair_difference, verdict, verdict_of
+from experiments.results import read_log, read_study
 from experiments.tables import conclusion_rows
 from training.io import UserError, aligned, markdown, write_json
 
@@ -336,7 +341,7 @@ def test_the_verdict_follows_the_rules(per_seed, over_seeds, over_text, expected
 def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(study, figure):
     names = plots.model_order(study)
     assert names[-2:] == ["control", "student"]
-    plots.paint_overview(figure, study, names, measures(study))
+    plots.paint_overview(figure, study, names)
     labels = ("\N{MINUS SIGN}0.160 ± 0.014 nats", "+1.0 ± 2.8 points")
     for axes, label, ends in zip(figure.axes, labels, ((1.71, 1.55), (64.5, 65.5))):
         arrow = next(text for text in axes.texts if text.arrow_patch)
@@ -352,7 +357,7 @@ def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(
 
 def test_pairs_are_left_out_where_some_model_has_none(study):
     study.seeds[1]["student"]["report"]["pairs"] = {}
-    assert [m.unit for m in measures(study)] == ["nats"]
+    assert [m.unit for m in plots.measures(study)] == ["nats"]
     assert FOLDER not in write(study)[0]
 
 
@@ -416,6 +421,118 @@ def test_rows_become_aligned_columns_or_markdown():
     rows = [["model", "score"], ["a", "10.5"], ["longer name", "9"]]
     assert aligned(rows) == ["model        score", "a             10.5", "longer name      9"]
     assert markdown(rows)[:3] == ["| model | score |", "|---|---|", "| a | 10.5 |"]
+
+
+# ---- a folder of results, perhaps from somebody else
+
+
+@pytest.fixture
+def folder(study):
+    """The study as reproduce.py keeps it."""
+    fields = {f.name: getattr(study, f.name) for f in dataclasses.fields(study)}
+    del fields["seeds"], fields["folder"]
+    write_json(study.folder / "experiment.json", fields)
+    for seed, results in study.seeds.items():
+        for name, values in results.items():
+            write_json(study.folder / f"seed-{seed}" / f"{name}.json", values)
+    return study.folder
+
+
+def edit(path, change):
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_a_folder_of_results_is_read_as_it_was_written(study, folder):
+    assert read_study(folder) == study
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("control", lambda r: r.update(losses="0" * 64), "losses.npz was not written with control.json"),
+        ("control", lambda r: r.update(shards={"report": "x"}), None),  # the others do not tell theirs
+        ("control", lambda r: r["report"]["per_file"].pop("novels"), "another list of sub-corpora"),
+        ("control", lambda r: r["report"]["pairs"][FOLDER]["per_file"].pop("a"), "another list of files"),
+        ("control", lambda r: r["report"].update(cross_entropy=math.nan), "damaged"),
+        ("control", lambda r: r["report"].update(parameters="1"), "damaged"),
+        ("control", lambda r: r.update(steps=0), "damaged"),
+        (
+            "control",
+            lambda r: r["report"]["pairs"].update({"/../x": r["report"]["pairs"][FOLDER]}),
+            "damaged",
+        ),
+    ],
+)
+def test_results_that_do_not_belong_together_are_refused(folder, name, change, message):
+    edit(folder / f"seed-0/{name}.json", change)
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+        read_study(folder)
+
+
+@pytest.mark.parametrize("key, values", [("text", "ab"), ("precision", ["fp32", "bf16"]), ("pairs", "ab")])
+def test_results_of_other_text_pairs_or_precision_are_refused(folder, key, values):
+    for name, value in zip(("control", "student"), values):
+        scoring = {"precision": value if key == "precision" else "fp32"}
+        scoring["pairs"] = {FOLDER: value if key == "pairs" else "d"}
+        shards = {"report": value if key == "text" else "t"}
+        edit(folder / f"seed-0/{name}.json", lambda r, s=scoring, t=shards: r.update(scoring=s, shards=t))
+    with pytest.raises(UserError, match=r"(student|control)\.json has another .* than"):
+        read_study(folder)
+
+
+def test_one_seed_is_not_counted_twice(folder):
+    shutil.copytree(folder / "seed-0", folder / "seed-00")
+    with pytest.raises(UserError, match="seed-00 is seed 0"):
+        read_study(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f["models"].update({"../../secret": "x"}),
+        lambda f: f["models"].update({"--out": "x"}),
+        lambda f: f.update(models=[]),
+        lambda f: f.update(control_gain=math.inf),
+        lambda f: f["teachers"].pop("student"),
+    ],
+)
+def test_a_damaged_experiment_is_refused(folder, change):
+    edit(folder / "experiment.json", change)
+    with pytest.raises(UserError, match="is damaged"):
+        read_study(folder)
+
+
+def places(value, path=()):
+    """All paths of keys in nested JSON."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def replaced(value, path, new):
+    """A copy of nested JSON with another value at a path."""
+    if not path:
+        return new
+    copied = value.copy()
+    copied[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copied
+
+
+def test_an_edited_file_of_results_is_refused_or_reported(study, folder, monkeypatch):
+    monkeypatch.setattr(plots, "picture", lambda *_: None)
+    monkeypatch.setattr(Study, "comparisons", study.comparisons)
+    values = [None, True, -1, 0, 10**400, math.nan, "", "\udcff", "\x1b[31m|<b>\n", [], ["x"], {}, {"x": 0}]
+    generator = random.Random(0)
+    for path in (folder / "experiment.json", *(folder / "seed-0").glob("*t*.json")):
+        original = json.loads(path.read_text())
+        cases = list(itertools.product(places(original), values))
+        for place, value in generator.sample(cases, 20):
+            path.write_text(json.dumps(replaced(original, place, value)))
+            with contextlib.suppress(UserError):
+                write(read_study(folder))
+        path.write_text(json.dumps(original))
 
 
 # ---- logs

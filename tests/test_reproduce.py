@@ -1,6 +1,7 @@
 """The whole experiment on a sliver of text: it ends with a report, resumes, repeats nothing."""
 
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,9 @@ from conftest import interrupt_after, write_text
 from experiments import recipes
 from experiments.results import read_result
 from experiments.sampling import halves, sample_lines, write_dev_halves
+from tokenizer import Tokenizer
 from training.io import run_program
+from training.io import write_text as write_file
 from training.resume import differences
 
 OPTIONS = {"steps": 4, "batch_size": 4, "sequence_length": 32, "eval_sequences": 8, "log_every": 2}
@@ -64,7 +67,7 @@ def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path
     printed = capsys.readouterr().out
     for command in ("make_toy_corpus.py", "tokenize_corpus.py", "train.py", "distill.py"):
         assert f"$ python {command}" in printed
-    assert "FLOPs" in printed and "no speed was measured here yet" in printed
+    assert "FLOPs of training left; scoring" in printed
     report = (out / "report.md").read_text()
     for title in ("GPT-2 teacher", "LLaMA teacher", "ensemble", "control (alone)", "student"):
         assert title in report and title in printed
@@ -81,7 +84,7 @@ def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path
     capsys.readouterr()
     assert run(*arguments) == 0
     assert before == trained(out)
-    assert "0 hours of training left at the speed measured here" in capsys.readouterr().out
+    assert "0.0e+00 FLOPs of training left, 0 hours at the speed measured here" in capsys.readouterr().out
     # The report alone, from the results alone.
     (out / "report.md").unlink()
     capsys.readouterr()
@@ -229,6 +232,83 @@ def test_a_given_corpus_is_sampled_and_resumed(recipe, tmp_path, monkeypatch, ca
     assert run(*wrong) == 1 and "400 pieces" in capsys.readouterr().err
     (data / "report" / "dev.bin").unlink()
     assert run(*arguments, "--data", data) == 1 and "report" in capsys.readouterr().err
+
+
+@pytest.fixture
+def given_text(tmp_path):
+    """Options that name a small text for training and dev."""
+    for split in ("train", "dev"):
+        write_file(tmp_path / split / f"qed.{split}", write_text(3000, seed=len(split)))
+    return ["--train", tmp_path / "train", "--dev", tmp_path / "dev"]
+
+
+def test_nothing_of_the_users_is_deleted(recipe, given_text, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "corpus").mkdir(parents=True)
+    (out / "corpus/notes.txt").write_text("years of work")
+    arguments = ["--recipe", recipe(), "--out", out, "--dry-run"]
+    assert run(*arguments, *given_text) == 1
+    assert "holds files that are not from this command" in capsys.readouterr().err
+    assert [path.name for path in out.rglob("*")] == ["corpus", "notes.txt"]
+
+
+def test_an_attempt_that_was_stopped_is_made_again_from_the_same_text_alone(
+    recipe, given_text, tmp_path, monkeypatch, capsys
+):
+    arguments = ["--recipe", recipe(), "--out", tmp_path / "out", "--dry-run", *given_text]
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce.tokenize_corpus, "main", lambda _: 130)
+        assert run(*arguments) == 130
+    changed = [*arguments, "--words", "2000"]
+    assert run(*changed) == 1 and "words differ" in capsys.readouterr().err
+    assert run(*arguments) == 0
+    path = tmp_path / "train/qed.train"
+    path.write_text(path.read_text().replace("a", "b"))  # of the same size
+    assert run(*arguments) == 1 and "train differ" in capsys.readouterr().err
+
+
+def test_scores_of_other_pairs_are_not_reported(recipe, given_text, tmp_path, capsys):
+    pair = {"sentence_good": "the cat", "sentence_bad": "cat the"}
+    write_file(tmp_path / "pairs/a.jsonl", json.dumps(pair))
+    models = {"control": MODELS["control"], "student": {"like": "control", "teachers": ["control"]}}
+    arguments = ["--recipe", recipe(models=models), "--out", tmp_path / "out", *given_text]
+    arguments += ["--pairs", tmp_path / "pairs"]
+    assert run(*arguments) == 0
+    # Losses that are gone are scored again, and nothing is trained again.
+    before = trained(tmp_path / "out")
+    (tmp_path / "out/seed-0/control.losses.npz").unlink()
+    assert run(*arguments) == 0 and trained(tmp_path / "out") == before
+    write_file(tmp_path / "pairs/a.jsonl", json.dumps(pair | {"sentence_bad": "a cat"}))
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    assert "was scored with another pairs: move it away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"teacher_weights": [1]}, "1 given for 2 teachers"),
+        ({"teacher_weights": [-1, 1]}, "none below 0"),
+        ({"sequence_length": 300}, "reads"),
+        ({"batch_size": 10**6}, "fewer than one batch"),
+        ({"cache_teachers": "gpu"}, "training is on cpu"),
+        ({"cuda_graph": True}, "needs a GPU of CUDA"),
+        ({"save_at_words": ["x"]}, "save-at-words x"),
+    ],
+)
+def test_what_a_later_model_cannot_do_is_told_before_the_first_is_trained(
+    recipe, data_folder, tmp_path, capsys, options, message
+):
+    data = tmp_path / "data"
+    shutil.copytree(data_folder, data)
+    (data / "report").mkdir()
+    shutil.copy(data / "dev.bin", data / "report")
+    size = Tokenizer.load(data / "tokenizer.model").vocabulary_size
+    models = MODELS | {"student": MODELS["student"] | options}
+    path = recipe(models=models, vocabulary_size=size)
+    assert run("--recipe", path, "--data", data, "--out", tmp_path / "out") == 1
+    assert re.search(f"error: student: .*{message}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_halves_share_no_line_and_are_alike_in_words(tmp_path):

@@ -5,6 +5,12 @@ In each list the commoner words come first, for a word's rank decides how often 
 
 import zlib
 
+
+def table_of(text):
+    """{word: form} of a text "word:form word:form"."""
+    return dict(pair.split(":") for pair in text.split(" "))
+
+
 GIRLS = "Anna Mia Ella Ruth Lily Nora Clara Ida Vera Olga Maud Greta".split(" ")
 BOYS = "Tom Ben Max Paul Leo Karl Hugo Otto Finn Emil Ralf Knut".split(" ")
 PEOPLE = (
@@ -24,22 +30,10 @@ PLACES = (
     "house garden river road hill forest school market bridge kitchen field tower lake church barn "
     "harbour mill valley"
 ).split(" ")
-PLURALS = {
-    "woman": "women",
-    "man": "men",
-    "child": "children",
-    "mouse": "mice",
-    "goose": "geese",
-    "sheep": "sheep",
-    "deer": "deer",
-    "wolf": "wolves",
-    "calf": "calves",
-    "ox": "oxen",
-    "leaf": "leaves",
-    "knife": "knives",
-    "loaf": "loaves",
-    "shelf": "shelves",
-}
+PLURALS = table_of(
+    "woman:women man:men child:children mouse:mice goose:geese sheep:sheep deer:deer wolf:wolves "
+    "calf:calves ox:oxen leaf:leaves knife:knives loaf:loaves shelf:shelves"
+)
 ADJECTIVES = (
     "small old big young quiet happy black white brown tired clever funny hungry strange lonely "
     "gentle proud clumsy angry brave pale lazy shy odd"
@@ -54,35 +48,11 @@ ACTS = (
 ).split(" ")
 HANDLING = "carry find hold want drop take bring lose break throw hide steal paint mend".split(" ")
 MEETING = "see like follow watch help call chase know meet feed love visit fear teach".split(" ")
-PASTS = {
-    "run": "ran",
-    "sleep": "slept",
-    "sing": "sang",
-    "hide": "hid",
-    "swim": "swam",
-    "fall": "fell",
-    "find": "found",
-    "hold": "held",
-    "take": "took",
-    "bring": "brought",
-    "lose": "lost",
-    "break": "broke",
-    "throw": "threw",
-    "steal": "stole",
-    "see": "saw",
-    "know": "knew",
-    "meet": "met",
-    "feed": "fed",
-    "teach": "taught",
-    "kneel": "knelt",
-    "drop": "dropped",
-    "go": "went",
-    "give": "gave",
-    "wake": "woke",
-    "leave": "left",
-    "eat": "ate",
-    "have": "had",
-}
+PASTS = table_of(
+    "run:ran sleep:slept sing:sang hide:hid swim:swam fall:fell find:found hold:held take:took "
+    "bring:brought lose:lost break:broke throw:threw steal:stole see:saw know:knew meet:met feed:fed "
+    "teach:taught kneel:knelt drop:dropped go:went give:gave wake:woke leave:left eat:ate have:had"
+)
 PEOPLE_ONLY = set("sing laugh smile shout whistle paint mend teach visit".split(" "))
 DEMONSTRATIVES = ("this", "that", "these", "those")
 NEAR = "near behind beside under above".split(" ")
