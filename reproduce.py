@@ -53,7 +53,7 @@ from experiments.results import (
 from experiments.sampling import sample_corpus, write_dev_halves
 from finetuning.tasks import read_tasks
 from generate import complete
-from model import check_context, check_weights, initial_model, load_checkpoint
+from model import check_context, check_weights, load_checkpoint
 from tokenizer import Tokenizer
 from training.checkpoint import content_digest, read_checkpoint
 from training.device import choose_compute, choose_device, should_capture
@@ -597,27 +597,27 @@ def finetune_model(context, spec, seed, path):
 def check_models(context, seeds):
     """Raises `UserError` for a model that its own run would refuse, before the first step.
 
-    Each run is planned as with --dry-run, by models on the meta device: they have no weights.
+    Each run is planned as with --dry-run, with a model on the meta device.
     """
-    corpus, models = open_corpus(context.data), {}
+    corpus = open_corpus(context.data)
     for name, spec in context.recipe.specs.items():
+        if all(context.result_path(name, seed).exists() for seed in seeds):
+            continue
         out, data = str(context.folder(spec, seeds[0])), str(context.data)
         config = dataclasses.replace(spec.config, data=data, out=out, device=context.device, dry_run=True)
-        compute = choose_compute(context.device, config.precision)
+        size, length = corpus.tokenizer.vocabulary_size, config.sequence_length
+        model = spec.network(size)
+        teachers = {teacher: context.recipe.specs[teacher].network(size) for teacher in spec.teachers}
         try:
-            with torch.device("meta"):
-                models[name], *_ = initial_model(config, corpus)
-            if all(context.result_path(name, seed).exists() for seed in seeds):
-                continue
+            for reader, network in ({name: model} | teachers).items():
+                check_context(network, length, reader)
+            compute = choose_compute(context.device, config.precision)
+            should_capture(config.cuda_graph, compute, [], config.batch_size * length)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                train.fit_corpus(train.CrossEntropyObjective(models[name]), config, corpus, name)
-                if spec.teachers:
-                    check_weights(config.teacher_weights, len(spec.teachers))
-                    teachers = [models[teacher] for teacher in spec.teachers]
-                    for teacher in teachers:
-                        check_context(teacher, config.sequence_length, "a teacher")
-                    distill.open_teacher_cache(config, corpus, teachers, [], models[name])
-            should_capture(config.cuda_graph, compute, [], config.batch_size * config.sequence_length)
+                train.fit_corpus(train.CrossEntropyObjective(model), config, corpus, name)
+                if teachers:
+                    check_weights(config.teacher_weights, len(teachers))
+                    distill.open_teacher_cache(config, corpus, list(teachers.values()), [], model)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
 

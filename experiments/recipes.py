@@ -92,6 +92,12 @@ class ModelSpec:
         """The name of its teacher, or of its teachers' ensemble; None without teachers."""
         return ensemble_name(self.teachers, self.options.get("teacher_weights")) or None
 
+    def network(self, vocabulary_size):
+        """Its network on the meta device: with sizes, without weights."""
+        return _build_on_meta(
+            dataclasses.replace(models.preset_shape(self.config), vocab_size=vocabulary_size)
+        )
+
     def conditions(self):
         """All options that decide its weights, besides text, seed and teachers.
 
@@ -114,6 +120,12 @@ class ModelSpec:
         """Its options for train.py or distill.py without the teachers; `steps` replaces epochs."""
         changes = {} if steps is None else {"epochs": None, "steps": steps}
         return ["--model", self.preset, *arguments_of(self.options | changes)]
+
+
+@functools.cache  # students and control share one shape, and building takes a while
+def _build_on_meta(shape):
+    with torch.device("meta"):
+        return models.build(shape)
 
 
 def ensemble_name(teachers, weights):
@@ -387,23 +399,20 @@ def costs(experiment, num_tokens, words):
     embeddings), and 2 in a teacher (Kaplan et al., arXiv 2001.08361). A cached teacher's layers are
     run once, its head at every step, and its states are kept in two bytes a value.
     """
-    result, blocks, heads, widths = {}, {}, {}, {}
+    result, networks, body, head = {}, {}, {}, {}  # body: the parameters of the layers
     for name, spec in experiment.specs.items():
-        config = spec.config
-        shape = models.preset_shape(config)
-        with torch.device("meta"):
-            model = models.build(dataclasses.replace(shape, vocab_size=experiment.vocabulary_size))
-        parameters = models.count_parameters(model)
-        blocks[name] = sum(p.numel() for b in model.blocks for p in b.parameters())
-        heads[name], widths[name] = model.head.numel(), shape.hidden_size
+        config, networks[name] = spec.config, spec.network(experiment.vocabulary_size)
+        parameters = models.count_parameters(networks[name])
+        body[name] = sum(p.numel() for block in networks[name].blocks for p in block.parameters())
+        head[name] = networks[name].head.numel()
         chunks = count_chunks(num_tokens, config.sequence_length, config.random_offset)
         plan = plan_run(config, max(chunks, 1), words)
         tokens = plan.tokens_seen(plan.steps)
         cached = getattr(config, "cache_teachers", "off") != "off"
         teacher_tokens = min(tokens, num_tokens) if cached else tokens
-        flops = 6 * (blocks[name] + heads[name]) * tokens
-        flops += sum(2 * blocks[t] * teacher_tokens + 2 * heads[t] * tokens for t in spec.teachers)
+        flops = 6 * (body[name] + head[name]) * tokens
+        flops += sum(2 * body[t] * teacher_tokens + 2 * head[t] * tokens for t in spec.teachers)
         memory = 16 * parameters + sum(4 * result[t].parameters for t in spec.teachers)
-        memory += cached * 2 * num_tokens * sum(widths[t] for t in spec.teachers)
+        memory += cached * 2 * num_tokens * sum(networks[t].config.hidden_size for t in spec.teachers)
         result[name] = Cost(parameters, plan.epochs(plan.steps), tokens, flops, 40 * parameters, memory)
     return result
