@@ -11,6 +11,7 @@ when it is first read, so a damaged byte is never trained on.
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from training.io import (
     atomic_write,
     first_line_bytes,
     pack_header,
-    scratch_file,
     sha256,
     unpack_first_line,
 )
@@ -61,7 +61,7 @@ def write_shard(path, texts, tokenizer, cleaning):
     dtype = "uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32"
     tokens, largest_id, files = 0, 0, []
     # The header precedes the ids and is known after them: they wait in a file without a name.
-    with scratch_file(path) as payload:
+    with atomic_write(path) as file, tempfile.TemporaryFile(dir=path.parent) as payload:
         for name, ids, words, num_bytes in texts:
             ids = np.asarray(ids)
             if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocabulary_size:
@@ -76,14 +76,14 @@ def write_shard(path, texts, tokenizer, cleaning):
         if not tokens:
             raise UserError(f"{path}: there is no text to write")
         payload.seek(0)
-        counts = [file["words"] for file in files]
+        counts = [entry["words"] for entry in files]
         header = {
             "shard": 1,
             "shards": 1,
             "dtype": dtype,
             "tokens": tokens,
             "words": sum(counts) if all(counts) else 0,  # words per token would mean nothing otherwise
-            "bytes": sum(file["bytes"] for file in files),
+            "bytes": sum(entry["bytes"] for entry in files),
             "vocabulary_size": tokenizer.vocabulary_size,
             "largest_id": largest_id,
             "tokenizer": tokenizer.identity,
@@ -93,9 +93,8 @@ def write_shard(path, texts, tokenizer, cleaning):
             "digests": [sha256(block) for block in iter(lambda: payload.read(BLOCK_BYTES), b"")],
         }
         payload.seek(0)
-        with atomic_write(path) as file:
-            file.write(pack_header(MAGIC, VERSION, json.dumps(header, indent=1).encode() + b"\n"))
-            shutil.copyfileobj(payload, file, BLOCK_BYTES)
+        file.write(pack_header(MAGIC, VERSION, json.dumps(header, indent=1).encode() + b"\n"))
+        shutil.copyfileobj(payload, file, BLOCK_BYTES)
     return header
 
 

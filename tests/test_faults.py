@@ -20,18 +20,11 @@ import torch
 import distill
 import evaluate
 import export_hf
-import model as models
-import tokenize_corpus
 import train
 from conftest import (
     FIGURES,
     comparable,
-    save_model,
-    train_tokenizer,
-    write_text,
 )
-from data import TokenShard
-from tokenizer import Tokenizer
 from training import checkpoint as checkpoints
 from training import io, plan
 from training.io import UserError, locked, run_program
@@ -319,62 +312,3 @@ def test_moments_of_another_size_are_refused(data_folder, tmp_path, capsys, size
     resigned(path, path, change)
     assert run_program(lambda: train.main(arguments)) == 1
     assert "no state of this run's model" in capsys.readouterr().err
-
-
-# ---- text
-
-
-TEXTS = {
-    "a line of 200 kB": "word " * 40_000,
-    "CRLF": "a\r\nb\r\n",
-    "BOM": "\ufeffbom",
-    "NUL": "nul\x00",
-    "right to left": "\u202e\u05e9\u05dc\u05d5\u05dd\u202c",
-    "no final newline": "the end",
-    "empty lines": "\n" * 1_000_000 + "the end",
-    "one word": "one",
-}
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_text_of_any_kind_is_kept(tmp_path, text):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "a file\nwith a newline.txt").write_bytes(text.encode())
-    (tokenizer_file := tmp_path / "t.model").write_bytes(
-        train_tokenizer(write_text(2000, seed=1)).model_bytes
-    )
-    arguments = ["--dev", str(folder), "--tokenizer", str(tokenizer_file), "--no-clean"]
-    assert run_program(lambda: tokenize_corpus.main([*arguments, "--out", str(tmp_path / "data")])) == 0
-    shard = TokenShard(tmp_path / "data" / "dev.bin")
-    assert Tokenizer.load(tokenizer_file).decode(shard.tokens.tolist()) == text
-    assert shard.files[0].name == "a file\nwith a newline"
-
-
-# ---- figures
-
-
-@pytest.mark.faults
-def test_saving_and_verifying_a_full_state_takes_seconds(tmp_path, tokenizer):
-    model = models.build_model("llama-58m")
-    moments = {
-        name: {"exp_avg": torch.randn_like(p), "exp_avg_sq": torch.rand_like(p)}
-        for name, p in model.named_parameters()
-    }
-    path, seconds = tmp_path / "a.pt", {}
-
-    def timed(name, function):
-        started = time.perf_counter()
-        result = function()
-        seconds[name] = time.perf_counter() - started
-        return result
-
-    timed("save", lambda: save_model(path, model, tokenizer, training={"optimizer": moments}))
-    loaded = timed("load", lambda: torch.load(path, weights_only=True))
-    timed("verify", lambda: checkpoints.content_digest(loaded))
-    FIGURES["llama-58m"] = (
-        f"a full state of llama-58m, {path.stat().st_size / 1e6:.0f} MB",
-        f"{seconds['save']:.2f} s to digest, write and fsync, {seconds['load']:.2f} s to read, "
-        f"{seconds['verify']:.2f} s to verify",
-    )
-    assert seconds["verify"] < 2

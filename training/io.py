@@ -10,7 +10,6 @@ import re
 import secrets
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 GIB = 1 << 30
@@ -101,7 +100,10 @@ def atomic_write(path):
             raise
         fsync_folder(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        reason = error.strerror or error
+        if error.errno == errno.ENOSPC:
+            reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
+        raise UserError(f"cannot write {path}: {reason}; what stood there is untouched") from error
 
 
 def open_temporary(path):
@@ -126,29 +128,6 @@ def remove_temporaries(folder, names):
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
-
-
-@contextlib.contextmanager
-def scratch_file(path):
-    """Yields a nameless binary file beside `path`, to read and write, of which nothing remains.
-
-    Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            yield file
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path, error):
-    """The `UserError` of an `OSError` met in writing `path`."""
-    reason = error.strerror or error
-    if error.errno == errno.ENOSPC:
-        reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
-    return UserError(f"cannot write {path}: {reason}; what stood there is untouched")
 
 
 def fsync_folder(path):
