@@ -23,37 +23,26 @@ import torch
 
 from data import TokenShard
 from finetuning.classifier import is_classifier, load_any
+from gpt2 import GPT2Config
+from llama import LlamaConfig
 from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
 from tokenizer import BOS, EOS, PAD, Tokenizer
 from training.checkpoint import write_checkpoint
 from training.io import UserError, atomic_write, log, printable, run_program, write_json, write_text
 from training.options import Parser
 
-# Fields of our configs under Hugging Face's names.
-FIELDS = {
-    "llama": {
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_hidden_layers": "num_hidden_layers",
-        "num_attention_heads": "num_attention_heads",
-        "max_position_embeddings": "max_position_embeddings",
-        "rms_norm_eps": "rms_norm_eps",
-        "rope_theta": "rope_theta",
-        "initializer_range": "initializer_range",
-        "tie_word_embeddings": "tie_word_embeddings",
-    },
-    "gpt2": {
-        "vocab_size": "vocab_size",
-        "hidden_size": "n_embd",
-        "intermediate_size": "n_inner",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "max_position_embeddings": "n_positions",
-        "dropout": "resid_pdrop",
-        "layer_norm_epsilon": "layer_norm_epsilon",
-        "initializer_range": "initializer_range",
-    },
+# Fields of our configs, under Hugging Face's names where those differ.
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "dropout": "resid_pdrop",
+}
+FIELDS = {  # {architecture: {our field: theirs}}; a LLaMA's dropout has no name there
+    "llama": {f.name: f.name for f in dataclasses.fields(LlamaConfig) if f.name != "dropout"},
+    "gpt2": {f.name: GPT2_NAMES.get(f.name, f.name) for f in dataclasses.fields(GPT2Config)},
 }
 # What our forward passes compute; a config with other values is of another model.
 FIXED = {
@@ -607,17 +596,13 @@ def check_pieces(folder, tokenizer):
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
+    pieces = {tokenizer.processor.id_to_piece(i): i for i in range(tokenizer.vocabulary_size)}
     try:
-        vocabulary = json.loads(path.read_bytes())["model"]["vocab"]
-        ids = {tokenizer.processor.id_to_piece(i): i for i in range(tokenizer.vocabulary_size)}
-        same = not isinstance(vocabulary, dict) or ids.items() <= vocabulary.items()
+        same = pieces.items() <= dict(json.loads(path.read_bytes())["model"]["vocab"]).items()
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: delete it if tokenizer.model is right") from error
     if not same:
-        raise UserError(
-            f"{folder}: tokenizer.model and tokenizer.json have different pieces: copy the tokenizer.model "
-            "with which the folder was made"
-        )
+        raise UserError(f"{path} and tokenizer.model have different pieces: copy the right tokenizer.model")
 
 
 def parse_arguments(argv):
@@ -628,19 +613,10 @@ def parse_arguments(argv):
     )
     add("--import", dest="folder", metavar="DIR", help="import this Hugging Face folder instead")
     add("--out", required=True, metavar="PATH", help="folder, or with --import file, to write")
-    add(
-        "--start-token",
-        choices=("as-trained", "newline"),
-        default="as-trained",
-        help="newline: give <s> and </s>, which training never saw, the newline's input embedding "
-        "(default: as-trained)",
-    )
-    add(
-        "--positions",
-        type=int,
-        metavar="N",
-        help="let programs give a LLaMA texts of this many tokens; those beyond its own were not trained",
-    )
+    help = "newline: give <s> and </s>, which training never saw, the newline's input embedding"
+    add("--start-token", choices=("as-trained", "newline"), default="as-trained", help=help)
+    help = "let programs give a LLaMA texts of this many tokens; those beyond its own were not trained"
+    add("--positions", type=int, metavar="N", help=help)
     card = parser.add_argument_group("model card")
     card.add_argument("--license", metavar="ID", help="such as mit (default: none)")
     card.add_argument("--language", nargs="+", metavar="CODE", help="such as en or nl (default: none)")
@@ -651,8 +627,8 @@ def parse_arguments(argv):
         parser.error("give either a CHECKPOINT to export or --import DIR")
     if args.positions is not None and not 0 < args.positions < 1 << 20:
         parser.error("--positions must be above 0, and below 1,048,576")
-    for_export = (args.positions, args.license, args.language, args.base_model, args.scores)
-    if args.folder is not None and (args.start_token != "as-trained" or any(for_export)):
+    of_exports = (args.positions, args.license, args.language, args.base_model, args.scores)
+    if args.folder is not None and (args.start_token != "as-trained" or any(of_exports)):
         parser.error("--import takes only --out: the other options are for exports")
     if len({Path(path).stem for path in args.checkpoints}) < len(args.checkpoints):
         parser.error("two checkpoints have one name: export them apart")

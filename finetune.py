@@ -41,7 +41,7 @@ from training import distributed
 from training.device import Compute, choose_compute
 from training.io import UserError, aligned, locked, log, printable, run_program, warn, write_json
 from training.logger import commit, exit_code, machine
-from training.options import REQUIRED, Parser, option, parse
+from training.options import RECIPE, REQUIRED, SAVE, SPEED, STOP, Parser, option, parse
 from training.resume import CHECKPOINT_NAMES, Provenance, differences, is_finished
 
 OPTIONS = ("learning_rate", "batch_size", "epochs", "patience", "eval_every", "max_length")
@@ -62,64 +62,33 @@ class FinetuneOptions:
     only: list[str] | None = option(None, "only these tasks; give the checkpoints before it")
     seeds: int = option(1, "runs of each task", minimum=1, maximum=1000)
     first_seed: int = option(0, "seed of the first run of each task", minimum=0, maximum=1 << 31)
-    settings: str = option("authors", "table of settings, see above", group="recipe", choices=SETTINGS)
-    learning_rate: float | None = option(None, "override the table: peak learning rate", "recipe", minimum=0)
-    batch_size: int | None = option(None, "override the table: examples in a step", "recipe", minimum=1)
-    epochs: int | None = option(None, "override the table: passes over train", "recipe", minimum=1)
-    max_length: int | None = option(
-        None, "override the table: tokens of an example; the end of a longer one is cut", "recipe", minimum=3
-    )
-    head: str = option(
-        "linear",
-        "linear: that of the pipeline of 2023 and of transformers; mlp: that of the pipeline of 2025, which "
-        "cannot be exported",
-        group="recipe",
-        choices=HEADS,
-    )
+    settings: str = option("authors", "table of settings, see above", RECIPE, choices=SETTINGS)
+    learning_rate: float | None = option(None, "override the table: peak learning rate", RECIPE, minimum=0)
+    batch_size: int | None = option(None, "override the table: examples in a step", RECIPE, minimum=1)
+    epochs: int | None = option(None, "override the table: passes over train", RECIPE, minimum=1)
+    max_length: int | None = option(None, "override the table: tokens of an example", RECIPE, minimum=3)
+    head: str = option("linear", "mlp: that of 2025's pipeline, no export", RECIPE, choices=HEADS)
     dropout: float | None = option(
-        None,
-        "dropout probability (default: none in a LLaMA, a GPT-2's own, as in the exported folder)",
-        group="recipe",
-        minimum=0,
-        maximum=0.999,
+        None, "dropout (default: none in a LLaMA, a GPT-2's own)", RECIPE, minimum=0, maximum=0.999
     )
     eval_every: int | None = option(
-        None,
-        "override the table: steps between evaluations; 0: after each epoch",
-        group="evaluate and save",
-        minimum=0,
+        None, "override the table: steps between evaluations; 0: after each epoch", SAVE, minimum=0
     )
-    out: str = option("runs/finetune", "folder of results", group="evaluate and save")
-    json: str | None = option(None, "write the table to this file", group="evaluate and save")
-    keep: bool = option(
-        False,
-        "keep each run's best.pt, for export_hf.py, and log.jsonl; give it from the beginning",
-        group="evaluate and save",
-    )
+    out: str = option("runs/finetune", "folder of results", SAVE)
+    json: str | None = option(None, "write the table to this file", SAVE)
+    keep: bool = option(False, "keep each run's best.pt, for export_hf.py; give it from the beginning", SAVE)
     micro_batch_size: int | None = option(
-        None,
-        "examples in a forward and backward pass, to save memory (default: the whole batch)",
-        group="speed and memory",
-        minimum=1,
+        None, "examples in a forward and backward pass, to save memory (default: all)", SPEED, minimum=1
     )
-    device: str = option("auto", "auto, cuda, mps or cpu", group="speed and memory")
+    device: str = option("auto", "auto, cuda, mps or cpu", SPEED)
     precision: str = option(
-        "auto",
-        "precision of matrix products; auto: bf16 where the hardware has it, else fp32",
-        group="speed and memory",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "auto: bf16 where the hardware has it", SPEED, choices=("auto", "fp32", "bf16")
     )
     patience: int | None = option(
-        None,
-        "override the table: early stopping after this many evaluations in a row without improvement; "
-        "0: never",
-        group="stop and inspect",
-        minimum=0,
+        None, "override the table: evaluations without improvement, then stop; 0: never", STOP, minimum=0
     )
-    stop_after: float | None = option(
-        None, "save and stop after this many minutes (default: never)", "stop and inspect", minimum=0
-    )
-    verbose: bool = option(False, "show how each run trains", group="stop and inspect")
+    stop_after: float | None = option(None, "save and stop after this many minutes", STOP, minimum=0)
+    verbose: bool = option(False, "show how each run trains", STOP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,12 +298,11 @@ def make_result(run, deadline):
         result["seconds"] = round(time.monotonic() - start, 1)
     write_json(run.path, result)
     clean(run.folder, run.options.keep)
-    shown = []
     for name, scores in result["scores"].items():
         metric = tasks.metric_of(name)
         majority = 100 * tasks.majority_scores(run.task, name)[metric]
-        shown.append(f"{name} {100 * scores[metric]:.1f} {metric} (majority {majority:.1f})")
-    log(f"{run.base.name}, seed {run.seed}: {', '.join(shown)}")
+        score = f"{100 * scores[metric]:.1f} {metric} (majority {majority:.1f})"
+        log(f"{run.base.name}, seed {run.seed}: {name} {score}")
     return result, progress.get("stopped_by")
 
 
@@ -401,11 +369,10 @@ def earlier_result(run):
         return None
     try:
         result = json.loads(run.path.read_text(encoding="utf-8"))
-        saved = {key: result.get(key) for key in run.fingerprint}
-        if changes := differences(saved, run.fingerprint):
+        changes = differences({key: result.get(key) for key in run.fingerprint}, run.fingerprint)
+        if changes:
             raise UserError(
-                f"{run.path} is the result of another run ({', '.join(changes)}): choose another --out, or "
-                "move it away"
+                f"{run.path} is of another run ({', '.join(changes)}): choose another --out, or move it away"
             )
         result["scores"] = {
             name: run.task.scores(name, predicted_classes(result, name)) for name in run.task.valid
@@ -413,16 +380,13 @@ def earlier_result(run):
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{run.path} is no result of this program: move it away") from error
     if run.options.keep and not (run.folder / "best.pt").exists():
-        raise UserError(
-            f"--keep: {run.path} was made without it, and there is no best.pt: move it away, and the "
-            "run is repeated"
-        )
+        raise UserError(f"--keep: {run.path} was made without it: move it away to repeat the run")
     clean(run.folder, keep=result.get("kept", True))  # which a kill may have prevented
     return result
 
 
 def predicted_classes(result, name):
-    """Returns the predictions (N,) of a result for a valid file. Raises ValueError for an odd one."""
+    """Returns the predictions (N,) of a result for a valid file. Raises ValueError for negative ones."""
     predictions = torch.tensor([int(index) for index in result["predictions"][name].split()])
     if predictions.min() < 0:
         raise ValueError("an index is negative")

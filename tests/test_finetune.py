@@ -470,7 +470,7 @@ def test_results_of_other_runs_are_refused_before_anything_is_trained(
     (path,) = tmp_path.glob("*/*/*.json")
     monkeypatch.setattr(finetune, "fit", None)
     for option, message in (
-        ("--keep", "was made without it, and there is no best.pt"),
+        ("--keep", "was made without it: move it away"),
         ("--precision=bf16", "precision: fp32 -> bf16"),
         ("--max-length=9", "settings.max_length: 40 -> 9"),
     ):
@@ -517,7 +517,7 @@ def test_other_text_under_the_same_name_is_another_run(checkpoints, tmp_path, ca
     assert finetuned(*arguments) == 0
     write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 3))
     assert finetuned(*arguments) == 1
-    assert "is the result of another run (files.t changed): choose another" in capsys.readouterr().err
+    assert "is of another run (files.t changed): choose another" in capsys.readouterr().err
 
 
 def test_patience_ends_a_run_and_the_best_score_is_kept(folder, checkpoints, tmp_path):
