@@ -72,7 +72,7 @@ def parse_arguments(argv):
     add("--json", metavar="FILE", help="all scores")
     add("--losses", metavar="FILE", help="the losses of one model by chunk (npz), for --compare")
     add("--pair-scores", metavar="FILE", help="both log-probabilities of each minimal pair (npz)")
-    add = parser.add_argument_group("other tasks, in place of scores").add_argument
+    add = parser.add_argument_group("other tasks, instead of scores").add_argument
     add("--surprisals", metavar="FILE", help="write a table with the bits of each word and token of --text")
     add("--text", metavar="FILE", help="text for --surprisals; each line is scored alone")
     add("--bow-correction", action="store_true", help="also bits corrected for the blank after each word")

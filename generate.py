@@ -71,7 +71,7 @@ def main(argv=None):
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     if args.tokens < 0 or args.top_k < 0 or not 0 <= args.seed < 1 << 63:
-        parser.error("--tokens, --top-k and --seed must not be below 0, nor enormous")
+        parser.error("--tokens, --top-k and --seed must be 0 or more, --seed less than 2^63")
     if not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
         parser.error("--temperature must be 0, or between 0.01 and 100")
     if not args.prompt:

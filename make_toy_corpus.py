@@ -28,7 +28,7 @@ TASK_PAIRS = {"train": 60, "valid": 20}  # of each paradigm
 
 
 def write_split(folder, split, words, seed):
-    """Writes a split of so many words: each register's share of them as FOLDER/REGISTER.SPLIT."""
+    """Writes a split of `words` words: each register's share as FOLDER/REGISTER.SPLIT."""
     for name, (compose, share) in REGISTERS.items():
         grammar = Grammar(seed, f"{split} {name}")
         lines, count = [], 0

@@ -89,7 +89,7 @@ class TrainConfig(RunConfig):
 
 
 class Objective(nn.Module):
-    """What `fit` trains: a module that owns the model in training, `model`, and computes a loss.
+    """Base of all that `fit` trains: a module that owns the model in training, `model`, and its loss.
 
     All parameters that require gradients are trained, clipped and saved, the model's and others.
     """

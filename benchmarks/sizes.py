@@ -29,7 +29,7 @@ LEAST_PARAMETERS = 10_000_000  # smaller models are for a CPU
 # Of what eager layers keep for the backward pass, AOTAutograd's partition of llama-58m, llama-360m
 # and gpt2-705m keeps 0.71, 0.71 and 0.69: it recomputes what costs no matrix product.
 COMPILED_SHARE = 0.7
-LOSS_TOKENS = 4096  # the loss has the logits of so many tokens at a time, in eight bytes each
+LOSS_TOKENS = 4096  # tokens whose logits the loss has at a time, in eight bytes each
 USABLE_SHARE = 0.9  # of free memory: the allocator cannot use the rest
 
 

@@ -1,4 +1,4 @@
-"""Run all benchmarks of a list: what is committed under benchmarks/results/ comes from here.
+"""Run all benchmarks of a list. It wrote the files cpu.json and cpu.md in benchmarks/results/.
 
     python -m benchmarks.suite cpu                   under 20 minutes on two cores
     python -m benchmarks.suite cpu-fp32              ours without bf16, some minutes more

@@ -1,4 +1,4 @@
-"""Cleaning: what is removed from the text of each sub-corpus of BabyLM before a model sees it.
+"""Cleaning: removes markup and noise from the text of each sub-corpus of BabyLM.
 
     light    the default: removes markup and credits, and keeps text on lines of its own
     paper    does exactly what the original does (mrclean.py of timinar/BabyLlama, 6b821af)

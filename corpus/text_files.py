@@ -33,7 +33,7 @@ SPACE_PIECE = "\u2581"  # SentencePiece spells a space like this, so it cannot t
 
 
 def text_suffix(path):
-    """The suffix that tells how a file is read, such as ".txt" of BOOK.TXT.gz, or None if it is not."""
+    """The suffix of a text file without compression: ".txt" of BOOK.TXT.gz. None for other files."""
     path = Path(path)
     bare = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     suffix = bare.suffix.lower()

@@ -148,7 +148,7 @@ def _read_header(path):
 
 
 def _is_consistent(header):
-    """Whether counts are counts, files follow each other, and there is a digest for each block."""
+    """True if counts are counts, files follow each other, and there is a digest for each block."""
     files = [SourceFile(**file) for file in header["files"]]
     tokens, block_bytes = header["tokens"], header["block_bytes"]
     counts = [header[key] for key in ("words", "bytes", "vocabulary_size", "largest_id")]

@@ -94,7 +94,7 @@ def prefix_ids(tokenizer, convention):
 
 
 def choose_convention(tokenizer, convention):
-    """`convention`, or for a tokenizer that drops newlines "2023" in place of "newline", with a warning.
+    """`convention`, or for a tokenizer that drops newlines "2023" instead of "newline", with a warning.
 
     Raises `UserError` for a convention that the tokenizer cannot follow.
     """

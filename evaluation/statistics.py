@@ -61,7 +61,7 @@ class Losses:
     scaled_nats: np.ndarray | None = None
 
     def same_pieces(self, other):
-        """Whether both describe the same pieces of the same text, with the same shares."""
+        """True if both describe the same pieces of the same text, with the same shares."""
         names = ("files", "file_of", "targets", "shares")
         arrays = [(getattr(self, name), getattr(other, name)) for name in names]
         return self.text == other.text and all(np.array_equal(a, b) for a, b in arrays)

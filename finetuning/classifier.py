@@ -62,7 +62,7 @@ def as_classifier(model, num_classes, head="linear", dropout=None):
 
 
 def is_classifier(checkpoint):
-    """Whether a checkpoint is a classifier's: its config names "classes"."""
+    """True if a checkpoint is a classifier's: its config names "classes"."""
     return "classes" in checkpoint["config"]
 
 

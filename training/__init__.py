@@ -1,1 +1,1 @@
-"""What any training run needs besides its method."""
+"""Parts of any training run, without a line of the method."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from training import distributed
 from training.io import UserError, log, warn
 
-GRAPH_TOKENS = 8192  # of a step, up to which a CUDA graph is the default
+GRAPH_TOKENS = 8192  # tokens of a step: up to this number a CUDA graph is the default
 GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a full batch and a smaller one
 
 
@@ -47,7 +47,7 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """Returns fp32 or bf16; `auto` takes bf16 if the hardware has it: emulated, it is slow.
+    """Returns fp32 or bf16; `auto` takes bf16 if the hardware has it, because emulation is slow.
 
     Matrix products have that precision; parameters and the residual stream stay in float32.
     """
@@ -160,7 +160,7 @@ def checkpoint_activations(model, compute):
 
 
 def skips_on_device(optimizer):
-    """Returns whether `found_inf` on the device makes the optimizer skip a step.
+    """Returns True if `found_inf` on the device makes the optimizer skip a step.
 
     Fused SGD skips too, but starts its momentum from uninitialised memory.
     """
@@ -172,10 +172,10 @@ def skips_on_device(optimizer):
 def largest_micro_batch(objective, batch, compute, shard=False):
     """Returns the largest micro-batch size of a rank that fits in memory, found by trying.
 
-    A trial is a forward and a backward pass of the first sequences of `batch`, before the objective
-    is wrapped or compiled, beside gradients and AdamW's two moments. It is repeated with half of the
-    sequences until it fits. Weights and random state do not change. Raises `UserError` if one
-    sequence does not fit.
+    A trial is a forward and a backward pass of the first sequences of `batch`, with gradients and
+    AdamW's two moments in memory, before the objective is wrapped or compiled. It is repeated with
+    half of the sequences until it fits. Weights and random state do not change. Raises `UserError`
+    if one sequence does not fit.
     """
     if compute.device.type != "cuda":
         warn(
@@ -196,7 +196,7 @@ def largest_micro_batch(objective, batch, compute, shard=False):
 
 
 def _fits(objective, batch, compute, shard):
-    """Returns whether a forward and a backward pass of the batch fit in memory."""
+    """Returns True if a forward and a backward pass of the batch fit in memory."""
     device, moments = compute.device, []
     batch = dataclasses.replace(batch, chunk_ids=None)  # so that no teacher cache is filled
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -218,7 +218,7 @@ def _fits(objective, batch, compute, shard):
 
 
 def should_capture(choice, compute, optimizers, tokens):
-    """Returns whether steps of so many tokens are replayed as a CUDA graph.
+    """Returns True if steps of `tokens` tokens are replayed as a CUDA graph.
 
     `choice` is --cuda-graph. By default a graph is used on CUDA for steps of few tokens. Raises
     `UserError` if a graph is asked for and not possible.

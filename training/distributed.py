@@ -67,7 +67,7 @@ def world_size():
 
 
 def is_torchrun():
-    """Returns whether torchrun has started this process, even as the only one."""
+    """Returns True if torchrun has started this process, even as the only one."""
     return "WORLD_SIZE" in os.environ
 
 
@@ -82,7 +82,7 @@ def node_rank():
     return int(os.environ.get("GROUP_RANK", "0")) if on_this_machine < world_size() else None
 
 
-# ---- what ranks exchange on the host; all of them have to call these functions
+# ---- what ranks exchange on the host: all ranks must call these functions
 
 
 def all_gather(value):
@@ -163,7 +163,7 @@ def unwrap(module):
 
 
 def is_sharded(module):
-    """Returns whether the module's parameters are sharded over ranks."""
+    """Returns True if the module's parameters are sharded over ranks."""
     return hasattr(module, "set_gradient_divide_factor")
 
 
@@ -183,7 +183,7 @@ def micro_batch_sizes(sequences, batch_size, largest):
 def set_gradient_sync(module, sync):
     """Sets whether the next backward pass of a DDP module ends with the all-reduce of gradients.
 
-    FSDP reduces after each micro-batch: gradients that wait would be whole on each rank.
+    FSDP always reduces after each micro-batch: otherwise each rank would hold full gradients.
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = sync
@@ -210,12 +210,12 @@ def unsharded(objective):
 
 
 def full_tensor(tensor):
-    """Returns the whole of a tensor that may be sharded; all ranks have to call it."""
+    """Returns the full tensor of one that may be sharded. All ranks must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def copy_to(target, value):
-    """Copies a whole `value` to a tensor that may be sharded; all ranks have to call it."""
+    """Copies a full tensor `value` to `target`, which may be sharded. All ranks must call it."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor  # seconds, as above
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: log lines, evaluations, checkpoints; and how it is stopped."""
+"""Log lines, evaluations and checkpoints that a run writes while it trains, and its stop signal."""
 
 import contextlib
 import json

@@ -18,7 +18,7 @@ class Plan:
     """A run of `steps` steps over epochs of `num_chunks` chunks that hold `words` words.
 
     `sequence_length` is the mean number of tokens of a chunk. `marks` is {file name: words}: the
-    weights are kept under that name after so many words of training. Dev is evaluated at the end of
+    weights are kept under that name after that number of words of training. Dev is evaluated at the end of
     each epoch, if `eval_epochs`, and every `eval_every` steps, unless that is 0.
     """
 
@@ -36,7 +36,7 @@ class Plan:
         return step * self.batch_size / self.num_chunks
 
     def words_seen(self, step):
-        """Returns the words of the chunks of `step` steps, each of which counts as an average one."""
+        """Returns the number of words in `step` steps, as if all chunks had the same number of words."""
         return round(self.epochs(step) * self.words)
 
     def tokens_seen(self, step):
@@ -49,20 +49,20 @@ class Plan:
         return (self.eval_epochs and epoch_ends) or bool(self.eval_every and step % self.eval_every == 0)
 
     def bytes_to_write(self, trained, out):
-        """Returns the bytes by which the folder `out` grows, for so many trained parameters."""
+        """Returns the bytes that the folder `out` will grow by, for `trained` trained parameters."""
         # Two full states and a third while it is written; best.pt and the marks are weights alone.
         needed = (3 * 12 + 4 * (1 + len(self.marks))) * trained
         written = sum(path.stat().st_size for path in Path(out).glob("*.pt"))  # if the run continues
         return max(0, needed + min(needed, SPARE_BYTES) - written)
 
     def marks_passed(self, step, since=None):
-        """Returns the file names of the marks that are passed after the step `since`: the one before."""
+        """Returns the file names of the marks passed after step `since`, by default the one before."""
         before, now = self.words_seen(step - 1 if since is None else since), self.words_seen(step)
         return [name for name, words in self.marks.items() if before < words <= now]
 
 
 def plan_run(config, num_chunks, words, num_tokens=math.inf):
-    """Returns the plan of a config over epochs of so many chunks, words and tokens.
+    """Returns the plan of a config over epochs of `num_chunks` chunks with `words` words.
 
     A run has --steps steps, or round(num_chunks x epochs / batch size). `num_tokens` is only needed
     if chunks have different lengths. Raises `UserError` if a rank would have no sequence of a batch.
@@ -88,7 +88,7 @@ def plan_run(config, num_chunks, words, num_tokens=math.inf):
 def word_marks(names, total_words):
     """Returns {file name: words} of --save-at-words; babylm's go to the words of the run, at least 1M.
 
-    Raises `UserError` for what is no number of words.
+    Raises `UserError` if a name is no number of words.
     """
     marks = set()
     for name in names or ():

@@ -1,9 +1,9 @@
 """Final hidden states of frozen teachers, computed once per chunk and read in every later epoch.
 
-The ensemble's logits are a linear map of these states (loss.py), so that nothing else has to be kept
-to run no teacher twice on the same chunk; dense logits would take six times the space. Each teacher
-has one array, (chunks, positions, hidden size), in the dtype that the product with its head reads:
-nothing is rounded that would not have been. The arrays are in GPU memory, host memory or a file:
+The ensemble's logits are a linear map of these states (loss.py). So the states are enough to never
+run a teacher twice on the same chunk; dense logits would take six times the space. Each teacher has
+one array, (chunks, positions, hidden size), in the dtype that the product with its head reads, so
+the cache rounds nothing. The arrays are in GPU memory, host memory or a file:
 
     header (training/io.py)       JSON that says what the states were made from
     one SHA-256 per chunk         zeros for a chunk that is not filled
@@ -39,7 +39,7 @@ class TeacherCache:
     """Hidden states by chunk: `read(ids)` returns what `write(ids, states)` was given."""
 
     def __init__(self, arrays, digests=None):
-        """`arrays` are K × (N, T, C_k); `digests` (N, 32), of a cache in a file, say what is filled."""
+        """`arrays` are K × (N, T, C_k). A cache in a file has `digests` (N, 32), zero for empty chunks."""
         self.arrays, self.digests = arrays, digests
         self.filled = torch.zeros(len(arrays[0]), dtype=torch.bool)
 
@@ -52,8 +52,8 @@ class TeacherCache:
     def in_file(cls, path, shapes, dtype, made_from, verify=True):
         """Returns the cache in the file `path`, which is made if it does not exist.
 
-        `made_from` is a dict for JSON. Chunks with other bytes than were written are dropped with a
-        warning, if `verify`. Raises `UserError` if the file is of something else, or the disk is full.
+        `made_from` is a dict for JSON. If `verify`, damaged chunks are dropped with a warning. Raises
+        `UserError` if the file was made from something else, or if the disk is full.
         """
         path, num_chunks = Path(path), shapes[0][0]
         sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
@@ -114,7 +114,7 @@ class TeacherCache:
         return np.frombuffer(digest.digest(), np.uint8)
 
     def drop_damaged(self, path):
-        """Empties, with a warning, each chunk whose bytes are not those that were written."""
+        """Empties each chunk whose bytes differ from its digest, with a warning."""
         filled = self.digests.any(axis=1).nonzero()[0]
         progress = tqdm(filled, desc="verifying the cache", disable=None, leave=False)
         damaged = [i for i in progress if not np.array_equal(self.digest(i), self.digests[i])]
@@ -190,9 +190,9 @@ def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", 
 
 
 def _choose_place(place, needed, device):
-    """Returns the place that has room for so many bytes, and its free bytes, or (None, None) for auto.
+    """Returns a place with room for `needed` bytes, and its free bytes, or (None, None) for auto.
 
-    Raises `UserError` if a place was asked for by name and has too little.
+    Raises `UserError` if a place that was given by name has too little.
     """
     candidates, share = [place], 1
     if place == "auto":
@@ -209,7 +209,7 @@ def _choose_place(place, needed, device):
 def _free_bytes(place, device):
     """Returns the free bytes of the GPU, of the host (None if unknown), or of a file's disk.
 
-    What the file takes already counts as free.
+    The bytes that the file already takes count as free.
     """
     if place in ("gpu", "host"):
         return free_bytes(device if place == "gpu" else torch.device("cpu"))
