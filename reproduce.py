@@ -627,10 +627,11 @@ def print_plan(context, seeds):
     shard = TokenShard(context.data / "train.bin")
     costs = recipes.costs(context.recipe, shard.num_tokens, shard.words)
     paths = {name: [context.result_path(name, seed) for seed in seeds] for name in costs}
-    results = [read_result(path) for of_model in paths.values() for path in of_model if path.exists()]
-    measured = [result for result in results if result.get("machine") == machine(context.device)]
-    flops = sum(costs[result["name"]].flops for result in measured)
-    seconds = sum(result.get("seconds", 0) for result in measured)
+    flops = seconds = 0
+    for name, cost in costs.items():
+        for result in map(read_result, filter(Path.exists, paths[name])):
+            if result.get("seconds") and result.get("machine") == machine(context.device):
+                flops, seconds = flops + cost.flops, seconds + result["seconds"]
     rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "left to train", "disk", "memory"]]
     flops_left = 0
     for name, cost in costs.items():
@@ -684,6 +685,7 @@ def open_context(config, recipe, out):
     pairs, tasks = config.pairs, config.finetune
     if recipe.corpus == "toy":
         pairs, tasks = [str(out / "corpus" / "pairs")], str(out / "corpus" / "tasks")
+        tasks = tasks if Path(tasks).is_dir() else None  # an earlier version made none
     return ExperimentContext(
         recipe=recipe,
         data=data,

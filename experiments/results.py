@@ -36,12 +36,11 @@ FINETUNED = {
     "tasks": {str: TASK},
     "scores": {str: {"mean": float, "interval": [float]}},
 }
-RESULT = {
+SETTINGS = {"preset?": str, "options?": dict, "conditions?": dict}
+SETTINGS["teachers?"] = [SETTINGS]
+RESULT = SETTINGS | {
     "name": str,
-    "preset?": str,
-    "options?": dict,
-    "conditions?": dict,
-    "teachers?": [dict],
+    "members?": [SETTINGS],
     "shards?": dict,
     "scoring?": {"precision": str, "pairs": dict},
     "losses?": str,
