@@ -21,7 +21,7 @@ from conftest import interrupt_after, step_of
 from data import Batch, BatchStream, open_corpus
 from distill import DistillationObjective, DistillConfig, FusedDistillationObjective
 from loss import cross_entropy, ensemble_logits, kl_divergence, mixed_loss
-from test_train import config_for, fitted, trained
+from test_train import config_for, fitted, stopped, trained
 from train import CrossEntropyObjective, Objective, build_optimizer
 from training.checkpoint import content_digest, read_checkpoint
 from training.io import UserError, run_program
@@ -93,9 +93,7 @@ def test_an_objectives_own_parameters_are_trained_clipped_and_resumed(data_folde
 
 def test_a_state_without_the_objectives_own_parameters_is_refused(data_folder, tmp_path, monkeypatch):
     config = config_for(data_folder, tmp_path / "r", model="llama-tiny-student")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 8)
-        trained(config)
+    stopped(config, monkeypatch, 8)
     with pytest.raises(UserError, match="no state of this run's model"):
         matching_run(data_folder, tmp_path / "r")
 
@@ -223,9 +221,7 @@ def test_any_optimizer_is_resumed_with_the_same_bits(data_folder, tmp_path, monk
         monkeypatch.setattr(train, "build_optimizer", build)
     whole, cut = (config_for(data_folder, tmp_path / folder, optimizer=name) for folder in ("whole", "cut"))
     first = trained(whole)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 8)
-        assert trained(cut)["step"] == 8
+    assert stopped(cut, monkeypatch, 8)["step"] == 8
     assert trained(cut)["dev_cross_entropy"] == first["dev_cross_entropy"]
     digests = [state_digest(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "cut")]
     assert digests[0] == digests[1]
@@ -233,9 +229,7 @@ def test_any_optimizer_is_resumed_with_the_same_bits(data_folder, tmp_path, monk
 
 def test_a_state_of_another_optimizer_is_refused(data_folder, tmp_path, monkeypatch):
     config = config_for(data_folder, tmp_path / "r")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        trained(config)
+    stopped(config, monkeypatch, 5)
     with pytest.raises(UserError, match="optimizer: adamw -> muon"):
         trained(dataclasses.replace(config, optimizer="muon"))
     monkeypatch.setattr(train, "build_optimizer", sgd_with_momentum)
