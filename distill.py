@@ -131,7 +131,7 @@ class DistillConfig(TrainConfig):
         REQUIRED, "checkpoints of the teachers, of any architecture", may_change=True
     )
     teacher_weights: list[float] | None = distillation(
-        None, "one weight per teacher in the mean of the logits (default: all equal)"
+        None, "one weight per teacher in the mean of the logits (default: all equal)", metavar="WEIGHT"
     )
     alpha: float = distillation(0.5, "weight of the cross-entropy in the loss", minimum=0, maximum=1)
     temperature: float = distillation(
@@ -147,6 +147,7 @@ class DistillConfig(TrainConfig):
         "off",
         "run the teachers once per sequence and keep their hidden states: off, gpu, host, a FILE, or "
         "auto (gpu or host if they fit, else off)",
+        metavar="PLACE",
         may_change=True,
     )
 

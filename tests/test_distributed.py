@@ -64,7 +64,7 @@ class Runs:
         """Runs tasks on several processes; returns their output and exit codes, the same on all."""
         command, path = self.command(processes, tasks)
         options = {"env": ENVIRONMENT, "cwd": ROOT, "capture_output": True, "text": True}
-        done = subprocess.run(command, timeout=300, check=False, **options)
+        done = subprocess.run(command, timeout=600, check=False, **options)
         assert done.returncode == 0, done.stderr
         for rank in range(processes):  # a thread that is left can abort a process at its end
             assert json.loads(Path(f"{path}.{rank}.threads").read_text()) == []

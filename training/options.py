@@ -20,10 +20,10 @@ def option(default, help, group=TRAIN, **details):
     """Returns a dataclass field that is also a command-line option, listed under `group` in --help.
 
     A default of None means that the program chooses the value later; `REQUIRED` that the user must.
-    Details: `alias` is a second name, such as "--lr"; `minimum`, `maximum` and `above` bound a
-    number; `word` may be given instead of a number; `choices` lists the values; options of a group
-    with `exclusive=True` exclude each other; `positional=True` is given without a flag;
-    `may_change=True` allows another value when a run is continued.
+    Details: `alias` is a second name, such as "--lr"; `metavar` stands for a value in --help;
+    `minimum`, `maximum` and `above` bound a number, and `word` may be given in its place; `choices`
+    lists the values; options of a group with `exclusive=True` exclude each other; one with
+    `positional=True` has no name; `may_change=True` allows another value when a run is continued.
     """
     assert group in GROUPS, group
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **details})
@@ -49,6 +49,7 @@ class RunConfig:
         "also keep the weights after this many words of training, as chck_1M.pt and so on: numbers such "
         "as 500k or 1M, or babylm for the numbers that the BabyLM rules ask for",
         SAVE,
+        metavar="WORDS",
         may_change=True,
     )
     tensorboard: bool = option(False, "also log for TensorBoard, to OUT/tensorboard", SAVE, may_change=True)
@@ -217,7 +218,9 @@ def _argument(field, hint):
         argument["help"] += f" (default: {field.default})"
     if choices := field.metadata.get("choices"):
         return argument | {"choices": choices}
-    argument["metavar"] = {int: "N", float: "X"}.get(hint, field.name.upper())
+    argument["metavar"] = field.metadata.get("metavar") or {int: "N", float: "X"}.get(
+        hint, field.name.upper()
+    )
     if typing.get_origin(hint) is list:
         return argument | {"nargs": "+", "type": typing.get_args(hint)[0]}
     if word := field.metadata.get("word"):
