@@ -17,7 +17,7 @@ from training.checkpoint import read_checkpoint
 from training.io import UserError, aligned, log, printable
 
 ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
-LARGEST_SIZE = 1 << 20  # of any dimension of a shape
+LARGEST_SIZE = 1 << 20  # for each size in a shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def preset_table():
 
 
 def with_hyperparameters(config, out_prefix=""):
-    """`config` with the hyperparameters of its preset for those that are None, and a folder."""
+    """`config` with the preset's values for hyperparameters that are None, and a folder for the run."""
     values = dataclasses.asdict(preset(config.model).hyperparameters)
     if config.steps is not None:
         del values["epochs"]
@@ -127,7 +127,7 @@ def preset_shape(config):
             ) from error
     if config.dropout is not None:
         if "dropout" in changes:
-            raise UserError("--shape: dropout is that of --dropout, leave one of the two out")
+            raise UserError("--shape gives dropout, and so does --dropout: leave one of them out")
         changes["dropout"] = config.dropout
     return with_overrides(shape, changes)
 
@@ -143,7 +143,7 @@ def with_overrides(shape, changes):
 
 
 def check_shape(shape):
-    """Raises ValueError for a shape that no model has."""
+    """Raises ValueError if no model can have this shape."""
     for field in dataclasses.fields(shape):
         value = getattr(shape, field.name)
         if field.type is int:
@@ -212,8 +212,8 @@ def load_checkpoint(path, add_head=None):
     config, name = checkpoint["config"], checkpoint["model"].get("architecture")
     if add_head is None and "classes" in config:
         raise UserError(
-            f"{path} classifies texts, and predicts no tokens: export_hf.py takes it; for all else "
-            "give the checkpoint that it was made from"
+            f"{path} is a classifier and predicts no tokens: only export_hf.py takes it; otherwise give "
+            "the checkpoint that it was made from"
         )
     try:
         if name not in ARCHITECTURES:
@@ -237,9 +237,10 @@ def load_checkpoint(path, add_head=None):
 
 
 def load_compatible(path, corpus):
-    """`load_checkpoint`, but `UserError` unless `corpus` was made with the model's tokenizer.
+    """`load_checkpoint` for a model that works on `corpus`.
 
-    Rows of a padded vocabulary, which have no piece, are left out of embedding and head.
+    Rows of a padded vocabulary, which belong to no piece, are left out of embedding and head. Raises
+    `UserError` if the corpus was made with another tokenizer.
     """
     model, checkpoint = load_checkpoint(path)
     identity, tokenizer = checkpoint["tokenizer"]["identity"], corpus.tokenizer
@@ -281,7 +282,7 @@ def check_weights(weights, num_teachers):
     if len(weights) != num_teachers:
         raise UserError(f"--teacher-weights: {len(weights)} given for {num_teachers} teachers")
     if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
-        raise UserError("--teacher-weights: none below 0, and at least one above")
+        raise UserError("--teacher-weights: give weights of 0 or more, and at least one above 0")
 
 
 def initial_model(config, corpus):
@@ -296,7 +297,7 @@ def initial_model(config, corpus):
         shape = preset_shape(config)
         model = build(dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocabulary_size))
     elif config.shape:
-        raise UserError("--shape: the shape is that of --init, leave one of the two out")
+        raise UserError("--shape and --init exclude each other, since --init brings its shape: leave one out")
     else:
         model, checkpoint = load_compatible(config.init, corpus)
         name, digest = checkpoint["model"]["name"], checkpoint["digest"]

@@ -9,7 +9,7 @@ import sentencepiece
 from training.io import UserError
 
 VOCABULARY_SIZE = 16_000  # the paper's; a model in training takes its tokenizer's
-PAD, BOS, EOS, UNK = 0, 1, 2, 3  # of a tokenizer that we train: the paper's ids, and unk
+PAD, BOS, EOS, UNK = 0, 1, 2, 3  # ids in tokenizers that we train: three as in the paper, and unk
 
 
 class Tokenizer:
@@ -17,8 +17,8 @@ class Tokenizer:
 
     `identity` is the SHA-256 of its pieces, types and scores: it is equal for two files with the
     same pieces, and different for two tokenizers that only have the same size. `pad_id`, `bos_id`,
-    `eos_id` and `unk_id` are None where it has no such piece. `special_ids` is the set of ids that
-    are not text: control pieces, unknown and unused ones.
+    `eos_id` and `unk_id` are None if it has no such piece. `special_ids` is the set of ids that
+    are not text: control, unknown and unused pieces.
     """
 
     def __init__(self, model_bytes, name="tokenizer.model"):
@@ -68,9 +68,9 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text):
-        """The ids of `text`; no special token is added, and none is ever produced by text."""
+        """The ids of `text`. No special token is added, and no text is encoded as one."""
         return self.processor.encode(text)
 
     def decode(self, ids):
-        """The text of `ids`: what was encoded, but for U+2581, which comes back as a space."""
+        """The text of `ids`: exactly the encoded text, except that U+2581 becomes a space."""
         return self.processor.decode([int(i) for i in ids])

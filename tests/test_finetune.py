@@ -560,7 +560,7 @@ def test_a_classifier_is_no_language_model(folder, checkpoints, tmp_path, capsys
         lambda: finetune.main([str(best), "--tasks", str(folder)]),
     ):
         assert run_program(program) == 1
-        assert f"{best} classifies texts, and predicts no tokens" in capsys.readouterr().err
+        assert f"{best} is a classifier and predicts no tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="is a language model"):
         classifier.load_classifier(checkpoints["llama"])
 

@@ -14,18 +14,19 @@ from pathlib import Path
 
 GIB = 1 << 30
 PAGE_BYTES = 4096
-rank_prefix = ""  # how errors name this process, where it is one of several and not the first
+rank_prefix = ""  # "rank 1: " and so on in the errors of other ranks than 0
 
 
 class UserError(Exception):
-    """A failure that the user can mend: one line that names the file or flag and the remedy."""
+    """An error that the user can mend. Its one line names the file or the option, and the remedy."""
 
 
 def run_program(main):
     """The exit code of `main()`: 0 done, 1 a reported failure, 130 interrupted.
 
-    `main` returns an exit code or None. A `UserError`, a refusal of the system to read a file, or
-    the end of memory becomes one line on standard error. 141: the reader of the output left early.
+    `main` returns an exit code or None. A `UserError`, a file that the system does not let us read,
+    and too little memory become one line on standard error. 141: the program that reads our output,
+    such as `head`, has ended.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of a path
@@ -59,7 +60,8 @@ def _discard_output():
 def log(text):
     """Prints a line at once, on rank 0 alone.
 
-    A run goes on when its reader has left or when the disk under standard output is full.
+    A run goes on when the program that reads its output has ended, or when standard output is a file
+    on a full disk.
     """
     if rank_prefix:
         return
@@ -82,8 +84,9 @@ def warn(text):
 def atomic_write(path):
     """Yields a binary file that becomes `path` on success and leaves no trace on failure.
 
-    The bytes are on disk before the name is: write beside it, fsync, rename, fsync the folder.
-    Missing folders are made. Raises `UserError` where the system refuses (full disk, permission).
+    The bytes are on the disk before the file has its name: write a temporary file beside it, fsync,
+    rename, fsync the folder. Missing folders are made. Raises `UserError` if the system refuses
+    (full disk, permission).
     """
     path = Path(path)
     try:
@@ -107,12 +110,12 @@ def atomic_write(path):
 
 
 def open_temporary(path):
-    """Returns a new file beside `path` to write to, and deletes those that killed processes left.
+    """Returns a new temporary file beside `path`, and deletes those that killed processes left.
 
-    Its lock shows that its writer lives, until the file is closed.
+    The file is locked until it is closed: the lock shows that its writer is alive.
     """
     remove_temporaries(path.parent, [path.name])
-    # No link can wait under a random name, and "x" would not follow it.
+    # Nobody can place a link at a random name beforehand, and mode "x" follows no link.
     file = open(path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), "xb")
     with contextlib.suppress(OSError):  # some file systems have no locks
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,14 +127,14 @@ def remove_temporaries(folder, names):
     pattern = rf"({'|'.join(map(re.escape, names))})\.[0-9a-f]{{8}}\.tmp"
     for path in Path(folder).glob("*.tmp"):
         if re.fullmatch(pattern, path.name) and path.is_file() and not path.is_symlink():
-            # A writer that lives has the lock.
+            # A living writer has the lock.
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
 
 def fsync_folder(path):
-    """Puts the names in a folder on disk, so that a rename outlives a loss of power."""
+    """Writes the folder's list of names to the disk, so that a rename survives a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -139,9 +142,9 @@ def fsync_folder(path):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes `folder` and holds it alone; `UserError` if another process does.
+    """Makes `folder` and locks it. Raises `UserError` if another process has locked it.
 
-    The lock is on the folder itself and dies with the process, so that there is nothing to clean.
+    The lock is on the folder itself and ends with the process, so it leaves no file behind.
     """
     folder = Path(folder)
     try:
@@ -159,7 +162,7 @@ def locked(folder):
                 f"{folder} cannot be locked ({error.strerror}): choose a folder on a local disk"
             ) from error
         if not folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
-            raise UserError(f"{folder} is in use by another run, which removes it: try again")
+            raise UserError(f"{folder} was removed by another run just now: try again")
         yield
     finally:
         os.close(handle)
@@ -186,7 +189,7 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-# ---- the header with which shards and teacher caches begin, plain text that `head` shows:
+# ---- the header of shards and teacher caches, plain text that `head` shows:
 #
 #     MAGIC VERSION HEADER_BYTES SHA256      one line of fixed width
 #     content                                covered by the digest, padded with blanks to the size
@@ -206,9 +209,9 @@ def pack_header(magic, version, content):
 
 
 def unpack_first_line(line, magic):
-    """(version, header's bytes, digest of the content), or None where `line` begins otherwise.
+    """(version, size of the header, digest of the content), or None if `line` has another magic.
 
-    Raises ValueError if the magic is there and the rest is not.
+    Raises ValueError if the rest of the line is missing.
     """
     fields = line.decode("ascii", "replace").split()
     if not fields or fields[0] != magic:
@@ -222,7 +225,7 @@ def unpack_first_line(line, magic):
 
 
 def aligned(rows):
-    """Lines in which the columns of `rows` stand below each other.
+    """The lines of a table of text with aligned columns.
 
     The first row is the heading, and every row has as many cells. The first column is flush left,
     the others are flush right. Returns a list with one line for each row.

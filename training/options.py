@@ -19,11 +19,11 @@ TRAIN, RECIPE, DISTILL, SAVE, SPEED, GPUS, STOP = GROUPS
 def option(default, help, group=TRAIN, **details):
     """Returns a dataclass field that is also a command-line option, listed under `group` in --help.
 
-    A default of None means that the program chooses the value later; `REQUIRED` that the user must.
-    Details: `alias` is a second name, such as "--lr"; `metavar` stands for a value in --help;
-    `minimum`, `maximum` and `above` bound a number, and `word` may be given in its place; `choices`
-    lists the values; options of a group with `exclusive=True` exclude each other; one with
-    `positional=True` has no name; `may_change=True` allows another value when a run is continued.
+    A default of None means that the program chooses the value later. `REQUIRED` means that the user
+    must give it. Details: `alias` is a second name, such as "--lr"; `metavar` stands for a value in
+    --help; `minimum`, `maximum` and `above` bound a number, and `word` may be given instead of it;
+    `choices` lists the values; options of a group with `exclusive=True` exclude each other; one with
+    `positional=True` has no flag; `may_change=True` allows another value when a run is continued.
     """
     assert group in GROUPS, group
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **details})
@@ -33,7 +33,7 @@ def option(default, help, group=TRAIN, **details):
 class RunConfig:
     """The options that any run has, whatever it trains."""
 
-    # Only fine-tuning makes these two options (finetune.py).
+    # These two are options of fine-tuning only (finetune.py).
     eval_only_every = False  # skip the evaluation at the end of each epoch
     least_gain = 0.0  # smallest improvement that resets the patience
 
