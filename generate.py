@@ -12,6 +12,7 @@ from model import load_checkpoint
 from tokenizer import Tokenizer
 from training.device import choose_device
 from training.io import UserError, run_program
+from training.options import Parser
 
 
 @torch.no_grad()
@@ -58,9 +59,7 @@ def complete(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, see
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("--prompt", required=True, metavar="TEXT", help="beginning of the text")

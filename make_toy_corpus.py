@@ -20,6 +20,7 @@ from toy.grammar import Grammar, sentence
 from toy.paradigms import PARADIGMS
 from toy.registers import REGISTERS
 from training.io import UserError, run_program, write_text
+from training.options import Parser
 
 LEAST_WORDS = 1000
 LEAST_DEV_WORDS = 2000
@@ -90,9 +91,7 @@ def check_vacant(out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument(

@@ -32,6 +32,7 @@ from corpus.text_files import SPACE_PIECE, count_unspaced, sub_corpora, text_blo
 from corpus.token_shards import TokenShard, write_shard
 from tokenizer import BOS, EOS, PAD, UNK, VOCABULARY_SIZE, Tokenizer
 from training.io import UserError, aligned, atomic_write, fsync_folder, locked, run_program, warn
+from training.options import Parser
 
 SMALLEST_VOCABULARY = 260  # 256 bytes; pad, bos, eos, unk
 TRAINING_BYTES = 64_000_000  # of text that the tokenizer is trained on: SentencePiece holds it all
@@ -288,9 +289,7 @@ def print_table(headers):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", metavar="DIR", help="training text; needed without --tokenizer")
     parser.add_argument("--dev", metavar="DIR", required=True, help="validation text")
     parser.add_argument(

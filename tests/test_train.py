@@ -17,7 +17,14 @@ import pytest
 import torch
 
 import distill
+import evaluate
+import export_hf
+import finetune
+import generate
+import make_toy_corpus
 import model as models
+import reproduce
+import tokenize_corpus
 import train
 from conftest import interrupt_after, save_model, step_of, train_tokenizer, write_split, write_text
 from data import Batch, BatchStream, TokenShard, open_corpus
@@ -380,12 +387,23 @@ def test_help_lists_each_option_in_the_order_of_the_groups_and_then_the_presets(
 
 
 @pytest.mark.parametrize(
-    "arguments, nearest",
-    [(["--batchsize", "2"], "--batch-size"), (["--eval-evry=3"], "--eval-every"), (["--fdsp"], "--fsdp")],
+    "program, argument, nearest",
+    [
+        (train, "--batchsize", "--batch-size"),
+        (train, "--eval-evry=3", "--eval-every"),
+        (train, "--fdsp", "--fsdp"),
+        (evaluate, "--pears", "--pairs"),
+        (export_hf, "--import-from", "--import"),
+        (finetune, "--sede", "--seeds"),
+        (generate, "--promt", "--prompt"),
+        (make_toy_corpus, "--wrods", "--words"),
+        (reproduce, "--recipie", "--recipe"),
+        (tokenize_corpus, "--vocabsize", "--vocab-size"),
+    ],
 )
-def test_an_unknown_option_suggests_the_nearest(capsys, arguments, nearest):
+def test_an_unknown_option_suggests_the_nearest(capsys, program, argument, nearest):
     with pytest.raises(SystemExit) as stop:
-        train.main(arguments)
+        program.main([argument])
     assert stop.value.code == 2 and f"did you mean {nearest}?" in capsys.readouterr().err
 
 
