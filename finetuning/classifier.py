@@ -17,10 +17,10 @@ MLP_DROPOUT = 0.1  # as in BabyLM's pipeline of 2025
 
 
 def make_head(kind, config, num_classes):
-    """The head from hidden states (B, C) to logits (B, classes).
+    """Returns the head: hidden states (B, C) → logits (B, classes).
 
-    "linear" is one matrix, without a bias and drawn like the model's, as in transformers; "mlp"
-    that of BabyLM's pipeline of 2025: norm, linear, GELU, norm, dropout, linear.
+    "linear" is one matrix without a bias, initialised like the model's, as in transformers; "mlp" is that
+    of BabyLM's pipeline of 2025: norm, linear, GELU, norm, dropout, linear.
     """
     size = config.hidden_size
     if kind == "linear":
@@ -38,21 +38,21 @@ def make_head(kind, config, num_classes):
 
 
 def class_logits(model, tokens, last):
-    """Logits of the classes, (B, T) int64 and the places (B,) of last tokens → (B, classes)."""
+    """Returns logits of the classes: tokens (B, T), positions of last tokens (B,) → (B, classes)."""
     hidden = model.hidden_states(tokens)  # (B, T, C)
     return model.score(hidden[torch.arange(len(last), device=last.device), last]).float()
 
 
 def as_classifier(model, num_classes, head="linear", dropout=None):
-    """A copy of a language model with a new head, drawn from torch's global generator.
+    """Returns a copy of a language model with a new head, drawn from torch's global generator.
 
-    With `dropout` None it is what the exported model would be trained with: a GPT-2 with its own, a
-    LLaMA with none.
+    A `dropout` of None is that of the exported model in training: a GPT-2's own, none in a LLaMA.
     """
     changes = {}
     if isinstance(model.config, LlamaConfig):
-        changes = {"dropout": 0.0, "tie_word_embeddings": True}  # it has no head of its own
-    changes |= {} if dropout is None else {"dropout": dropout}
+        changes = {"dropout": 0.0, "tie_word_embeddings": True}  # "tied": no head for tokens is made
+    if dropout is not None:
+        changes["dropout"] = dropout
     config = models.with_overrides(model.config, changes)
     copy = models.build(config)
     weights = model.state_dict()
@@ -67,7 +67,7 @@ def is_classifier(checkpoint):
 
 
 def load_any(path):
-    """`model.load_checkpoint` of a language model or a classifier."""
+    """Returns model and checkpoint of a language model or a classifier, as `model.load_checkpoint`."""
 
     def add_head(model, config):
         classes, head = config.get("classes"), config.get("head")
@@ -81,7 +81,7 @@ def load_any(path):
 
 
 def load_classifier(path):
-    """`load_any`, but `UserError` for a language model."""
+    """Returns `load_any` of a classifier. Raises `UserError` for a language model."""
     model, checkpoint = load_any(path)
     if not is_classifier(checkpoint):
         raise UserError(f"{path} is a language model: finetune.py makes a classifier of it")
