@@ -5,6 +5,7 @@ fields of one of `TEMPLATES` and a "label". NAME-mm.valid.jsonl without a train 
 MNLI's mismatched part, is scored with the model of NAME.
 """
 
+import functools
 import json
 import re
 import string
@@ -290,9 +291,10 @@ def _parse(line):
     return entry
 
 
+@functools.cache  # a file has many lines of few templates
 def _fields(template):
     """Returns the names of the fields that a template puts into its texts."""
-    return {field for part in template for _, field, _, _ in string.Formatter().parse(part) if field}
+    return frozenset(f for part in template for _, f, _, _ in string.Formatter().parse(part) if f)
 
 
 def _template_of(entry):
@@ -306,9 +308,10 @@ def _template_of(entry):
 
 def _fill(template, entry):
     """Returns the texts of an object. Raises ValueError unless `template` is its own."""
-    fields, own = sorted(_fields(template)), sorted(_fields(_template_of(entry)))
-    if own != fields:
-        raise ValueError(f"it has {', '.join(own)}, and the task's first line has {', '.join(fields)}")
+    fields = sorted(_fields(template))
+    if (own := _template_of(entry)) != template:
+        own = ", ".join(sorted(_fields(own)))
+        raise ValueError(f"it has {own}, and the task's first line has {', '.join(fields)}")
     if not all(isinstance(entry[field], str) for field in fields):
         raise ValueError(f"{' and '.join(fields)} must be text")
     if not any(entry[field].strip() for field in fields):
