@@ -85,14 +85,14 @@ def test_distilling_from_a_perfect_copy_costs_nothing(dtype):
     teachers = [(hidden.detach(), head.detach(), 1.0)] * 3
     coefficients = COEFFICIENTS._replace(tau=3.0, alpha=0.0)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        got = fused(hidden, head, teachers, targets, coefficients)
+        result = fused(hidden, head, teachers, targets, coefficients)
     # In bfloat16 the sum of three logits is rounded once more than one of them: 2^-9 of a logit.
     bound = 1e-6 if dtype == torch.float32 else (3 * 2**-9) ** 2
-    assert got["kl"] / T < bound
+    assert result["kl"] / T < bound
     # At a power of two even that vanishes.
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        got = fused(hidden, head, teachers[:2], targets, coefficients)
-    assert got["kl"] / T < 1e-7
+        result = fused(hidden, head, teachers[:2], targets, coefficients)
+    assert result["kl"] / T < 1e-7
 
 
 def test_tau_squared_keeps_the_scale_of_the_gradient():
@@ -122,12 +122,12 @@ def bfloat16_gradients(hidden, head, teachers, targets):
 
 def test_gradients_under_autocast_are_float32_and_near_float64():
     hidden, head, teachers, targets = problem(torch.float32, 2)
-    got = bfloat16_gradients(hidden, head, teachers, targets)
+    result = bfloat16_gradients(hidden, head, teachers, targets)
     doubles = [(h.double(), w.double(), k) for h, w, k in teachers]
     hidden64 = hidden.detach().double().requires_grad_()
     head64 = head.detach().double().requires_grad_()
     loss = plain(hidden64, head64, doubles, targets)["loss"]
-    for ours, exact in zip(got, torch.autograd.grad(loss, (hidden64, head64))):
+    for ours, exact in zip(result, torch.autograd.grad(loss, (hidden64, head64))):
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() / exact.norm() < 0.02
 
@@ -165,8 +165,8 @@ def test_a_constant_added_to_all_logits_changes_nothing():
         shifted = head.clone()
         shifted[:, 0] += offset  # hidden[:, 0] is 1: adds `offset` to every logit
         with torch.autocast("cpu", torch.bfloat16):
-            got = distillation_loss(student, shifted, [(hidden, shifted, 1.0)], targets, coefficients)
-        return got["kl"].item()
+            result = distillation_loss(student, shifted, [(hidden, shifted, 1.0)], targets, coefficients)
+        return result["kl"].item()
 
     base = kl(0.0)
     for offset in (-60.0, -100.0):
@@ -201,14 +201,14 @@ def test_logits_of_any_size_give_the_loss_of_float64_on_the_same_rounded_logits(
     targets = torch.randint(V, (N,))
     coefficients = Coefficients(alpha=0.5, tau=2.0, num_targets=N, kl_denominator=N)
     with torch.autocast("cpu", torch.bfloat16):
-        got = distillation_loss(hidden, head, [(teacher, head, 1.0)], targets, coefficients)
+        result = distillation_loss(hidden, head, [(teacher, head, 1.0)], targets, coefficients)
     rounded = (head - head.mean(0)).bfloat16()
     z = (hidden.detach().bfloat16() @ rounded.T).double()
     zt = (teacher.bfloat16() @ rounded.T).double()
     expected = plain_distillation_loss(z, [zt], [1.0], targets, coefficients)
     for key in ("loss", "cross_entropy", "kl"):
-        torch.testing.assert_close(got[key].double(), expected[key], rtol=1e-4, atol=1e-5)
-    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(got["loss"], hidden))
+        torch.testing.assert_close(result[key].double(), expected[key], rtol=1e-4, atol=1e-5)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result["loss"], hidden))
 
 
 def test_equal_weights_leave_the_joined_heads_unscaled():
@@ -233,11 +233,11 @@ def test_a_tied_head_gets_its_gradient_from_both_uses():
 def test_a_step_without_targets_has_no_cross_entropy_and_the_same_kl():
     hidden, head, teachers, targets = problem(torch.float64, 2)
     nothing = torch.full_like(targets, -100)
-    got = fused(hidden, head, teachers, nothing, COEFFICIENTS._replace(num_targets=0))
+    result = fused(hidden, head, teachers, nothing, COEFFICIENTS._replace(num_targets=0))
     usual = fused(hidden, head, teachers, targets)
-    assert got["cross_entropy"] == 0
-    assert torch.equal(got["kl"], usual["kl"])
-    assert torch.isfinite(got["loss"])
+    assert result["cross_entropy"] == 0
+    assert torch.equal(result["kl"], usual["kl"])
+    assert torch.isfinite(result["loss"])
 
 
 def test_a_second_backward_raises_rather_than_doubles():
@@ -252,23 +252,23 @@ def test_no_gradient_is_computed_that_nobody_asked_for(monkeypatch):
     import loss as module
 
     hidden, head, teachers, targets = problem(torch.float32, 1)
-    wanted = []
+    need_gradient = []
     rows = module._rows
-    monkeypatch.setattr(module, "_rows", lambda *a: wanted.append(a[-1]) or rows(*a))
+    monkeypatch.setattr(module, "_rows", lambda *a: need_gradient.append(a[-1]) or rows(*a))
     with torch.no_grad():
         fused(hidden, head, teachers, targets)
-    assert wanted == [False]
+    assert need_gradient == [False]
     loss = fused(hidden, head.detach(), teachers, targets)["loss"]
     loss.backward()
-    assert wanted == [False, True] and hidden.grad is not None and head.grad is None
+    assert need_gradient == [False, True] and hidden.grad is not None and head.grad is None
 
 
 def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
     hidden, head, teachers, targets = problem(torch.float32, 2)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         fused(hidden, head, teachers, targets)
-    assert kept and max(kept) < B * T * V
+    assert saved and max(saved) < B * T * V
 
 
 def test_scaling_the_loss_afterwards_scales_the_gradient():
@@ -295,8 +295,8 @@ def test_unequal_micro_batches_add_up_to_the_whole():
 def test_targets_that_are_ignored_do_not_count():
     logits = torch.randn(4, V)
     targets = torch.tensor([1, -100, 2, -100])
-    kept = targets != -100
-    expected = cross_entropy(logits[kept], targets[kept], 2)
+    saved = targets != -100
+    expected = cross_entropy(logits[saved], targets[saved], 2)
     torch.testing.assert_close(cross_entropy(logits, targets, 2), expected)
 
 
@@ -308,8 +308,8 @@ def test_fused_equals_plain_on_a_gpu():
     hidden, head = (x.detach().cuda().requires_grad_() for x in (hidden, head))
     teachers = [(h.cuda(), w.cuda(), k) for h, w, k in teachers]
     with torch.autocast("cuda", torch.bfloat16):
-        got = fused(hidden, head, teachers, targets.cuda())
-    torch.testing.assert_close(got["loss"].cpu(), expected["loss"], rtol=0.02, atol=0)
-    for ours, exact in zip(torch.autograd.grad(got["loss"], (hidden, head)), theirs):
+        result = fused(hidden, head, teachers, targets.cuda())
+    torch.testing.assert_close(result["loss"].cpu(), expected["loss"], rtol=0.02, atol=0)
+    for ours, exact in zip(torch.autograd.grad(result["loss"], (hidden, head)), theirs):
         assert ours.dtype == torch.float32
         assert (ours.cpu() - exact).norm() / exact.norm() < 0.02
