@@ -59,7 +59,7 @@ from training.checkpoint import content_digest, read_checkpoint
 from training.device import choose_compute, choose_device, should_capture
 from training.io import UserError, aligned, locked, log, run_program, warn, write_json
 from training.logger import commit, machine
-from training.options import defaults, option, parse
+from training.options import SAVE, SPEED, STOP, defaults, option, parse
 from training.resume import differences, is_finished
 
 PROMPTS = ("Once upon a time", "The children", "I think that")
@@ -71,10 +71,7 @@ class ReproduceConfig:
     """The options of the command line."""
 
     recipe: str | None = option(
-        None,
-        f"the models and their options: {', '.join(recipes.recipe_names())}, or a JSON file like those "
-        "in experiments/recipes",
-        exclusive=True,
+        None, f"the models: {', '.join(recipes.recipe_names())}, or a JSON file like theirs", exclusive=True
     )
     report: list[str] | None = option(
         None, "train nothing: write the report of these folders of experiments", exclusive=True
@@ -82,42 +79,27 @@ class ReproduceConfig:
     train: str | None = option(None, "folder of training text, as for tokenize_corpus.py")
     dev: str | None = option(None, "folder of dev text")
     data: str | None = option(
-        None,
-        "instead of --train and --dev: OUT/data of a command that was stopped by --dry-run; it is "
-        "small enough to be taken to another machine",
+        None, "instead of --train and --dev: OUT/data of an experiment, which --dry-run makes too"
     )
     words: int | None = option(None, "words of training text to sample (default: the recipe's)", minimum=1)
-    pairs: list[str] = option((), "folders of minimal pairs to score", group="evaluate and save")
-    finetune: str | None = option(
-        None, "folder of tasks, as for finetune.py: fine-tune each model on them", group="evaluate and save"
-    )
-    out: str | None = option(None, "folder of all output (default: runs/RECIPE)", group="evaluate and save")
-    results: str | None = option(
-        None,
-        "folder of results and report alone, which are small (default: OUT); a model with a result "
-        "there is not trained again",
-        group="evaluate and save",
-    )
-    seeds: int = option(
-        1, "train all models this many times, with another seed each", minimum=1, maximum=1000
-    )
-    first_seed: int = option(0, "the first seed", minimum=0, maximum=(1 << 31) - 1)
     models: list[str] | None = option(None, "only these models of the recipe, and their teachers")
-    vary: list[str] = option((), "MODEL.OPTION=A,B: for each value, one more model like MODEL")
-    tune: bool = option(False, "score on the validation text alone, and write no report")
+    vary: list[str] | None = option(None, "MODEL.OPTION=A,B: for each value, one more model like MODEL")
+    seeds: int = option(1, "train all models with this many seeds", minimum=1, maximum=1000)
+    first_seed: int = option(0, "the first seed", minimum=0, maximum=(1 << 31) - 1)
+    pairs: list[str] | None = option(None, "folders of minimal pairs to score", group=SAVE)
+    finetune: str | None = option(None, "folder of tasks: fine-tune each model on them", group=SAVE)
+    tune: bool = option(False, "score on the validation text alone, write no report", group=SAVE)
+    out: str | None = option(None, "folder of all output (default: runs/RECIPE)", group=SAVE)
+    results: str | None = option(
+        None, "folder of results and report alone; models with a result are not trained", group=SAVE
+    )
+    device: str = option("auto", "auto, cuda, mps or cpu", group=SPEED)
     stop_after: float | None = option(
-        None,
-        "save and stop after this many minutes (default: never)",
-        group="stop and inspect",
-        minimum=0,
+        None, "save and stop after this many minutes (default: never)", group=STOP, minimum=0
     )
     dry_run: bool = option(
-        False,
-        "prepare the text in OUT/corpus and OUT/data, which must be new or from this recipe; print the "
-        "plan and stop",
-        group="stop and inspect",
+        False, "make the shards in OUT, a folder that is new or this experiment's; print the plan", group=STOP
     )
-    device: str = option("auto", "auto, cuda, mps or cpu", group="speed and memory")
 
 
 def check_options(config):
@@ -129,7 +111,7 @@ def check_options(config):
         if changed - {"report", "out", "device"}:
             return "--report trains nothing: only --out goes with it"
         return None
-    recipe, text = recipes.read_experiment(config.recipe, config.vary), (config.train, config.dev)
+    recipe, text = recipes.read_experiment(config.recipe, config.vary or ()), (config.train, config.dev)
     if recipe.corpus == "toy" and any((*text, config.data, config.pairs, config.finetune)):
         return (
             f"--recipe {config.recipe} makes its own text, pairs and task: leave out --train, --dev, "
@@ -141,7 +123,8 @@ def check_options(config):
         return "--train and --dev are one folder: text that was trained on cannot be reported"
     if recipe.corpus is None and not config.data and not all(text):
         return f"--recipe {config.recipe} needs --train DIR and --dev DIR, or --data DIR"
-    if len({Path(folder).name for folder in config.pairs}) < len(config.pairs):
+    pairs = [Path(folder).name for folder in config.pairs or ()]
+    if len(set(pairs)) < len(pairs):
         return "--pairs: two folders have one name"
     return None
 
@@ -674,7 +657,7 @@ def report_folders(config, command):
 
 def open_context(config, recipe, out):
     """The `ExperimentContext` of a command; prepares its text. Raises `Stopped` or `UserError`."""
-    for folder in config.pairs:
+    for folder in config.pairs or ():
         read_pairs(folder)  # mistakes in pairs and tasks are told before training
     if config.finetune:
         read_tasks(Path(config.finetune), recipe.finetune.get("only"))
@@ -682,7 +665,7 @@ def open_context(config, recipe, out):
     data = given_data(recipe, config.data) if config.data else prepare_data(recipe, config, out)
     for name in ("dev.bin", "report/dev.bin"):  # refused before training: every model is scored with these
         training_shares(data, TokenShard(Path(data) / name))
-    pairs, tasks = config.pairs, config.finetune
+    pairs, tasks = config.pairs or [], config.finetune
     if recipe.corpus == "toy":
         pairs, tasks = [str(out / "corpus" / "pairs")], str(out / "corpus" / "tasks")
         tasks = tasks if Path(tasks).is_dir() else None  # an earlier version made none
@@ -705,7 +688,7 @@ def main(argv=None):
     command = "python reproduce.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     if config.report:
         return report_folders(config, command)
-    recipe = recipes.read_experiment(config.recipe, config.vary)
+    recipe = recipes.read_experiment(config.recipe, config.vary or ())
     recipe = dataclasses.replace(recipe, words=config.words or recipe.words)
     chosen = recipe.only(config.models) if config.models else recipe
     seeds = range(config.first_seed, config.first_seed + config.seeds)
