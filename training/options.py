@@ -218,9 +218,8 @@ def _argument(field, hint):
         argument["help"] += f" (default: {field.default})"
     if choices := field.metadata.get("choices"):
         return argument | {"choices": choices}
-    argument["metavar"] = field.metadata.get("metavar") or {int: "N", float: "X"}.get(
-        hint, field.name.upper()
-    )
+    metavar = {int: "N", float: "X"}.get(hint, field.name.upper())
+    argument["metavar"] = field.metadata.get("metavar", metavar)
     if typing.get_origin(hint) is list:
         return argument | {"nargs": "+", "type": typing.get_args(hint)[0]}
     if word := field.metadata.get("word"):
