@@ -55,13 +55,13 @@ def test_a_changed_weight_is_refused(tmp_path, tokenizer):
 def test_a_damaged_checkpoint_is_one_line(tmp_path, tokenizer, damage):
     path = tmp_path / "a.pt"
     saved(path, tokenizer)
-    whole = path.read_bytes()
-    half = len(whole) // 2
+    content = path.read_bytes()
+    half = len(content) // 2
     path.write_bytes(
         {
             "empty": b"",
-            "cut": whole[:half],
-            "zeros": whole[:half] + bytes(4096) + whole[half + 4096 :],
+            "cut": content[:half],
+            "zeros": content[:half] + bytes(4096) + content[half + 4096 :],
             "text": b"hello, world",
         }[damage]
     )

@@ -130,15 +130,15 @@ def test_a_write_follows_no_link_and_takes_no_foreign_temporary_file(tmp_path):
 
 
 def test_temporary_files_of_known_names_and_of_dead_writers_are_removed(tmp_path):
-    kept = ["x.tmp", "best.pt.tmp", "y.0123abcd.tmp", "best.pt.0123ABCD.tmp", "mybest.pt.0123abcd.tmp"]
-    for name in (*kept, "best.pt.0123abcd.tmp"):
+    foreign = ["x.tmp", "best.pt.tmp", "y.0123abcd.tmp", "best.pt.0123ABCD.tmp", "mybest.pt.0123abcd.tmp"]
+    for name in (*foreign, "best.pt.0123abcd.tmp"):
         (tmp_path / name).write_text("")
     (tmp_path / "best.pt.ffffffff.tmp").mkdir()
     with open_temporary(tmp_path / "best.pt") as file:  # and deletes that of a killed process
         remove_temporaries(tmp_path, ["best.pt", "log.jsonl"])
         assert os.path.exists(file.name)
     remove_temporaries(tmp_path, ["best.pt", "log.jsonl"])
-    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "best.pt.ffffffff.tmp"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*foreign, "best.pt.ffffffff.tmp"])
 
 
 @pytest.mark.parametrize("length", range(3980, 4010))

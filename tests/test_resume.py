@@ -1,7 +1,6 @@
 """The checkpoint that a run continues from: after kills, damage, failed reads, earlier versions."""
 
 import json
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -93,8 +92,8 @@ def test_a_run_of_an_earlier_version_is_continued_with_the_same_bits(
     # Chunks that the earlier version had kept were read, and not computed again.
     now = (tmp_path / "distilled.cache").read_bytes()
     digests = range(io.PAGE_BYTES, io.PAGE_BYTES + 87 * 32, 32)
-    kept = [i for i in digests if any(cached[i : i + 32])]
-    assert len(kept) == 28 and all(cached[i : i + 32] == now[i : i + 32] for i in kept)
+    filled = [i for i in digests if any(cached[i : i + 32])]
+    assert len(filled) == 28 and all(cached[i : i + 32] == now[i : i + 32] for i in filled)
 
 
 def test_an_option_that_an_old_run_does_not_have_means_its_default(tmp_path, monkeypatch, capsys):
@@ -131,8 +130,8 @@ def names(folder):
 def assert_same_run(out, expected):
     assert names(out) == names(expected)
     for name in ("checkpoint.pt", "previous.pt", "best.pt"):
-        ours, theirs = (read_checkpoint(folder / name)["weights"] for folder in (out, expected))
-        assert content_digest(ours) == content_digest(theirs), name
+        digests = {content_digest(read_checkpoint(folder / name)["weights"]) for folder in (out, expected)}
+        assert len(digests) == 1, name
     assert comparable(out / "log.jsonl") == comparable(expected / "log.jsonl")
 
 
@@ -206,32 +205,12 @@ def test_a_file_system_without_hard_links_works_too(whole_run, data_folder, tmp_
     assert_same_run(tmp_path / "r", whole_run[0])
 
 
-# ---- two processes
-
-
-def hold(folder, held, release):
-    with locked(folder):
-        held.set()
-        release.wait(60)
-
-
-def test_the_folder_is_locked_before_its_state_is_read(data_folder, tmp_path, monkeypatch):
-    config = config_for(data_folder, tmp_path / "r")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        trained(config)
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(config.out, held, release))
-    holder.start()
-    assert held.wait(60)
+def test_the_folder_is_locked_before_its_checkpoint_is_read(whole_run, data_folder, monkeypatch):
     read = []
     monkeypatch.setattr(resume, "read_checkpoint", read.append)
-    with pytest.raises(UserError, match="in use by another run"):
-        trained(config)
+    with locked(whole_run[0]), pytest.raises(UserError, match="in use by another run"):
+        trained(config_for(data_folder, whole_run[0]))
     assert not read
-    release.set()
-    holder.join()
 
 
 # ---- damage and failed reads
@@ -244,25 +223,18 @@ DAMAGES = {
     "a step in words": b'{"step": "seven"}\n',
     "nested deeply": b"[" * 100_000 + b"\n",
     "a long number": b'{"step": ' + b"9" * 5000 + b"}\n",
-    "another kind of newline": '{"step": 3, "note": "a\u2028b"}\n'.encode(),
     "a list": b"[1, 2]\n",
     "torn": b'{"step": 4, "lo',
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_log_does_not_stop_a_run(whole_run, data_folder, tmp_path, monkeypatch, capsys, name):
-    config = config_for(data_folder, tmp_path / "r")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        trained(config)
-    path = tmp_path / "r" / "log.jsonl"
-    path.write_bytes(path.read_bytes() + DAMAGES[name])
-    trained(config)
-    ours = comparable(path)
-    assert [e for e in ours if "note" not in e] == comparable(whole_run[0] / "log.jsonl")
-    warned = "damaged lines are left out" in capsys.readouterr().err
-    assert warned == (name != "another kind of newline")  # which is none, in a log
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_and_later_lines_of_a_log_are_left_out(tmp_path, capsys, damage):
+    path, text = tmp_path / "log.jsonl", '{"step": 3, "note": "a\u2028b"}'
+    path.write_bytes(f"{text}\n".encode() + damage + b'\n{"step": 9}\n')
+    logger.JSONLog(path, {"config": {}}, from_step=5).close()
+    assert path.read_text(encoding="utf-8") == f'{text}\n{{"config": {{}}}}\n'
+    assert "1 damaged lines are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
