@@ -40,7 +40,7 @@ GPT2_NAMES = {
     "max_position_embeddings": "n_positions",
     "dropout": "resid_pdrop",
 }
-FIELDS = {  # {architecture: {our field: theirs}}; a LLaMA's dropout has no name there
+HF_FIELDS = {  # {architecture: {our field: theirs}}; a LLaMA's dropout has no name there
     "llama": {f.name: f.name for f in dataclasses.fields(LlamaConfig) if f.name != "dropout"},
     "gpt2": {f.name: GPT2_NAMES.get(f.name, f.name) for f in dataclasses.fields(GPT2Config)},
 }
@@ -66,7 +66,7 @@ DEFAULT_POSITIONS = {"llama": 2048, "gpt2": 1024}  # of a config.json that does 
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}  # of our own tokenizers
 # Text that a lossy tokenizer would change: runs of blanks, a tab, a ligature, a no-break space.
 PROBE = "a  b\n\n\tﬁ ½\u00a0e\u0301 "
-RECIPE = (
+CARD_OPTIONS = (
     *("epochs", "steps", "batch_size", "sequence_length", "random_offset", "seed", "init"),
     *("optimizer", "learning_rate", "schedule", "min_lr_ratio", "warmup_steps", "beta2", "clip"),
     *("weight_decay", "no_decay", "dropout", "label_smoothing", "precision", "patience"),
@@ -74,7 +74,7 @@ RECIPE = (
 )
 PROGRESS = {"step": "steps", "words": "words seen", "dev_cross_entropy": "last dev cross-entropy (nats)"}
 CLASSIFIER_SCORES = ("accuracy", "f1", "mcc")  # on its valid file
-TEXT_SCORES = ("cross_entropy", "perplexity_per_word", "bits_per_byte")  # of evaluate.py --json
+CARD_SCORES = ("cross_entropy", "perplexity_per_word", "bits_per_byte")  # of evaluate.py --json
 EXAMPLES = {
     "CausalLM": [
         "inputs = tokenizer('\\nOnce', return_tensors='pt')  # in training, lines follow a newline",
@@ -123,7 +123,7 @@ def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS):
     """
     shape = dataclasses.asdict(model.config)
     config = {"architectures": [CLASSES[architecture]], "model_type": architecture}
-    config |= {theirs: shape[ours] for ours, theirs in FIELDS[architecture].items()}
+    config |= {theirs: shape[ours] for ours, theirs in HF_FIELDS[architecture].items()}
     config |= FIXED[architecture] | special_ids
     if architecture == "llama":
         head_size = shape["hidden_size"] // shape["num_attention_heads"]
@@ -273,7 +273,7 @@ def card_facts(checkpoint, model):
         facts[PROGRESS.get(name, name)] = (
             f"{value:.4f}" if isinstance(value, float) else value and f"{value:,}"
         )
-    recipe = {name.replace("_", " "): config.get(name) for name in RECIPE}
+    recipe = {name.replace("_", " "): config.get(name) for name in CARD_OPTIONS}
     if recipe["learning rate"] is not None:  # it was trained here
         recipe["dropout"] = getattr(model.config, "dropout", None)
     return {name: value for name, value in (facts | recipe).items() if value not in (None, "")}
@@ -296,7 +296,7 @@ def score_facts(path, digest):
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))["checkpoints"]
         (entry,) = [entry for entry in entries if entry.get("digest") == digest]
-        facts = {name.replace("_", " "): f"{entry[name]:.4f}" for name in TEXT_SCORES if entry.get(name)}
+        facts = {name.replace("_", " "): f"{entry[name]:.4f}" for name in CARD_SCORES if entry.get(name)}
         for folder, pairs in (entry.get("pairs") or {}).items():
             facts[f"minimal pairs of {Path(folder).name}"] = f"{100 * pairs['accuracy_over_files']:.1f} %"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -367,10 +367,10 @@ def load_exportable(path):
     """Returns model, checkpoint and tokenizer. Raises `UserError` for what stock classes do not know."""
     model, checkpoint = load_any(path)
     architecture = checkpoint["model"]["architecture"]
-    if architecture not in FIELDS:
+    if architecture not in HF_FIELDS:
         raise UserError(
             f"{path} is a {architecture}, which Hugging Face's stock classes do not know: only "
-            f"{' and '.join(FIELDS)} can be exported"
+            f"{' and '.join(HF_FIELDS)} can be exported"
         )
     if is_classifier(checkpoint) and SCORE not in checkpoint["weights"]:
         raise UserError(
@@ -433,7 +433,7 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special_tokens_map,
         "config.json": hf_config(model, architecture, config.get("classes", ()), special_ids)
-        | {FIELDS[architecture]["max_position_embeddings"]: positions},
+        | {HF_FIELDS[architecture]["max_position_embeddings"]: positions},
     }
     facts = score_facts(scores, checkpoint["digest"]) if scores else {}
     card = model_card(checkpoint, model, out.name, metadata or {}, facts, start_token, positions)
@@ -460,10 +460,10 @@ def read_config(folder):
     try:
         theirs = json.loads(path.read_bytes())
         kind = theirs["model_type"]
-        if kind not in FIELDS:
+        if kind not in HF_FIELDS:
             raise UserError(f"{path}: model_type {kind!r}: only llama and gpt2 are read")
         check_rope(path, theirs)
-        theirs = {FIELDS[kind]["max_position_embeddings"]: DEFAULT_POSITIONS[kind]} | theirs
+        theirs = {HF_FIELDS[kind]["max_position_embeddings"]: DEFAULT_POSITIONS[kind]} | theirs
         fixed = dict(FIXED[kind])
         if kind == "llama":
             heads = theirs["num_attention_heads"]
@@ -474,7 +474,7 @@ def read_config(folder):
         for key, value in fixed.items():
             if theirs.get(key) not in (value, None):
                 raise UserError(f"{path}: {key} is {theirs[key]!r}: only {value!r} is implemented")
-        names = FIELDS[kind].items()
+        names = HF_FIELDS[kind].items()
         config = ARCHITECTURES[kind][1](**{n: theirs[t] for n, t in names if theirs.get(t) is not None})
         check_shape(config)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as e:

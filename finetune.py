@@ -297,7 +297,7 @@ def make_result(run, deadline):
     if is_new:  # else its clock began in an earlier command
         result["seconds"] = round(time.monotonic() - start, 1)
     write_json(run.path, result)
-    clean(run.folder, run.options.keep)
+    remove_checkpoints(run.folder, run.options.keep)
     for name, scores in result["scores"].items():
         metric = tasks.metric_of(name)
         majority = 100 * tasks.majority_scores(run.task, name)[metric]
@@ -348,7 +348,7 @@ def score_best(run, examples):
 def encode_task(base, task, max_length):
     """Returns {"train" or the name of a valid file: EncodedExamples}; says how many texts are cut."""
     files = {"train": task.train, **task.valid}
-    encoded = {name: tasks.encode(part, base.tokenizer, max_length) for name, part in files.items()}
+    encoded = {name: tasks.encode_examples(part, base.tokenizer, max_length) for name, part in files.items()}
     if num_cut := sum(part.num_cut for part in encoded.values()):
         texts = sum(len(part.ids) for part in encoded.values())
         positions = base.model.config.max_position_embeddings
@@ -381,7 +381,7 @@ def earlier_result(run):
         raise UserError(f"{run.path} is no result of this program: move it away") from error
     if run.options.keep and not (run.folder / "best.pt").exists():
         raise UserError(f"--keep: {run.path} was made without it: move it away to repeat the run")
-    clean(run.folder, keep=result.get("kept", True))  # which a kill may have prevented
+    remove_checkpoints(run.folder, keep=result.get("kept", True))  # which a kill may have prevented
     return result
 
 
@@ -393,7 +393,7 @@ def predicted_classes(result, name):
     return predictions
 
 
-def clean(folder, keep):
+def remove_checkpoints(folder, keep):
     """Removes the checkpoints of a finished run; without `keep` its best.pt and log.jsonl too.
 
     log.jsonl marks the folder of a run, and is removed last. What else lies there remains.

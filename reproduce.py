@@ -605,7 +605,7 @@ def check_models(context, seeds):
             raise UserError(f"{name}: {error}") from error
 
 
-def print_plan(context, seeds):
+def print_costs(context, seeds):
     """Prints what each model takes, and the time that is left if some were trained on this machine."""
     shard = TokenShard(context.data / "train.bin")
     costs = recipes.costs(context.recipe, shard.num_tokens, shard.words)
@@ -699,7 +699,7 @@ def main(argv=None):
             check_results(context)
         context = dataclasses.replace(context, recipe=chosen)
         check_models(context, seeds)
-        print_plan(context, seeds)
+        print_costs(context, seeds)
         if config.dry_run:
             return 0
         if not config.tune:

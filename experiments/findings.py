@@ -148,7 +148,7 @@ class Study:
 # ---- measures
 
 
-def cross_entropy(result, scores="report"):
+def cross_entropy_of(result, scores="report"):
     """Nats per token; sub-corpora are weighted as in the training text, where that is known."""
     values = result[scores] if scores in result else result["report"]
     return values.get("weighted_cross_entropy", values["cross_entropy"])

@@ -28,7 +28,7 @@ LEAD_AND_GAP = (
     "control. Gap: how far the student stays behind it. Teachers count with the checkpoint that "
     "taught."
 )
-FINETUNED = (
+FINETUNED_NOTE = (
     "Each model with a classification head, trained on each task (finetune.py). In percent on the "
     "valid part, which also chose the evaluation that is reported, as in BabyLM's pipelines. "
     "Majority: the score of the class that is most frequent in the train part. In brackets a 95 % "
@@ -65,18 +65,18 @@ def report_blocks(study, command):
         blocks.append(("picture", (f"fields-{folder}", f"{folder} by field", image)))
         blocks.append(("table", tables.field_rows(study, folder)))
     if scores := finetuned_scores(study):
-        blocks += section("Fine-tuned", task_rows(scores, study.models), FINETUNED)
+        blocks += section("Fine-tuned", task_rows(scores, study.models), FINETUNED_NOTE)
         width = min(11, 4 + 1.4 * len(scores["tasks"]))
         image = plots.picture(width, 4, lambda figure: plots.paint_tasks(figure, study, scores))
         blocks.append(("picture", ("finetuned", "Scores of the fine-tuned models", image)))
-    return clean([*blocks, *sample_blocks(study)])
+    return printable_content([*blocks, *sample_blocks(study)])
 
 
-def clean(content):
+def printable_content(content):
     """Blocks, rows or a text without what moves a terminal's cursor or cannot be encoded."""
     if isinstance(content, str):
         return printable(content)
-    return type(content)(map(clean, content)) if isinstance(content, (list, tuple)) else content
+    return type(content)(map(printable_content, content)) if isinstance(content, (list, tuple)) else content
 
 
 def section(title, rows, note=""):
@@ -245,8 +245,11 @@ def write_report(study, out, command):
     write_text(out / "report.md", as_markdown(blocks, out))
     write_text(out / "report.html", as_html(blocks))
     write_json(out / "report.json", as_json(study, command))
-    shown = [aligned(clean(rows)) for rows in (tables.result_rows(study), tables.conclusion_rows(study))]
-    lines = [*shown[0], "", *shown[1], *clean(list(caveats(study)))]
+    shown = [
+        aligned(printable_content(rows))
+        for rows in (tables.result_rows(study), tables.conclusion_rows(study))
+    ]
+    lines = [*shown[0], "", *shown[1], *printable_content(list(caveats(study)))]
     if all(content[2] is None for kind, content in blocks if kind == "picture"):
         lines.append("no pictures: they need matplotlib (pip install matplotlib)")
     return [*lines, f"\nwritten: {out / 'report.md'}, report.html, report.json"]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from experiments.findings import cross_entropy, pair_folders
+from experiments.findings import cross_entropy_of, pair_folders
 from experiments.tables import mean_and_deviation, with_minus
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito); the student and its control
@@ -75,7 +75,7 @@ class Measure(NamedTuple):
 def measures(study):
     """Cross-entropy, and the accuracy on the first folder of minimal pairs, the mean over its files."""
     label = "test cross-entropy\n(nats per token, lower is better)"
-    panels = [Measure(label, cross_entropy, -1, 3, "nats")]
+    panels = [Measure(label, cross_entropy_of, -1, 3, "nats")]
     for folder in pair_folders(study)[:1]:
 
         def accuracy(result, folder=folder):

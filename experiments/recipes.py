@@ -211,8 +211,8 @@ class Experiment:
 
 # ---- reading
 
-FIELDS = {"like": str, "options": dict, "models": dict}  # of a recipe, with their types
-FIELDS |= {
+RECIPE_FIELDS = {"like": str, "options": dict, "models": dict}  # of a recipe, with their types
+RECIPE_FIELDS |= {
     f.name: f.type for f in dataclasses.fields(Experiment) if f.name not in ("name", "specs", "teaching")
 }
 
@@ -261,11 +261,11 @@ def _read_table(path, seen=()):
     if not isinstance(table, dict) or not isinstance(table.get("models"), dict):
         raise UserError('a recipe is a JSON object with "models"')
     for key, value in table.items():
-        if key not in FIELDS:
-            raise UserError(f"a recipe has no {key!r}: choose from {', '.join(FIELDS)}")
-        is_number = FIELDS[key] in (int, float)
-        least = 1 if FIELDS[key] is int else 0
-        if not has_form(value, FIELDS[key]) or (is_number and value < least):
+        if key not in RECIPE_FIELDS:
+            raise UserError(f"a recipe has no {key!r}: choose from {', '.join(RECIPE_FIELDS)}")
+        is_number = RECIPE_FIELDS[key] in (int, float)
+        least = 1 if RECIPE_FIELDS[key] is int else 0
+        if not has_form(value, RECIPE_FIELDS[key]) or (is_number and value < least):
             raise UserError(f"{key} cannot be {value!r}")
         if value not in CHOICES.get(key, (value,)):
             raise UserError(f"{key} cannot be {value!r}: choose from {', '.join(CHOICES[key])}")
@@ -295,7 +295,7 @@ def _experiment(name, table, vary):
     specs = {}
     for key in tables:
         specs[key] = _model_spec(key, tables, specs, table.get("options", {}))
-    fields = {key: table[key] for key in FIELDS if key in table and key not in ("options", "models")}
+    fields = {key: table[key] for key in RECIPE_FIELDS if key in table and key not in ("options", "models")}
     for key in ("control", "student"):
         if fields.get(key) not in specs:
             raise UserError(f'"{key}" must be the name of a model')

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import statistics
 
-from experiments.findings import Study, cross_entropy
+from experiments.findings import Study, cross_entropy_of
 from training.io import UserError, aligned, markdown, printable, sha256, write_text
 
 LOGGED_POINTS, LAST_LINES = 150, 10
@@ -16,37 +16,37 @@ MAX_NUMBER = 1e15  # anything larger overflows in a sum or a picture
 # ---- forms of JSON: a type; (form, form) for either; [form] for a list; {key: form} for an object,
 # where "key?" may be missing, str stands for any key and other keys may be there
 
-TEXT_SCORES = {"cross_entropy": float, "weighted_cross_entropy?": float}
+TEXT_SCORES_FORM = {"cross_entropy": float, "weighted_cross_entropy?": float}
 PAIR_SCORES = {
     "accuracy_over_files": float,
     "accuracy_over_fields": float,
     "per_file": {str: float},
     "per_field": {str: float},
 }
-REPORT = TEXT_SCORES | {
+REPORT = TEXT_SCORES_FORM | {
     "parameters": int,
-    "per_file": {str: TEXT_SCORES},
+    "per_file": {str: TEXT_SCORES_FORM},
     "temperature_scaled?": {"temperature": float},
     "pairs": {str: PAIR_SCORES},
 }
 TASK = {"metric": str, "texts": int, "majority": float, "msgs": bool}
-FINETUNED = {
+FINETUNED_FORM = {
     "files": dict,
     "options": dict,
     "tasks": {str: TASK},
     "scores": {str: {"mean": float, "interval": [float]}},
 }
-SETTINGS = {"preset?": str, "options?": dict, "conditions?": dict}
-SETTINGS["teachers?"] = [SETTINGS]
-RESULT = SETTINGS | {
+SETTINGS_FORM = {"preset?": str, "options?": dict, "conditions?": dict}
+SETTINGS_FORM["teachers?"] = [SETTINGS_FORM]
+RESULT = SETTINGS_FORM | {
     "name": str,
-    "members?": [SETTINGS],
+    "members?": [SETTINGS_FORM],
     "shards?": dict,
     "scoring?": {"precision": str, "pairs": dict},
     "losses?": str,
-    "dev?": TEXT_SCORES,
+    "dev?": TEXT_SCORES_FORM,
     "report?": REPORT,
-    "teaching?": TEXT_SCORES,
+    "teaching?": TEXT_SCORES_FORM,
     "samples?": {str: str},
     "seconds?": float,
     "epochs?": float,
@@ -56,7 +56,7 @@ RESULT = SETTINGS | {
     "training?": [[(float, None)]],
     "weights?": (str, [float], None),
     "taught_by?": [str],
-    "finetuned?": FINETUNED,
+    "finetuned?": FINETUNED_FORM,
 }
 STUDY = {
     "name": str,
@@ -181,10 +181,10 @@ def trial_lines(results, seeds, shards):
     paths = [path for seed in seeds for path in sorted((results / f"seed-{seed}").glob("*.json"))]
     trials = [trial for trial in map(read_result, paths) if trial.get("shards") == shards and "dev" in trial]
     rows = []
-    for trial in sorted(trials, key=lambda trial: cross_entropy(trial, "dev")):
+    for trial in sorted(trials, key=lambda trial: cross_entropy_of(trial, "dev")):
         train = trial.get("train_cross_entropy")
         cells = [
-            f"{cross_entropy(trial, 'dev'):.4f}",
+            f"{cross_entropy_of(trial, 'dev'):.4f}",
             f"{trial['dev']['cross_entropy']:.4f}",
             f"{trial.get('epochs', 0):.3g}",
             "-" if train is None else f"{train:.3f}",

@@ -4,7 +4,7 @@ import statistics
 
 from evaluation.statistics import format_interval
 from experiments.findings import (
-    cross_entropy,
+    cross_entropy_of,
     outperforms,
     pair_difference,
     pair_folders,
@@ -88,7 +88,7 @@ def result_rows(study):
         row.append("-" if "epochs" not in runs[0] else f"{runs[0]['epochs']:.3g}")
         for key, digits in (("seconds", 0), ("train_cross_entropy", 3)):
             row.append(mean_and_deviation([r[key] for r in runs if r.get(key) is not None], digits))
-        row.append(mean_and_deviation([cross_entropy(r) for r in runs], 3))
+        row.append(mean_and_deviation([cross_entropy_of(r) for r in runs], 3))
         row.append(mean_and_deviation([r["report"]["cross_entropy"] for r in runs], 3))
         if any_scaled(study):
             scaled = [r["report"].get("temperature_scaled") for r in runs]
@@ -150,8 +150,8 @@ def lead_rows(study):
     for name in study.students:
         for seed, results in study.seeds.items():
             if {name, study.ensembles[name], study.control} <= results.keys():
-                student, control = (cross_entropy(results[n]) for n in (name, study.control))
-                teacher = cross_entropy(results[study.ensembles[name]], "teaching")
+                student, control = (cross_entropy_of(results[n]) for n in (name, study.control))
+                teacher = cross_entropy_of(results[study.ensembles[name]], "teaching")
                 values = (control - teacher, student - teacher, student - control)
                 cells = [with_minus(f"{value:+.3f}") for value in values]
                 rows.append([study.models[name], str(seed), *cells])

@@ -389,7 +389,7 @@ class EncodedExamples:
         return Batch.whole(torch.as_tensor(indices), tokens, targets)
 
 
-def encode(examples, tokenizer, max_length):
+def encode_examples(examples, tokenizer, max_length):
     """Returns `EncodedExamples` of at most `max_length` tokens; between the texts of a pair is a newline.
 
     Too long a text loses its end, of a pair the longer one first, as in the exported tokenizer.

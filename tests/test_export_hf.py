@@ -205,7 +205,9 @@ def test_the_card_has_every_option_that_makes_the_model_what_it_is():
     """An option of training is in the card's recipe, or says only where and how fast it is trained."""
     elsewhere = may_change(DistillConfig) - {"dropout", "patience", "init"}
     elsewhere |= {"model", "shape", "objective", "eval_every", "eval_sequences"}
-    assert {field.name for field in dataclasses.fields(DistillConfig)} - elsewhere <= set(export_hf.RECIPE)
+    assert {field.name for field in dataclasses.fields(DistillConfig)} - elsewhere <= set(
+        export_hf.CARD_OPTIONS
+    )
 
 
 @one_kind

@@ -17,7 +17,7 @@ import train
 from benchmarks.reference import hugging_face_class_logits
 from conftest import interrupt_after, save_model, step_of, write_text
 from finetuning import classifier, tasks
-from finetuning.tasks import Settings, confusion, encode, read_tasks, scores
+from finetuning.tasks import Settings, confusion, encode_examples, read_tasks, scores
 from generate import main as generate_main
 from gpt2 import GPT2Config
 from llama import LlamaConfig
@@ -165,7 +165,7 @@ def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenize
     for texts in (pairs, [(a,) for a, _ in pairs]):
         for length in (3, 8, 9, 30):
             examples = tasks.Examples(texts, [0] * len(texts), 0, "")
-            ours = encode(examples, tokenizer, length)
+            ours = encode_examples(examples, tokenizer, length)
             columns = [list(column) for column in zip(*texts)]
             assert ours.ids == reader(*columns, truncation=True, max_length=length)["input_ids"]
             whole = reader(*columns)["input_ids"]
