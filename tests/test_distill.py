@@ -209,17 +209,13 @@ def test_wrong_usage_exits_with_2(arguments):
     assert stop.value.code == 2
 
 
-def test_a_shard_is_no_teacher(data_folder, tmp_path, capsys):
-    given = ("--teachers", data_folder / "train.bin", "--data", data_folder)
-    error = refused(capsys, tmp_path / "s", *given)
-    assert "train.bin" in error and "no checkpoint" in error
-
-
-def test_a_hugging_face_folder_is_no_teacher_and_the_way_in_is_named(data_folder, tmp_path, capsys):
+def test_what_is_no_teacher_is_named_with_the_way_in(data_folder, tmp_path, capsys):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    given = ("--teachers", tmp_path / "hf", "--data", data_folder)
-    assert "export_hf.py --import" in refused(capsys, tmp_path / "s", *given)
+    paths = {data_folder / "train.bin": "no checkpoint", tmp_path / "hf": "export_hf.py --import"}
+    for path, message in (paths | {tmp_path / "none.pt": "does not exist"}).items():
+        error = refused(capsys, tmp_path / "s", "--teachers", path, "--data", data_folder)
+        assert str(path) in error and message in error
 
 
 def test_a_checkpoint_is_no_teacher_cache(teachers, data_folder, tmp_path, capsys):
@@ -229,8 +225,3 @@ def test_a_checkpoint_is_no_teacher_cache(teachers, data_folder, tmp_path, capsy
     error = refused(capsys, tmp_path / "s", *given)
     assert "is no teacher cache" in error and "delete" not in error
     assert Path(teachers[0]).read_bytes() == before
-
-
-def test_a_missing_teacher_is_named(data_folder, tmp_path, capsys):
-    given = ("--teachers", tmp_path / "none.pt", "--data", data_folder)
-    assert "none.pt" in refused(capsys, tmp_path / "s", *given)
