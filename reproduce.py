@@ -39,6 +39,7 @@ from corpus.text_files import sub_corpora
 from data import TokenShard, open_corpus
 from evaluation.minimal_pairs import pairs_digest, read_pairs
 from evaluation.perplexity import training_shares
+from evaluation.scoring import context_length
 from experiments import recipes
 from experiments.pages import write_report
 from experiments.results import (
@@ -605,6 +606,27 @@ def check_models(context, seeds):
             raise UserError(f"{name}: {error}") from error
 
 
+def check_scored_data(context):
+    """Raises `UserError` for text or pairs that evaluate.py would refuse after the training."""
+    corpus = open_corpus(context.data)
+    for shard in (corpus.dev, TokenShard(context.data / "report" / "dev.bin")):
+        training_shares(context.data, shard)  # every model is scored with these
+    positions = {
+        name: context_length(spec.network(corpus.tokenizer.vocabulary_size))
+        for name, spec in context.recipe.specs.items()
+    }
+    shortest = min(positions, key=positions.get)
+    for folder in context.pairs:
+        pairs = [pair for file in read_pairs(folder).values() for pair in file]
+        sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
+        for sentence, ids in zip(sentences, corpus.tokenizer.encode(sentences)):
+            if len(ids) > positions[shortest]:
+                raise UserError(
+                    f"{folder}: a sentence of {len(ids)} tokens is longer than the context of {shortest}, "
+                    f"{positions[shortest]}: {sentence[:60]!r}"
+                )
+
+
 def print_costs(context, seeds):
     """Prints what each model takes, and the time that is left if some were trained on this machine."""
     shard = TokenShard(context.data / "train.bin")
@@ -663,8 +685,6 @@ def open_context(config, recipe, out):
         read_tasks(Path(config.finetune), recipe.finetune.get("only"))
     deadline = None if config.stop_after is None else time.monotonic() + 60 * config.stop_after
     data = given_data(recipe, config.data) if config.data else prepare_data(recipe, config, out)
-    for name in ("dev.bin", "report/dev.bin"):  # refused before training: every model is scored with these
-        training_shares(data, TokenShard(Path(data) / name))
     pairs, tasks = config.pairs or [], config.finetune
     if recipe.corpus == "toy":
         pairs, tasks = [str(out / "corpus" / "pairs")], str(out / "corpus" / "tasks")
@@ -699,6 +719,7 @@ def main(argv=None):
             check_results(context)
         context = dataclasses.replace(context, recipe=chosen)
         check_models(context, seeds)
+        check_scored_data(context)
         print_costs(context, seeds)
         if config.dry_run:
             return 0

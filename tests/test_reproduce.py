@@ -281,7 +281,7 @@ def test_scores_of_other_pairs_are_not_reported(recipe, given_text, tmp_path, ca
     "options, message",
     [
         ({"teacher_weights": [1]}, "1 given for 2 teachers"),
-        ({"teacher_weights": [-1, 1]}, "none below 0"),
+        ({"teacher_weights": [-1, 1]}, "weights of 0 or more"),
         ({"sequence_length": 300}, "sequence-length 300"),
         ({"batch_size": 10**6}, "fewer than one batch"),
         ({"cache_teachers": "gpu"}, "training is on cpu"),
@@ -302,6 +302,15 @@ def test_what_a_later_model_cannot_do_is_told_before_the_first_is_trained(
     assert run("--recipe", path, "--data", data, "--out", tmp_path / "out") == 1
     assert re.search(f"error: student: .*{message}", capsys.readouterr().err)
     assert not trained(tmp_path / "out")
+
+
+def test_pairs_that_cannot_be_scored_are_told_before_training(recipe, given_text, tmp_path, capsys):
+    arguments = ["--recipe", recipe(), "--out", tmp_path / "out", *given_text]
+    pair = {"sentence_good": "the cat " * 300, "sentence_bad": "cat the"}
+    write_file(tmp_path / "pairs/a.jsonl", json.dumps(pair))
+    assert run(*arguments, "--pairs", tmp_path / "pairs") == 1
+    assert "tokens is longer than the context of" in capsys.readouterr().err
+    assert not trained(tmp_path)
 
 
 def test_halves_share_no_line_and_are_alike_in_words(tmp_path):
