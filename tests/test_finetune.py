@@ -486,7 +486,7 @@ def test_results_of_other_runs_are_refused_before_anything_is_trained(
 def test_a_finished_run_removes_its_own_files_alone(folder, checkpoints, tmp_path, monkeypatch):
     arguments = [checkpoints["llama"], "--tasks", folder, "--only", "single", "--out", tmp_path]
     with monkeypatch.context() as patched:  # a kill right after the result was written
-        patched.setattr(finetune, "clean", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patched.setattr(finetune, "remove_checkpoints", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert finetuned(*arguments) == 130
     run = tmp_path / "llama" / "single" / "seed-0"
     (run / "notes.txt").write_text("years of work")
