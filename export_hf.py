@@ -67,12 +67,16 @@ SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}  #
 # Text that a lossy tokenizer would change: runs of blanks, a tab, a ligature, a no-break space.
 PROBE = "a  b\n\n\tﬁ ½\u00a0e\u0301 "
 CARD_OPTIONS = (
-    *("epochs", "steps", "batch_size", "sequence_length", "random_offset", "seed", "init"),
+    *("epochs", "steps", "batch_size", "sequence_length", "random_offset", "seed"),
     *("optimizer", "learning_rate", "schedule", "min_lr_ratio", "warmup_steps", "beta2", "clip"),
     *("weight_decay", "no_decay", "dropout", "label_smoothing", "precision", "patience"),
     *("alpha", "temperature", "kl_reduction", "teacher_weights"),
 )
-PROGRESS = {"step": "steps", "words": "words seen", "dev_cross_entropy": "last dev cross-entropy (nats)"}
+PROGRESS = {
+    "step": "steps taken",
+    "words": "words seen",
+    "dev_cross_entropy": "last dev cross-entropy (nats)",
+}
 CLASSIFIER_SCORES = ("accuracy", "f1", "mcc")  # on its valid file
 CARD_SCORES = ("cross_entropy", "perplexity_per_word", "bits_per_byte")  # of evaluate.py --json
 EXAMPLES = {
@@ -254,25 +258,23 @@ def plain(value):
 def card_facts(checkpoint, model):
     """Returns {fact: value} of what a checkpoint knows of its origin and recipe."""
     config, progress = checkpoint["config"], checkpoint["progress"]
-    digests = {name: config[name][:12] for name in ("train_shard", "init_digest") if config.get(name)}
     facts = {
         "model": f"{checkpoint['model']['name']}, {count_parameters(model):,} parameters",
         "teachers": ", ".join(f"{t['name']} ({t['digest'][:12]})" for t in checkpoint["teachers"]),
+        "initialised from": Path(config.get("init") or "").parent.name,
         "vocabulary": f"{model.config.vocab_size:,} pieces of SentencePiece BPE, "
         f"identity {checkpoint['tokenizer']['identity'][:12]}",
-        "training text": digests.get("train_shard"),
+        "training text": config.get("train_shard", "")[:12],
         "cleaning": cleaning_of(config),
-        "initialised from": digests.get("init_digest"),
         "task": config.get("task"),
         "classes": ", ".join(config.get("classes", ())),
         "text": " and then ".join(map(str, config.get("form", ()))),
         "commit": checkpoint.get("commit"),
     }
-    for name in ("step", "words", "dev_cross_entropy", *(CLASSIFIER_SCORES if config.get("classes") else ())):
+    for name in (*PROGRESS, *(CLASSIFIER_SCORES if is_classifier(checkpoint) else ())):
         value = progress.get(name)
-        facts[PROGRESS.get(name, name)] = (
-            f"{value:.4f}" if isinstance(value, float) else value and f"{value:,}"
-        )
+        shown = f"{value:.4f}" if isinstance(value, float) else value and f"{value:,}"
+        facts[PROGRESS.get(name, name)] = shown
     recipe = {name.replace("_", " "): config.get(name) for name in CARD_OPTIONS}
     if recipe["learning rate"] is not None:  # it was trained here
         recipe["dropout"] = getattr(model.config, "dropout", None)
@@ -319,9 +321,9 @@ def model_card(checkpoint, model, folder, metadata, scores, start_token, positio
         notes.append(
             f"It has {positions} positions, and was trained on {config['sequence_length']} tokens at a time. "
             f"Give programs that ask for 512 by default `--sequence_length {positions}`."
-            + f" Beyond {own} positions nothing was trained."
-            * (positions > own)
         )
+    if positions > own:
+        notes.append(f"Beyond {own} positions nothing was trained.")
     if start_token == "newline":
         notes.append(
             "Special tokens never occurred in training. In this export, the input embeddings of those that "
@@ -436,6 +438,8 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
         | {HF_FIELDS[architecture]["max_position_embeddings"]: positions},
     }
     facts = score_facts(scores, checkpoint["digest"]) if scores else {}
+    if config.get("init_digest") and not (metadata or {}).get("base_model"):
+        log(f"{path} was trained from another model: --base-model names it in the card")
     card = model_card(checkpoint, model, out.name, metadata or {}, facts, start_token, positions)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, or delete it")

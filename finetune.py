@@ -491,6 +491,8 @@ def main(argv=None):
     if options.json and Path(options.json).is_dir():
         raise UserError(f"--json {options.json} is a folder: give the name of a file")
     chosen = tasks.read_tasks(Path(options.tasks), options.only)
+    if unread := tasks.unread_files(Path(options.tasks)):
+        warn(f"{options.tasks}: not read: {', '.join(unread)}")
     for task in chosen:
         if task.unused_fields:
             warn(f"{task.name}: these fields are not part of the text: {', '.join(task.unused_fields)}")

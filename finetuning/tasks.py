@@ -224,6 +224,14 @@ def read_tasks(folder, names=None):
     ]
 
 
+def unread_files(folder):
+    """Returns the names of the folder's files that are no part of a task, in order."""
+    endings = (*TRAIN_ENDINGS, *VALID_ENDINGS)
+    return sorted(
+        p.name for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(endings)
+    )
+
+
 def _list_files(folder, endings):
     """Returns {name: path}, by name, of the folder's files with one of these endings."""
     paths = {}

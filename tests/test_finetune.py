@@ -205,11 +205,14 @@ def test_fields_become_texts_as_in_the_pipelines(tmp_path, fields, texts):
     assert task.unused_fields == []
 
 
-def test_fields_that_are_no_part_of_the_text_are_named(tmp_path, checkpoints, capsys):
+def test_fields_and_files_that_are_not_used_are_named(tmp_path, checkpoints, capsys):
     entries = [entry | {"word": "river", "idx": 3} for entry in drawn(20, 1)]
     write_task(tmp_path / "in", "wic", entries, entries)
+    (tmp_path / "in" / "wic.TRAIN.jsonl.gz").touch()
     assert finetuned(checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path / "out") == 0
-    assert "wic: these fields are not part of the text: word\n" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "wic: these fields are not part of the text: word\n" in error
+    assert "not read: wic.TRAIN.jsonl.gz\n" in error
 
 
 def test_classes_are_the_train_files_in_order(tmp_path):
