@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch._dynamo
 
 from training.io import (
     PAGE_BYTES,
@@ -149,3 +151,34 @@ def test_a_header_of_any_length_is_read_back(length):
     version, size, digest = unpack_first_line(header[:start], "babyllama-shard")
     assert (version, size, digest) == (1, len(header), sha256(header[start:]))
     assert header[start:].strip() == content and size % PAGE_BYTES == 0
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--micro-batch-size auto"),
+        (
+            torch._dynamo.exc.TorchDynamoException("No compiler\n\nSet X"),
+            "No compiler: give --no-compile",
+        ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"),
+            "another process of",
+        ),
+    ],
+)
+def test_errors_of_torch_that_are_no_bugs_become_one_line(capsys, error, message):
+    def main():
+        raise error
+
+    assert run_program(main) == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_a_bug_shows_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_program(main)

@@ -44,13 +44,23 @@ def run_program(main):
     except MemoryError as error:
         reason = f"out of memory: {error or 'free some, or use a machine with more'}"
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if not (reason := _torch_problem(error)):
             raise
-        if rank_prefix:  # another rank has ended, and has said why
+        if "gloo" in str(error) and rank_prefix:  # another rank has ended, and has said why
             return 1
-        reason = "another process of this run has ended"
     print(f"error: {rank_prefix}{printable(str(reason))}", file=sys.stderr)
     return 1
+
+
+def _torch_problem(error):
+    """What an error of torch means to the user, or None: then it is a bug."""
+    first_line = str(error).strip().partition("\n")[0]
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{first_line} Training needs less with --micro-batch-size auto"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        remedy = "give --no-compile, or delete torch's cache (/tmp/torchinductor_USER) if a kill damaged it"
+        return f"torch.compile: {first_line}: {remedy}"
+    return "another process of this run has ended" if "gloo" in str(error) else None
 
 
 def _discard_output():
