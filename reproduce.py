@@ -273,7 +273,7 @@ class ExperimentContext:
 
     @functools.cached_property
     def finetuning(self):
-        """What fine-tuning depends on besides the model: the tasks' files and the options."""
+        """The files of the tasks and the options of finetune.py, on which fine-tuned scores depend."""
         options = self.recipe.finetune
         tasks = read_tasks(Path(self.tasks), options.get("only"))
         return {"files": {task.name: task.digests for task in tasks}, "options": options}
@@ -384,7 +384,7 @@ def check_scoring(context, path, result):
 
 
 def is_done(context, path, settings):
-    """Whether a file holds a result with all scores that are asked for.
+    """True if a file holds a result with all scores that are asked for.
 
     Raises `UserError` if it is another model's.
     """

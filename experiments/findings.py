@@ -214,7 +214,7 @@ def finetuned_scores(study):
 
 
 def has_enough_seeds(difference, least_seeds):
-    """Whether a `Difference` has the seeds that a verdict needs, and at least two."""
+    """True if a `Difference` has the seeds that a verdict needs: two at least."""
     return len(difference.per_seed) >= max(least_seeds, 2)
 
 

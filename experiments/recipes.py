@@ -382,7 +382,7 @@ def _merged_table(name, tables):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the training of a model takes."""
+    """The resources that the training of a model takes."""
 
     parameters: int
     epochs: float

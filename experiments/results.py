@@ -73,7 +73,7 @@ STUDY = {
 
 
 def has_form(value, form):
-    """Whether a JSON value has a form; `float` is any finite number."""
+    """True if a JSON value has a form; `float` is any finite number."""
     if isinstance(form, tuple):
         return any(has_form(value, alternative) for alternative in form)
     if isinstance(form, list):
@@ -104,7 +104,7 @@ def read_object(path, form=dict):
 
 
 def is_file_name(text):
-    """Whether a text can name a file or folder, and is no option of a command."""
+    """True if a text can name a file or folder, and is no option of a command."""
     is_short = 0 < len(text.encode("utf-8", "replace")) < 200
     return (
         is_short and text == printable(text) and "/" not in text and text.strip(" ")[:1] not in (".", "-", "")

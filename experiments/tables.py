@@ -103,7 +103,7 @@ def result_rows(study):
 
 
 def any_scaled(study):
-    """Whether some model was scored at a fitted temperature."""
+    """True if some model was scored at a fitted temperature."""
     return any("temperature_scaled" in result["report"] for result in study.every_result())
 
 

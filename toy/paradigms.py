@@ -55,12 +55,12 @@ def determiner(grammar, adjective):
     """A demonstrative and its noun, which never meet in the text; an adjective may be between."""
     many, subject = grammar.chance(0.5), grammar.name()
     chosen = grammar.random.choice(("these", "those") if many else ("this", "that"))
-    found = grammar.noun("thing", many, chosen, adjective=float(adjective))
-    verb = grammar.verb(HANDLING, subject, found)
-    if verb is None or not held_out(chosen, *found.lemmas):
+    thing = grammar.noun("thing", many, chosen, adjective=float(adjective))
+    verb = grammar.verb(HANDLING, subject, thing)
+    if verb is None or not held_out(chosen, *thing.lemmas):
         return None
-    words = f"{subject.words} {with_s(verb)} {found.words}"
-    wrong = found.lemmas[0] if many else plural(*found.lemmas)
+    words = f"{subject.words} {with_s(verb)} {thing.words}"
+    wrong = thing.lemmas[0] if many else plural(*thing.lemmas)
     return f"{words}.", f"{words.rsplit(' ', 1)[0]} {wrong}."
 
 
