@@ -17,10 +17,7 @@ from benchmarks import measurement, suite, workers
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted({command for phases in suite.SUITES.values() for command in phases.values()})
-PROGRAMS = sorted(
-    {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")}
-    - {"measurement", "reference", "steps", "workers"}
-)
+PROGRAMS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text())
 
 # Prints the id of a child that would outlive it, writes two results and the half of one, and hangs.
 HANGS = """
