@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import random
@@ -17,7 +16,7 @@ import train
 from benchmarks.reference import hugging_face_class_logits
 from conftest import interrupt_after, save_model, step_of, write_text
 from finetuning import classifier, tasks
-from finetuning.tasks import Settings, confusion, encode_examples, read_tasks, scores
+from finetuning.tasks import confusion, encode_examples, read_tasks, scores
 from generate import main as generate_main
 from gpt2 import GPT2Config
 from llama import LlamaConfig
@@ -601,36 +600,3 @@ def test_wrong_usage_exits_with_2(option, value):
     with pytest.raises(SystemExit) as stop:
         finetune.main(["best.pt", "--tasks", "x", option, value])
     assert stop.value.code == 2
-
-
-def test_each_option_of_the_settings_has_an_effect():
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    config = {field.name for field in dataclasses.fields(finetune.FinetuneConfig)}
-    assert fields - config == {"max_length", "warmup"}  # sequence_length, warmup_steps
-
-
-def test_a_schedule_may_be_a_line():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    theirs = transformers.get_linear_schedule_with_warmup(optimizer, 3, 40)
-    for step in range(40):
-        ours = train.learning_rate(step, 40, 2.0, 3, schedule="linear")
-        assert ours == pytest.approx(theirs.get_last_lr()[0])
-        optimizer.step()
-        theirs.step()
-
-
-def test_patience_is_an_option_of_train_too(data_folder, tmp_path, capsys):
-    arguments = ["--model", "llama-tiny-student", "--data", str(data_folder), "--device", "cpu"]
-    arguments += ["--steps", "60", "--batch-size", "4", "--sequence-length", "16"]
-    arguments += ["--learning-rate", "0", "--eval-every", "1", "--patience", "3"]
-    arguments += ["--out", str(tmp_path / "r")]
-    assert train.main(arguments) == 0
-    progress = read_checkpoint(tmp_path / "r" / "checkpoint.pt")["progress"]
-    assert (progress["step"], progress["best_step"]) == (4, 1)
-    capsys.readouterr()
-    assert train.main(arguments) == 0
-    assert "is finished at 4 steps" in capsys.readouterr().out
-    elsewhere = [*arguments[:-1], str(tmp_path / "n")]
-    elsewhere += ["--resume", str(tmp_path / "r" / "checkpoint.pt")]
-    assert run_program(lambda: train.main(elsewhere)) == 1
-    assert "is of a finished run" in capsys.readouterr().err
