@@ -87,7 +87,7 @@ def _check_types(checkpoint):
     """Raises TypeError, or another error for a missing field, unless all fields have their types."""
     config, progress, pieces = (checkpoint[key] for key in ("config", "progress", "tokenizer"))
     texts = [checkpoint["model"]["name"], checkpoint["tokenizer"]["identity"]]
-    texts += [*checkpoint["weights"], *config, config.get("train_shard", "")]
+    texts += [*checkpoint["weights"], *config, config.get("train_shard", ""), config.get("init") or ""]
     texts += [teacher[key] for teacher in checkpoint["teachers"] for key in ("name", "digest")]
     length, training = config["sequence_length"], checkpoint["training"]
     counts = [progress[key] for key in ("step", "steps", "best_step")] if training else []
