@@ -45,7 +45,7 @@ def report_blocks(study, command):
     blocks = [("heading", f"Recipe {study.name}, {num_seeds} seed{'s' * (num_seeds > 1)}")]
     blocks += [("text", line) for line in (study.about, *caveats(study)) if line]
     blocks.append(("table", tables.conclusion_rows(study)))
-    blocks.append(("picture", ("overview", "The models side by side", plots.overview(study))))
+    blocks.append(("picture", ("differences", "Cross-entropy minus the control's", plots.differences(study))))
     blocks.append(("table", tables.result_rows(study)))
     blocks += [("text", explanation(study)), ("text", provenance(study, command))]
     blocks += section("Differences", tables.difference_rows(study), DIFFERENCES)

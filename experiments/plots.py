@@ -3,11 +3,9 @@
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
-from typing import NamedTuple
 
-from experiments.findings import cross_entropy_of, pair_folders
-from experiments.tables import mean_and_deviation, with_minus
+from experiments.findings import verdict_of
+from experiments.tables import with_minus
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito); the student and its control
 # have one each, the others take what is left in order.
@@ -59,100 +57,76 @@ def model_order(study):
     return [name for name in study.models if name not in last] + last
 
 
-# ---- overview
+# ---- differences to the control
 
 
-class Measure(NamedTuple):
-    """A panel of the overview; `value(result)` is the number, `sign` is 1 if higher is better."""
-
-    label: str
-    value: Callable[[dict], float]
-    sign: int
-    digits: int
-    unit: str
-
-
-def measures(study):
-    """Cross-entropy, and the accuracy on the first folder of minimal pairs, the mean over its files."""
-    label = "test cross-entropy\n(nats per token, lower is better)"
-    panels = [Measure(label, cross_entropy_of, -1, 3, "nats")]
-    for folder in pair_folders(study)[:1]:
-
-        def accuracy(result, folder=folder):
-            return 100 * result["report"]["pairs"][folder]["accuracy_over_files"]
-
-        label = f"minimal pairs judged right, {folder}\n(%, mean over files, higher is better)"
-        panels.append(Measure(label, accuracy, 1, 1, "points"))
-    return panels
+def differences(study):
+    """The picture of each model's cross-entropy minus the control's. None without one to compare."""
+    names = [name for name, baseline in study.comparisons if baseline == study.control]
+    others = [name for name in study.models if name in names and name not in study.students]
+    rows = others + [name for name in study.students if name in names]
+    if not rows:
+        return None
+    height = 1.9 + 0.42 * len(rows)
+    return picture(8.5, height, lambda figure: paint_differences(figure, study, rows))
 
 
-def overview(study):
-    """The picture of all models by each of the `measures`."""
-    panels, names = measures(study), model_order(study)
-    width, height = 5.6 + 3.9 * (len(panels) - 1), 1.5 + 0.45 * (len(names) + 1)
-    return picture(width, height, lambda figure: paint_overview(figure, study, names))
+def paint_differences(figure, study, names):
+    """Draws a row for each model: its mean difference to the control with a 95 % interval.
 
-
-def paint_overview(figure, study, names):
-    """Draws a panel for each of the `measures`, side by side, with the same rows."""
-    shown = measures(study)
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    heights = [float(i) for i in range(len(names))]
-    if study.student and study.control:
-        heights[-1] += 0.5  # room for the arrow between the last two rows
-    for axes, measure in zip(panels, shown):
-        paint_measure(axes, study, dict(zip(names, heights)), measure)
-    panels[0].set_yticks(heights, [study.models[name] for name in names])
-    if len(study.seeds) > 1:
-        legend = f"large dot: mean of {len(study.seeds)} seeds    bar: ± one standard deviation"
-        legend += "    small dots: single seeds"
-        figure.supxlabel(legend, fontsize=8.5, color="#666666")
-
-
-def paint_measure(axes, study, rows, measure):
-    """Draws one panel of the overview: a row for each model, an arrow from control to student."""
-    means, colour = {}, colours(study)
-    for name, height in rows.items():
-        values = [measure.value(result) for result in study.results(name)]
-        means[name] = statistics.fmean(values)
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        style = {"fmt": "o", "markersize": 8, "capsize": 4, "elinewidth": 1.8}
-        axes.errorbar(means[name], height, xerr=deviation, color=colour[name], **style)
-        if len(values) > 1:
-            beside = 0.27 if name == study.student else -0.27  # on the side away from the arrow
-            axes.scatter(values, [height + beside] * len(values), s=11, color=colour[name])
-    axes.set_xlabel(measure.label)
-    axes.set_ylim(max(rows.values()) + 0.6, -0.6)  # the first row is on top
-    axes.margins(x=0.12)
+    The axis shows the students. A model that is farther from the control is an arrow with a number.
+    """
+    axes, ends = figure.subplots(), {}
+    for name in names:
+        difference = study.difference(name, study.control)
+        ends[name] = (difference.mean, *(difference.over_seeds or difference.over_text))
+    shown = [end for name in names if name in study.students for end in ends[name]] + [0.0]
+    margin = 0.35 * (max(shown) - min(shown)) or 0.01
+    low, high = min(shown) - margin, max(shown) + margin
+    for height, name in enumerate(names):
+        mean, start, stop = ends[name]
+        is_student = name in study.students
+        colour = STUDENT if is_student else "#777777"
+        if not low < mean < high:
+            edge, inside = (high, high - margin / 2) if mean > 0 else (low, low + margin / 2)
+            arrow = {"arrowstyle": "-|>", "color": colour}
+            axes.annotate("", (edge, height), (inside, height), arrowprops=arrow)
+            side = "right" if mean > 0 else "left"
+            axes.text(inside, height, f"{with_minus(f'{mean:+.3f}')} ", color=colour, ha=side, va="center")
+            continue
+        holds = verdict_of(study, name, study.control) == "HOLDS"
+        axes.plot([start, stop], [height, height], color=colour, linewidth=2.2)
+        style = {"markersize": 9, "markeredgewidth": 2, "markeredgecolor": colour}
+        fill = colour if holds else "white"
+        axes.plot([mean], [height], "o" if is_student else "D", markerfacecolor=fill, **style)
+        label = with_minus(f"{mean:+.3f}")
+        axes.annotate(label, (mean, height), (0, 8), textcoords="offset points", ha="center", color=colour)
+    axes.axvline(0, color=CONTROL, linewidth=2)
+    axes.text(0, -0.75, " the control", color=CONTROL, va="center")
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(names) - 0.5, -1.1)  # the first row is on top
+    axes.set_yticks(range(len(names)), [labelled(study, name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    if study.student in means and study.control in means:
-        pairs = [map(measure.value, pair) for pair in study.paired_results(study.student, study.control)]
-        gains = [student - control for student, control in pairs]
-        wins = sum(measure.sign * gain > 0 for gain in gains)
-        axes.set_title(f"student better than control in {wins} of {len(gains)} seed{'s' * (len(gains) > 1)}")
-        label = f"{with_minus(mean_and_deviation(gains, measure.digits, sign='+'))} {measure.unit}"
-        start, end = ((means[name], rows[name]) for name in (study.control, study.student))
-        paint_arrow(axes, start, end, label)
+    axes.set_xlabel("cross-entropy on test text minus the control's (nats per token; left is better)")
+    figure.supxlabel(explanation(study), fontsize=8.5, color="#555555", x=0.01, ha="left")
 
 
-def paint_arrow(axes, start, end, label):
-    """Draws an arrow with a label between the rows of two (value, height)."""
-    between = (start[1] + end[1]) / 2 + 0.08
-    for value, height in (start, end):
-        axes.plot([value, value], [height, between], ":", color="#888888", linewidth=1.2, zorder=1)
-    arrow = {"arrowstyle": "-|>", "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0}
-    arrow |= {"color": "#222222", "linewidth": 1.6}
-    axes.annotate("", (end[0], between), (start[0], between), arrowprops=arrow)
-    middle, box = (start[0] + end[0]) / 2, {"boxstyle": "square,pad=0", "facecolor": "white"}
-    axes.annotate(
-        label,
-        (middle, between),
-        (0, 7),
-        textcoords="offset points",
-        ha="center",
-        bbox=box | {"edgecolor": "none"},
-    )
+def labelled(study, name):
+    """A model's title with its number of parameters."""
+    millions = study.results(name)[0]["report"].get("parameters", 0) / 1e6
+    return f"{study.models[name]} ({millions:.2g}M)" if millions else study.models[name]
+
+
+def explanation(study):
+    """What the marks of `paint_differences` mean."""
+    count = len(study.seeds)
+    interval = f"Mean of {count} seeds, 95 % interval over seeds" if count > 1 else "95 % interval over text"
+    text = f"{interval}. Filled: passes the test of the report's rules. Open: does not."
+    if study.control_gain:
+        gain = f"{study.control_gain:.3f}"
+        text += f"\nStudents: {gain} are taken off, because another tuning of the control gained as much."
+    return text
 
 
 # ---- curves

@@ -134,7 +134,7 @@ def one_seed(study):
 def test_the_report_begins_with_the_verdicts_and_shows_the_curves(study, figure):
     text, screen = write(study)
     assert text.startswith("# Recipe demo, 2 seeds\n\nAbout.\n\n| conclusion | test CE | verdict |")
-    for name in ("overview", "curves", "training", f"fields-{FOLDER}"):
+    for name in ("differences", "curves", "training", f"fields-{FOLDER}"):
         assert f"({name}.png)" in text
         assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Report: python x.py, commit " in text
@@ -338,26 +338,24 @@ def test_the_verdict_follows_the_rules(per_seed, over_seeds, over_text, expected
     assert verdict(Difference(per_seed, mean, over_seeds, over_text)) == expected
 
 
-def test_the_arrow_goes_from_the_controls_mean_to_the_students_and_says_how_far(study, figure):
-    names = plots.model_order(study)
-    assert names[-2:] == ["control", "student"]
-    plots.paint_overview(figure, study, names)
-    labels = ("\N{MINUS SIGN}0.160 ± 0.014 nats", "+1.0 ± 2.8 points")
-    for axes, label, ends in zip(figure.axes, labels, ((1.71, 1.55), (64.5, 65.5))):
-        arrow = next(text for text in axes.texts if text.arrow_patch)
-        assert (arrow.xyann[0], arrow.xy[0]) == pytest.approx(ends)
-        assert label in [text.get_text() for text in axes.texts]
-    assert [axes.get_title() for axes in figure.axes] == [
-        "student better than control in 2 of 2 seeds",
-        "student better than control in 1 of 2 seeds",
-    ]
-    low, high = figure.axes[0].get_xlim()
-    assert 1.3 < low < 1.4 and 1.72 < high < 1.85
+def test_the_first_picture_shows_the_differences_to_the_control_that_the_tables_have(study, figure):
+    names = [name for name, baseline in study.comparisons if baseline == study.control]
+    plots.paint_differences(figure, study, names)
+    (axes,) = figure.axes
+    texts = [text.get_text().strip() for text in axes.texts]
+    for name in names:
+        expected = f"{study.difference(name, study.control).mean:+.3f}".replace("-", "\N{MINUS SIGN}")
+        assert expected in texts, name
+    low, high = axes.get_xlim()
+    assert low < study.difference("student", study.control).mean < 0 < high
+
+
+def test_a_study_without_a_control_has_no_first_picture(study):
+    assert plots.differences(dataclasses.replace(study, control=None)) is None
 
 
 def test_pairs_are_left_out_where_some_model_has_none(study):
     study.seeds[1]["student"]["report"]["pairs"] = {}
-    assert [m.unit for m in plots.measures(study)] == ["nats"]
     assert FOLDER not in write(study)[0]
 
 
