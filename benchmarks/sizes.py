@@ -4,8 +4,8 @@
 
 Memory is the estimate below, for bf16 and compiled layers. Hours are the arithmetic of all steps of
 the preset's recipe on ten million words, at 40 % of the data sheet's speed (165 TFLOP/s for a card of
-24 GB, an RTX 4090, and 989 for one of 141 GB, an H200). Both are those of the preset alone: a
-student's teachers come on top.
+24 GB, an RTX 4090, and 989 for one of 141 GB, an H200). The last rows are the paper's student with
+its teachers, which run in every step, or once for each chunk (--cache-teachers).
 """
 
 import argparse
@@ -26,6 +26,7 @@ LENGTH = 128
 DATA_SHEET_SHARE = 0.4
 CARDS = {24: 165e12, 141: 989e12}  # {gigabytes: operations per second in bf16}
 LEAST_PARAMETERS = 10_000_000  # smaller models are for a CPU
+STUDENT, TEACHERS = "llama-58m", ("gpt2-705m", "llama-360m")
 # Of what eager layers keep for the backward pass, AOTAutograd's partition of llama-58m, llama-360m
 # and gpt2-705m keeps 0.71, 0.71 and 0.69: it recomputes what costs no matrix product.
 COMPILED_SHARE = 0.7
@@ -89,6 +90,23 @@ def estimate(objective, length):
     return Memory(state + max(2 * one - two, 0) + loss, round(COMPILED_SHARE * (two - one)))
 
 
+def preset_row(name, memory, flops):
+    """A row of the table: memory and hours of a run that trains a preset with that many FLOPs."""
+    parameters = sum(p.numel() for p in build(PRESETS[name].config).parameters())
+    batch_size = PRESETS[name].hyperparameters.batch_size
+    row = [name, f"{16 * parameters / GIB:.1f}", f"{memory.of(batch_size) / GIB:.1f} ({batch_size})"]
+    for size, speed in CARDS.items():
+        sequences = memory.sequences(batch_size, size * 10**9)
+        row += [str(sequences or "none"), f"{flops / (DATA_SHEET_SHARE * speed) / 3600:.2f}"]
+    return row
+
+
+def training_flops(name):
+    """The FLOPs of all steps of a preset's recipe on ten million words."""
+    preset = PRESETS[name]
+    return flops_per_token(preset.config, LENGTH, training=True) * TOKENS * preset.hyperparameters.epochs
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,18 +114,19 @@ def main(argv=None):
     parser.parse_args(argv)
     heading = ["preset", "GiB of state", "GiB with its whole batch"]
     rows = [heading + [f"{text}, {size} GB" for size in CARDS for text in ("micro-batch", "hours")]]
+    memories, parameters = {}, {}
     for name, preset in PRESETS.items():
-        model, batch_size = build(preset.config), preset.hyperparameters.batch_size
-        parameters = sum(p.numel() for p in model.parameters())
-        if parameters < LEAST_PARAMETERS:
-            continue
-        memory = estimate(CrossEntropyObjective(model), LENGTH)
-        row = [name, f"{16 * parameters / GIB:.1f}", f"{memory.of(batch_size) / GIB:.1f} ({batch_size})"]
-        flops = flops_per_token(preset.config, LENGTH, training=True) * TOKENS * preset.hyperparameters.epochs
-        for size, speed in CARDS.items():
-            sequences = memory.sequences(batch_size, size * 10**9)
-            row += [str(sequences or "none"), f"{flops / (DATA_SHEET_SHARE * speed) / 3600:.2f}"]
-        rows.append(row)
+        model = build(preset.config)
+        parameters[name] = sum(p.numel() for p in model.parameters())
+        if parameters[name] >= LEAST_PARAMETERS:
+            memories[name] = estimate(CrossEntropyObjective(model), LENGTH)
+            rows.append(preset_row(name, memories[name], training_flops(name)))
+    epoch_flops = sum(flops_per_token(PRESETS[t].config, LENGTH, training=False) for t in TEACHERS) * TOKENS
+    teacher_bytes = sum(2 * parameters[t] for t in TEACHERS)  # their layers are kept in bf16
+    with_teachers = dataclasses.replace(memories[STUDENT], fixed=memories[STUDENT].fixed + teacher_bytes)
+    for label, epochs in (("teachers in each step", PRESETS[STUDENT].hyperparameters.epochs), ("cached", 1)):
+        row = preset_row(STUDENT, with_teachers, training_flops(STUDENT) + epochs * epoch_flops)
+        rows.append([f"{STUDENT} distilled, {label}", *row[1:]])
     print_table(rows)
 
 
