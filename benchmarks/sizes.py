@@ -57,7 +57,7 @@ def activation_bytes(model, sequences, length):
     The pass is traced with fake tensors, which have no memory. Weights do not count, but their
     copies in bfloat16 do.
     """
-    mode, kept = FakeTensorMode(), {}
+    mode, saved = FakeTensorMode(), {}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     fakes = {name: mode.from_tensor(tensor.detach()) for name, tensor in tensors}
     for name, parameter in model.named_parameters():
@@ -65,7 +65,7 @@ def activation_bytes(model, sequences, length):
     own = {fake.untyped_storage()._cdata for fake in fakes.values()}
 
     def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     training = model.training
@@ -75,7 +75,7 @@ def activation_bytes(model, sequences, length):
         tokens = torch.zeros(sequences, length, dtype=torch.int64)
         torch.func.functional_call(model, fakes, (tokens,))
     model.train(training)
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in own)
 
 
 def estimate(objective, length):
@@ -90,17 +90,6 @@ def estimate(objective, length):
     return Memory(state + max(2 * one - two, 0) + loss, round(COMPILED_SHARE * (two - one)))
 
 
-def preset_row(name, memory, flops):
-    """A row of the table: memory and hours of a run that trains a preset with that many FLOPs."""
-    parameters = sum(p.numel() for p in build(PRESETS[name].config).parameters())
-    batch_size = PRESETS[name].hyperparameters.batch_size
-    row = [name, f"{16 * parameters / GIB:.1f}", f"{memory.of(batch_size) / GIB:.1f} ({batch_size})"]
-    for size, speed in CARDS.items():
-        sequences = memory.sequences(batch_size, size * 10**9)
-        row += [str(sequences or "none"), f"{flops / (DATA_SHEET_SHARE * speed) / 3600:.2f}"]
-    return row
-
-
 def training_flops(name):
     """The FLOPs of all steps of a preset's recipe on ten million words."""
     preset = PRESETS[name]
@@ -112,21 +101,29 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)
-    heading = ["preset", "GiB of state", "GiB with its whole batch"]
-    rows = [heading + [f"{text}, {size} GB" for size in CARDS for text in ("micro-batch", "hours")]]
-    memories, parameters = {}, {}
+    sizes, runs = {}, []  # runs: a label, the preset that is trained, its memory and FLOPs
     for name, preset in PRESETS.items():
         model = build(preset.config)
-        parameters[name] = sum(p.numel() for p in model.parameters())
-        if parameters[name] >= LEAST_PARAMETERS:
-            memories[name] = estimate(CrossEntropyObjective(model), LENGTH)
-            rows.append(preset_row(name, memories[name], training_flops(name)))
-    epoch_flops = sum(flops_per_token(PRESETS[t].config, LENGTH, training=False) for t in TEACHERS) * TOKENS
-    teacher_bytes = sum(2 * parameters[t] for t in TEACHERS)  # their layers are kept in bf16
-    with_teachers = dataclasses.replace(memories[STUDENT], fixed=memories[STUDENT].fixed + teacher_bytes)
-    for label, epochs in (("teachers in each step", PRESETS[STUDENT].hyperparameters.epochs), ("cached", 1)):
-        row = preset_row(STUDENT, with_teachers, training_flops(STUDENT) + epochs * epoch_flops)
-        rows.append([f"{STUDENT} distilled, {label}", *row[1:]])
+        sizes[name] = sum(p.numel() for p in model.parameters())
+        if sizes[name] >= LEAST_PARAMETERS:
+            memory = estimate(CrossEntropyObjective(model), LENGTH)
+            runs.append((name, name, memory, training_flops(name)))
+    teaching = TOKENS * sum(flops_per_token(PRESETS[t].config, LENGTH, training=False) for t in TEACHERS)
+    memory = next(memory for name, _, memory, _ in runs if name == STUDENT)
+    memory = dataclasses.replace(memory, fixed=memory.fixed + sum(2 * sizes[t] for t in TEACHERS))  # in bf16
+    epochs = PRESETS[STUDENT].hyperparameters.epochs
+    for label, times in (("teachers in each step", epochs), ("cached", 1)):
+        flops = training_flops(STUDENT) + times * teaching
+        runs.append((f"{STUDENT} distilled, {label}", STUDENT, memory, flops))
+    heading = ["preset", "GiB of state", "GiB with its whole batch"]
+    rows = [heading + [f"{text}, {size} GB" for size in CARDS for text in ("micro-batch", "hours")]]
+    for label, name, memory, flops in runs:
+        batch_size = PRESETS[name].hyperparameters.batch_size
+        row = [label, f"{16 * sizes[name] / GIB:.1f}", f"{memory.of(batch_size) / GIB:.1f} ({batch_size})"]
+        for size, speed in CARDS.items():
+            sequences = memory.sequences(batch_size, size * 10**9)
+            row += [str(sequences or "none"), f"{flops / (DATA_SHEET_SHARE * speed) / 3600:.2f}"]
+        rows.append(row)
     print_table(rows)
 
 

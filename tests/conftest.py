@@ -103,10 +103,10 @@ def comparable(out):
     entries = [e for e in entries if "step" in e]
     for entry in entries:
         entry.pop("tokens_per_second", None)
-    kept = ("weights", "training", "progress", "config")
+    sections = ("weights", "training", "progress", "config")
     free = may_change(DistillConfig)
     options = {key: value for key, value in full["config"].items() if key not in free}
-    parts = [content_digest(full[key]) for key in kept[:3]]
+    parts = [content_digest(full[key]) for key in sections[:3]]
     return options, parts, content_digest(best["weights"]), entries
 
 

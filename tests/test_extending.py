@@ -85,8 +85,8 @@ def test_an_objectives_own_parameters_are_trained_clipped_and_resumed(data_folde
         interrupt_after(patch, 8)
         assert matching_run(data_folder, tmp_path / "cut")[2]["step"] == 8
     matching_run(data_folder, tmp_path / "cut")
-    whole, cut = (state_digest(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
-    assert whole == cut
+    uninterrupted, resumed = (state_digest(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    assert uninterrupted == resumed
     weights = read_checkpoint(tmp_path / "whole" / "checkpoint.pt")["weights"]
     assert not any("projection" in name for name in weights)  # they are the model's alone
 
@@ -219,10 +219,12 @@ def test_any_optimizer_is_resumed_with_the_same_bits(data_folder, tmp_path, monk
     name = build if isinstance(build, str) else "adamw"
     if not isinstance(build, str):
         monkeypatch.setattr(train, "build_optimizer", build)
-    whole, cut = (config_for(data_folder, tmp_path / folder, optimizer=name) for folder in ("whole", "cut"))
-    first = trained(whole)
-    assert stopped(cut, monkeypatch, 8)["step"] == 8
-    assert trained(cut)["dev_cross_entropy"] == first["dev_cross_entropy"]
+    uninterrupted, resumed = (
+        config_for(data_folder, tmp_path / folder, optimizer=name) for folder in ("whole", "cut")
+    )
+    first = trained(uninterrupted)
+    assert stopped(resumed, monkeypatch, 8)["step"] == 8
+    assert trained(resumed)["dev_cross_entropy"] == first["dev_cross_entropy"]
     digests = [state_digest(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "cut")]
     assert digests[0] == digests[1]
 
@@ -304,13 +306,13 @@ def teachers_and_student():
 def test_the_plain_objective_equals_the_fused_one(train_shard, reduction):
     student, teachers = teachers_and_student()
     config = DistillConfig(teachers=[], kl_reduction=reduction, teacher_weights=[1, 3])
-    batch, found = BatchStream(train_shard, 4, 32, seed=0)(0), []
+    batch, results = BatchStream(train_shard, 4, 32, seed=0)(0), []
     for objective_class in (FusedDistillationObjective, DistillationObjective):
         objective = objective_class(student, teachers, config).train()
         terms = objective(objective.prepare(batch))
         gradients = torch.autograd.grad(terms["loss"], list(student.parameters()))
-        found.append(({k: v.detach() for k, v in terms.items()}, gradients))
-    (fused, ours), (plain, theirs) = found
+        results.append(({k: v.detach() for k, v in terms.items()}, gradients))
+    (fused, ours), (plain, theirs) = results
     assert fused.keys() == plain.keys()
     for key in fused:
         torch.testing.assert_close(fused[key], plain[key], rtol=1e-5, atol=1e-7)
@@ -390,8 +392,8 @@ def test_an_evaluation_may_return_more_and_in_any_number(data_folder, tmp_path, 
 
     def with_more(objective, config, stream, evaluate, provenance):
         def more(model, autocast):
-            found = evaluate(model, autocast)["dev_cross_entropy"]
-            return {"dev_cross_entropy": np.float64(found), "perfect": found < 1}
+            cross_entropy = evaluate(model, autocast)["dev_cross_entropy"]
+            return {"dev_cross_entropy": np.float64(cross_entropy), "perfect": cross_entropy < 1}
 
         return original(objective, config, stream, more, provenance)
 
@@ -518,12 +520,12 @@ def test_what_decays_is_an_option(name):
 
 
 def test_clipping_and_beta2_are_options(data_folder, tmp_path):
-    found = []
+    results = []
     for name, more in (("a", {}), ("b", {"clip": 0.0}), ("c", {"beta2": 0.9}), ("d", {})):
         config = config_for(data_folder, tmp_path / name, steps=3, **more)
         trained(config)
-        found.append(state_digest(tmp_path / name / "checkpoint.pt"))
-    assert found[0] == found[3] and len(set(found)) == 3
+        results.append(state_digest(tmp_path / name / "checkpoint.pt"))
+    assert results[0] == results[3] and len(set(results)) == 3
     objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300))
     (optimizer,) = build_optimizer(objective, 0.1, beta2=0.95)
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)

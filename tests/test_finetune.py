@@ -167,8 +167,8 @@ def test_long_texts_are_cut_as_the_exported_tokenizer_does(checkpoints, tokenize
             ours = encode_examples(examples, tokenizer, length)
             columns = [list(column) for column in zip(*texts)]
             assert ours.ids == reader(*columns, truncation=True, max_length=length)["input_ids"]
-            whole = reader(*columns)["input_ids"]
-            assert ours.num_cut == sum(len(ids) > length for ids in whole)
+            joined = reader(*columns)["input_ids"]
+            assert ours.num_cut == sum(len(ids) > length for ids in joined)
 
 
 # ---- tasks
@@ -527,12 +527,12 @@ def test_patience_ends_a_run_and_the_best_score_is_kept(folder, checkpoints, tmp
     assert finetuned(*arguments, "--out", tmp_path, "--patience", 2, "--eval-every", 1) == 0
     run = tmp_path / "llama" / "single" / "seed-0"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    found = [line["score"] for line in lines if "score" in line]
+    scores = [line["score"] for line in lines if "score" in line]
     result = results(tmp_path)["llama/single/seed-0.json"]
-    best = found.index(max(found))
-    assert len(found) == result["steps"] == best + 3 < 24 and result["best_step"] == best + 1
+    best = scores.index(max(scores))
+    assert len(scores) == result["steps"] == best + 3 < 24 and result["best_step"] == best + 1
     progress = read_checkpoint(run / "best.pt")["progress"]
-    assert progress["score"] == max(found) == result["scores"]["single"]["f1"]
+    assert progress["score"] == max(scores) == result["scores"]["single"]["f1"]
 
 
 def test_the_head_of_2025_is_trained_and_stays_here(folder, checkpoints, tmp_path, capsys):

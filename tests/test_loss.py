@@ -282,14 +282,14 @@ def test_scaling_the_loss_afterwards_scales_the_gradient():
 
 def test_unequal_micro_batches_add_up_to_the_whole():
     hidden, head, teachers, targets = problem(torch.float64, 2)
-    whole = fused(hidden, head, teachers, targets)["loss"]
+    full_batch = fused(hidden, head, teachers, targets)["loss"]
     parts = 0
     for rows in (slice(0, 1), slice(1, 3)):
-        some = [(h[rows], w, k) for h, w, k in teachers]
-        parts = parts + fused(hidden[rows], head, some, targets[rows])["loss"]
-    torch.testing.assert_close(parts, whole)
+        part_teachers = [(h[rows], w, k) for h, w, k in teachers]
+        parts = parts + fused(hidden[rows], head, part_teachers, targets[rows])["loss"]
+    torch.testing.assert_close(parts, full_batch)
     ours = torch.autograd.grad(parts, head)[0]
-    torch.testing.assert_close(ours, torch.autograd.grad(whole, head)[0])
+    torch.testing.assert_close(ours, torch.autograd.grad(full_batch, head)[0])
 
 
 def test_targets_that_are_ignored_do_not_count():

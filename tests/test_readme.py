@@ -65,10 +65,10 @@ def small_world(tmp_path, monkeypatch):
         table = json.loads(path.read_text(encoding="utf-8"))
         table |= {"vocabulary_size": 300} if "corpus" not in table else {"words": 1000}
         table["options"] = {"log_every": 1}
-        kept = ("model", "like", "teachers", "title", "seed_offset")
+        keys = ("model", "like", "teachers", "title", "seed_offset")
         for role, entry in table["models"].items():
             if entry is not None:  # taken back from what the recipe is like
-                table["models"][role] = {key: entry[key] for key in kept if key in entry}
+                table["models"][role] = {key: entry[key] for key in keys if key in entry}
         (tmp_path / "recipes" / path.name).write_text(json.dumps(table))
     monkeypatch.setattr(recipes, "FOLDER", tmp_path / "recipes")
     monkeypatch.setattr(make_toy_corpus, "PAIRS_PER_PARADIGM", 20)  # scoring takes the most time

@@ -86,9 +86,9 @@ def test_ensembles_of_other_weights_are_others(tmp_path):
         "same": two | {"teacher_weights": [2, 2]},
         "uneven": two | {"teacher_weights": [3, 1]},
     }
-    found = read_experiment(written(tmp_path, models=models)).ensembles()
-    assert sorted(found) == ["teacher&control", "teacher&control&3&1"]
-    assert found["teacher&control&3&1"][1] == [3, 1]
+    result = read_experiment(written(tmp_path, models=models)).ensembles()
+    assert sorted(result) == ["teacher&control", "teacher&control&3&1"]
+    assert result["teacher&control&3&1"][1] == [3, 1]
 
 
 def test_a_list_is_varied_in_json(tmp_path):
@@ -109,13 +109,13 @@ def test_some_models_bring_their_teachers_along(tmp_path):
 def test_the_costs_are_the_arithmetic(tmp_path):
     models = MODELS | {"teacher": {"model": "llama-tiny", "steps": 10, "batch_size": 4}}
     recipe = read_experiment(written(tmp_path, models=models, vocabulary_size=1000))
-    found = costs(recipe, 12_801, 8000)  # 100 chunks of 128
-    assert found["teacher"].parameters == 524_448
-    assert found["teacher"].tokens == 10 * 4 * 128 and found["teacher"].epochs == 0.4
+    result = costs(recipe, 12_801, 8000)  # 100 chunks of 128
+    assert result["teacher"].parameters == 524_448
+    assert result["teacher"].tokens == 10 * 4 * 128 and result["teacher"].epochs == 0.4
     embedding, last_norm = 1000 * 96, 96
     met = 524_448 - embedding - last_norm
-    assert found["teacher"].flops == 6 * met * 5120
-    student = found["student"]
+    assert result["teacher"].flops == 6 * met * 5120
+    student = result["student"]
     met_by_student = 222_528 - 1000 * 64 - 64
     assert student.flops == (6 * met_by_student + 2 * met) * student.tokens
     models["student"] = models["student"] | {"cache_teachers": "host"}

@@ -163,10 +163,10 @@ def test_markup_in_titles_and_samples_is_shown_as_it_is(study, monkeypatch):
 
 def test_the_json_holds_every_value_and_difference(study):
     write(study)
-    found = json.loads((study.folder / "report.json").read_text(encoding="utf-8"))
-    student = found["results"]["1"]["student"]
+    result = json.loads((study.folder / "report.json").read_text(encoding="utf-8"))
+    student = result["results"]["1"]["student"]
     assert student["report"]["weighted_cross_entropy"] == 1.55 and student["epochs"] == 4.0
-    first = found["differences"][0]
+    first = result["differences"][0]
     assert (first["one"], first["other"]) == ("student", "control")
     assert first["per_seed"] == pytest.approx([-0.15, -0.17])
 
@@ -576,13 +576,13 @@ def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
         b'{"step": 9, "tokens_per_second": 4.0}',
         b'{"step": 1' + b"0" * 5000 + b"}",
     ]
-    whole = [training_line(5), b'{"step": 5, "dev_cross_entropy": 3.5}', training_line(10)]
-    lines = [line for good in whole for line in (*damage, good)]
+    intact = [training_line(5), b'{"step": 5, "dev_cross_entropy": 3.5}', training_line(10)]
+    lines = [line for good in intact for line in (*damage, good)]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines + damage))
     expected = {"seconds": 20.0, "epochs": 2.0, "steps": 10, "curve": [(5, 3.5)]}
-    found = read_log(tmp_path / "log.jsonl")
-    assert {key: found[key] for key in expected} == expected
-    (tmp_path / "log.jsonl").write_bytes(whole[1])
+    result = read_log(tmp_path / "log.jsonl")
+    assert {key: result[key] for key in expected} == expected
+    (tmp_path / "log.jsonl").write_bytes(intact[1])
     assert read_log(tmp_path / "log.jsonl")["curve"] == []  # nothing tells the length of an epoch
 
 

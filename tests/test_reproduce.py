@@ -100,45 +100,46 @@ def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path
 
 def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, capsys):
     path = recipe(corpus="toy", words=1500)
-    kept = tmp_path / "kept"
-    assert run("--recipe", path, "--out", tmp_path / "a", "--results", kept) == 0
-    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 0
-    assert not trained(tmp_path / "b") and (kept / "report.html").exists()
+    results = tmp_path / "kept"
+    assert run("--recipe", path, "--out", tmp_path / "a", "--results", results) == 0
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", results) == 0
+    assert not trained(tmp_path / "b") and (results / "report.html").exists()
     # One student more needs its teachers again, and nothing else.
     assert (
-        run("--recipe", path, "--out", tmp_path / "b", "--results", kept, "--vary", "student.alpha=0.25") == 0
+        run("--recipe", path, "--out", tmp_path / "b", "--results", results, "--vary", "student.alpha=0.25")
+        == 0
     )
     assert {p.parent.name for p in trained(tmp_path / "b")} == {
         "gpt2-teacher",
         "llama-teacher",
         "student.alpha=0.25",
     }
-    assert "student.alpha=0.25" in (kept / "report.md").read_text()
+    assert "student.alpha=0.25" in (results / "report.md").read_text()
     # The report of another recipe stays what it is, whatever models the two share.
-    report = (kept / "report.md").read_bytes()
+    report = (results / "report.md").read_bytes()
     other = shutil.copy(path, tmp_path / "other.json")
     capsys.readouterr()
-    assert run("--recipe", other, "--out", tmp_path / "b", "--results", kept) == 1
+    assert run("--recipe", other, "--out", tmp_path / "b", "--results", results) == 1
     assert "is of recipe short, not other: choose another --results" in capsys.readouterr().err
-    assert (kept / "report.md").read_bytes() == report
+    assert (results / "report.md").read_bytes() == report
     # Scores are added, and none is lost; a folder that was moved away is no seed.
-    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 0
-    scores = json.loads((kept / "seed-0/control.json").read_text())
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", results) == 0
+    scores = json.loads((results / "seed-0/control.json").read_text())
     scores["report"]["pairs"]["others"] = scores["report"]["pairs"]["pairs"]
-    (kept / "seed-0/control.json").write_text(json.dumps(scores))
-    (kept / "seed-0-old").mkdir()
+    (results / "seed-0/control.json").write_text(json.dumps(scores))
+    (results / "seed-0-old").mkdir()
     capsys.readouterr()
-    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 0
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", results) == 0
     del scores["report"]["pairs"]["pairs"]
-    (kept / "seed-0/control.json").write_text(json.dumps(scores))
-    assert run("--recipe", path, "--out", tmp_path / "b", "--results", kept) == 1
+    (results / "seed-0/control.json").write_text(json.dumps(scores))
+    assert run("--recipe", path, "--out", tmp_path / "b", "--results", results) == 1
     assert "would lose its scores in others: add these to --pairs" in capsys.readouterr().err
-    (kept / "seed-0/control.json").unlink()
+    (results / "seed-0/control.json").unlink()
     # A result of other options is refused, and not mixed in, by whichever models are asked for.
     changed = recipe(corpus="toy", words=1500, options=OPTIONS | {"steps": 5})
     capsys.readouterr()
     for more in (["--first-seed", 0], ["--first-seed", 1], ["--models", "control"]):
-        assert run("--recipe", changed, "--out", tmp_path / "b", "--results", kept, *more) == 1
+        assert run("--recipe", changed, "--out", tmp_path / "b", "--results", results, *more) == 1
         assert "conditions.steps: 4 -> 5" in capsys.readouterr().err
 
 
@@ -353,9 +354,9 @@ def test_pairs_are_read_before_anything_is_trained(tmp_path, capsys):
 
 def test_a_sample_is_made_of_runs_of_lines_from_all_over():
     lines = [f"line {i}" for i in range(10_000)]
-    kept = sample_lines("\n".join(lines), 0.1).split("\n")
-    assert len(kept) == 1000 and set(kept) <= set(lines)
-    numbers = [int(line.split()[1]) for line in kept]
+    results = sample_lines("\n".join(lines), 0.1).split("\n")
+    assert len(results) == 1000 and set(results) <= set(lines)
+    numbers = [int(line.split()[1]) for line in results]
     assert numbers == sorted(numbers) and numbers[-1] > 9000
     following = sum(b == a + 1 for a, b in pairwise(numbers))
     assert following > 900

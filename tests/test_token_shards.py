@@ -119,11 +119,11 @@ def test_chunks_are_inputs_and_the_tokens_that_follow(path, ids):
 
 
 def test_any_changed_byte_is_found(path):
-    whole, generator = path.read_bytes(), np.random.default_rng(0)
-    places = generator.integers(0, len(whole), 200)
-    for place in [0, FIRST_LINE_BYTES - 1, FIRST_LINE_BYTES, len(whole) - 1, *places]:
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << generator.integers(8)
+    intact, generator = path.read_bytes(), np.random.default_rng(0)
+    positions = generator.integers(0, len(intact), 200)
+    for position in [0, FIRST_LINE_BYTES - 1, FIRST_LINE_BYTES, len(intact) - 1, *positions]:
+        damaged = bytearray(intact)
+        damaged[position] ^= 1 << generator.integers(8)
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"train\.bin"):
             _ = TokenShard(path).tokens

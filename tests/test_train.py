@@ -103,10 +103,10 @@ def test_accumulated_micro_batches_equal_one_batch(train_shard, micro_batch_size
     batch = BatchStream(train_shard, 8, 32, seed=0)(0)
     batch.targets[0, 3:] = -100  # so that micro-batches have unequal numbers of targets
     batch = Batch.whole(batch.chunk_ids, batch.tokens, batch.targets)
-    whole = step_of(CrossEntropyObjective(model))(batch, 1e-3)
+    uninterrupted = step_of(CrossEntropyObjective(model))(batch, 1e-3)
     parts = step_of(CrossEntropyObjective(twin), micro_batch_size)(batch, 1e-3)
-    for key in whole:
-        torch.testing.assert_close(whole[key], parts[key], rtol=1e-5, atol=1e-6)
+    for key in uninterrupted:
+        torch.testing.assert_close(uninterrupted[key], parts[key], rtol=1e-5, atol=1e-6)
     for a, b in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 
@@ -209,10 +209,12 @@ def test_resuming_on_a_gpu_ends_where_running_again_does(data_folder, tmp_path, 
     """To the bit, if the GPU repeats its own bits; else not farther away than a repetition is."""
     options = {"device": "cuda", "precision": "bf16", "cuda_graph": cuda_graph}
 
-    whole, again, cut = (config_for(data_folder, tmp_path / n, **options) for n in ("whole", "again", "cut"))
+    uninterrupted, again, cut = (
+        config_for(data_folder, tmp_path / n, **options) for n in ("whole", "again", "cut")
+    )
     assert stopped(cut, monkeypatch, 8)["step"] == 8
     ends = []
-    for config in (whole, again, cut):
+    for config in (uninterrupted, again, cut):
         assert trained(config)["step"] == 12
         ends.append(torch.cat([w.flatten() for w in weights(Path(config.out) / "checkpoint.pt").values()]))
     assert (ends[2] - ends[0]).abs().max() <= 4 * (ends[1] - ends[0]).abs().max()
@@ -567,14 +569,14 @@ def test_tensorboard_shows_what_the_log_says_also_of_a_run_that_was_stopped(
     config = config_for(data_folder, tmp_path / "r", tensorboard=True)
     stopped(config, monkeypatch, 8)
     trained(config)
-    found = reader.EventAccumulator(str(tmp_path / "r" / "tensorboard"))
-    found.Reload()
+    events = reader.EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    events.Reload()
     entries = comparable(tmp_path / "r" / "log.jsonl")
     for tag in ("loss", "learning_rate", "dev_cross_entropy"):
         logged = [(e["step"], e[tag]) for e in entries if tag in e]
-        shown = [(e.step, e.value) for e in found.Scalars(tag)]
-        assert [step for step, _ in shown] == [step for step, _ in logged]
-        assert [value for _, value in shown] == pytest.approx([value for _, value in logged])
+        logged = [(e.step, e.value) for e in events.Scalars(tag)]
+        assert [step for step, _ in logged] == [step for step, _ in logged]
+        assert [value for _, value in logged] == pytest.approx([value for _, value in logged])
 
 
 def test_a_trace_shows_the_steps_that_were_asked_for(data_folder, tmp_path):
