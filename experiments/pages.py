@@ -28,7 +28,13 @@ LEAD_AND_GAP = (
     "control. Gap: how far the student stays behind it. Teachers count with the checkpoint that "
     "taught."
 )
-FINETUNED_NOTE = (
+RESULTS = (
+    "CE: cross-entropy in nats per token. Test CE is of {text}, weighted by sub-corpus as in the "
+    "training text; plain, every token counts alike. Train CE: the last that training logged, on text "
+    "it has seen, with dropout where there is any. Seconds: training alone. Temperature: what suits "
+    "the model best on the validation text. An ensemble is the mean of its members' logits."
+)
+FINETUNED = (
     "Each model with a classification head, trained on each task (finetune.py). In percent on the "
     "valid part, which also chose the evaluation that is reported, as in BabyLM's pipelines. "
     "Majority: the score of the class that is most frequent in the train part. In brackets a 95 % "
@@ -41,22 +47,23 @@ def report_blocks(study, command):
 
     The content of a picture is (name, title, PNG bytes or None).
     """
-    num_seeds, curves, training = len(study.seeds), plots.learning_curves(study), plots.training_curves(study)
+    num_seeds = len(study.seeds)
     blocks = [("heading", f"Recipe {study.name}, {num_seeds} seed{'s' * (num_seeds > 1)}")]
     blocks += [("text", line) for line in (study.about, *caveats(study)) if line]
     blocks.append(("table", tables.conclusion_rows(study)))
     blocks.append(("picture", ("differences", "Cross-entropy minus the control's", plots.differences(study))))
     blocks.append(("table", tables.result_rows(study)))
-    blocks += [("text", explanation(study)), ("text", provenance(study, command))]
+    blocks += [("text", RESULTS.format(text=study.text)), ("text", provenance(study, command))]
     blocks += section("Differences", tables.difference_rows(study), DIFFERENCES)
     blocks += section("Differences in minimal pairs", tables.pair_difference_rows(study), PAIR_DIFFERENCES)
     blocks += section("Lead and gap", tables.lead_rows(study), LEAD_AND_GAP)
-    if curves:
+    if curves := plots.learning_curves(study):
         image = plots.picture(7.2, 4.2, lambda figure: plots.paint_curves(figure, study, curves))
         title = "Cross-entropy on validation text by epochs of training"
         blocks += [("heading", "Learning curves"), ("picture", ("curves", title, image))]
-    if training:
-        image = plots.picture(9.5, 3.8, lambda figure: plots.paint_training(figure, study, training))
+    training = plots.training_curves(study)
+    if any(training):
+        image = plots.picture(9.5, 3.8, lambda figure: plots.paint_training(figure, study, *training))
         blocks.append(("picture", ("training", "Cross-entropy and KL on the training text", image)))
     blocks += section("By sub-corpus", tables.sub_corpus_rows(study))
     for folder in pair_folders(study):
@@ -65,18 +72,11 @@ def report_blocks(study, command):
         blocks.append(("picture", (f"fields-{folder}", f"{folder} by field", image)))
         blocks.append(("table", tables.field_rows(study, folder)))
     if scores := finetuned_scores(study):
-        blocks += section("Fine-tuned", task_rows(scores, study.models), FINETUNED_NOTE)
+        blocks += section("Fine-tuned", task_rows(scores, study.models), FINETUNED)
         width = min(11, 4 + 1.4 * len(scores["tasks"]))
         image = plots.picture(width, 4, lambda figure: plots.paint_tasks(figure, study, scores))
         blocks.append(("picture", ("finetuned", "Scores of the fine-tuned models", image)))
-    return printable_content([*blocks, *sample_blocks(study)])
-
-
-def printable_content(content):
-    """Blocks, rows or a text without what moves a terminal's cursor or cannot be encoded."""
-    if isinstance(content, str):
-        return printable(content)
-    return type(content)(map(printable_content, content)) if isinstance(content, (list, tuple)) else content
+    return [*blocks, *sample_blocks(study)]
 
 
 def section(title, rows, note=""):
@@ -100,24 +100,6 @@ def caveats(study):
         )
     if (scores := finetuned_scores(study)) and scores["left_out"]:
         yield f"{scores['left_out']} results of fine-tuning, with other files or options, are left out."
-
-
-def explanation(study):
-    """The columns of the main table in words."""
-    lines = [
-        f"CE: cross-entropy in nats per token. Test CE is of {study.text}, weighted by sub-corpus "
-        "as in the training text; plain, every token counts alike. Train CE: the last that "
-        "training logged, on text it has seen, with dropout where there is any. Seconds: training "
-        "alone. An ensemble is the mean of its members' logits."
-    ]
-    if tables.any_scaled(study):
-        lines.append("Temperature: what suits the model best on the validation text.")
-    if any(tables.published_key(study, name) in tables.PUBLISHED_BLIMP for name in study.models):
-        lines.append(
-            "On record: mean over files that others measured at this size with ten million words "
-            "(leahphw/babylm, BabyLM 2024)."
-        )
-    return " ".join(lines)
 
 
 def provenance(study, command):
@@ -144,7 +126,8 @@ def sample_blocks(study):
 
 
 def escape_markdown(text):
-    """The text without markup: Markdown shows it as it is."""
+    """The text as Markdown that shows it as it is."""
+    text = printable(text)
     for mark, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("](", "]\\("), ("![", "!\\[")):
         text = text.replace(mark, escaped)
     return text
@@ -185,22 +168,27 @@ img {{ max-width: 100% }}
 """
 
 
+def escape_html(text):
+    """The text as HTML that shows it as it is."""
+    return html.escape(printable(text))
+
+
 def as_html(blocks):
     """The report as one page that needs no other file."""
     body = []
     for i, (kind, content) in enumerate(blocks):
         if kind == "heading":
             level = 2 if i else 1
-            body.append(f"<h{level}>{html.escape(content)}</h{level}>")
+            body.append(f"<h{level}>{escape_html(content)}</h{level}>")
         elif kind == "text":
-            body.append(f"<p>{html.escape(content)}</p>")
+            body.append(f"<p>{escape_html(content)}</p>")
         elif kind == "table":
-            cells = [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in content]
-            body.append(f"<table>{''.join(f'<tr>{chr(10).join(row)}</tr>' for row in cells)}</table>")
+            rows = ["".join(f"<td>{escape_html(cell)}</td>" for cell in row) for row in content]
+            body.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
         elif content[2] is not None:
             data = base64.b64encode(content[2]).decode()
-            body.append(f'<img alt="{html.escape(content[1])}" src="data:image/png;base64,{data}">')
-    return PAGE.format(title=html.escape(blocks[0][1]), body="\n".join(body))
+            body.append(f'<img alt="{escape_html(content[1])}" src="data:image/png;base64,{data}">')
+    return PAGE.format(title=escape_html(blocks[0][1]), body="\n".join(body))
 
 
 def as_json(study, command):
@@ -245,11 +233,8 @@ def write_report(study, out, command):
     write_text(out / "report.md", as_markdown(blocks, out))
     write_text(out / "report.html", as_html(blocks))
     write_json(out / "report.json", as_json(study, command))
-    shown = [
-        aligned(printable_content(rows))
-        for rows in (tables.result_rows(study), tables.conclusion_rows(study))
-    ]
-    lines = [*shown[0], "", *shown[1], *printable_content(list(caveats(study)))]
+    lines = [*aligned(tables.result_rows(study)), "", *aligned(tables.conclusion_rows(study))]
+    lines = [printable(line) for line in (*lines, *caveats(study))]
     if all(content[2] is None for kind, content in blocks if kind == "picture"):
         lines.append("no pictures: they need matplotlib (pip install matplotlib)")
     return [*lines, f"\nwritten: {out / 'report.md'}, report.html, report.json"]

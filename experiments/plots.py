@@ -2,7 +2,6 @@
 
 import io
 import statistics
-from collections import defaultdict
 
 from experiments.findings import verdict_of
 from experiments.tables import with_minus
@@ -20,11 +19,7 @@ STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#E6E6E6",
-    "text.color": "#222222",
     "text.parse_math": False,  # a title may hold dollar signs
-    "axes.labelcolor": "#222222",
-    "xtick.color": "#444444",
-    "ytick.color": "#222222",
 }
 
 
@@ -49,12 +44,6 @@ def colours(study):
     others = [name for name in study.models if name not in (study.student, study.control)]
     by_name = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
     return by_name | {study.student: STUDENT, study.control: CONTROL}
-
-
-def model_order(study):
-    """The names of the models; control and student are the last."""
-    last = [name for name in (study.control, study.student) if name]
-    return [name for name in study.models if name not in last] + last
 
 
 # ---- differences to the control
@@ -105,17 +94,13 @@ def paint_differences(figure, study, names):
     axes.text(0, -0.75, " the control", color=CONTROL, va="center")
     axes.set_xlim(low, high)
     axes.set_ylim(len(names) - 0.5, -1.1)  # the first row is on top
-    axes.set_yticks(range(len(names)), [labelled(study, name) for name in names])
+    millions = [study.results(name)[0]["report"]["parameters"] / 1e6 for name in names]
+    labels = [f"{study.models[name]} ({size:.2g}M)" for name, size in zip(names, millions)]
+    axes.set_yticks(range(len(names)), labels)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("cross-entropy on test text minus the control's (nats per token; left is better)")
     figure.supxlabel(explanation(study), fontsize=8.5, color="#555555", x=0.01, ha="left")
-
-
-def labelled(study, name):
-    """A model's title with its number of parameters."""
-    millions = study.results(name)[0]["report"].get("parameters", 0) / 1e6
-    return f"{study.models[name]} ({millions:.2g}M)" if millions else study.models[name]
 
 
 def explanation(study):
@@ -133,33 +118,28 @@ def explanation(study):
 
 
 def learning_curves(study):
-    """{name: (mean curve, [curve of each seed])} of the trained models.
+    """{name: [curve of each seed]}, where each seed of a model has one.
 
-    A curve is [(epoch, cross-entropy on validation text)]. The mean has the steps at which every
-    seed has a value. A model is left out if a seed of it has no curve.
+    A curve is [(epoch, cross-entropy on validation text)].
     """
     curves = {}
     for name in study.models:
         runs = study.results(name)
-        if runs and all(run.get("curve") for run in runs):
-            singles = [over_epochs(run, sorted(map(tuple, run["curve"]))) for run in runs]
-            curves[name] = (over_epochs(runs[0], mean_curve(runs)), singles)
+        if all(run.get("curve") for run in runs):
+            curves[name] = [over_epochs(run, run["curve"]) for run in runs]
     return curves
 
 
-def mean_curve(runs):
-    """[(step, mean cross-entropy)], in order, at the steps at which every run has a value."""
-    by_step = defaultdict(list)
-    for run in runs:
-        for step, value in dict(map(tuple, run["curve"])).items():
-            by_step[step].append(value)
-    common = sorted(step for step, values in by_step.items() if len(values) == len(runs))
-    return [(step, statistics.fmean(by_step[step])) for step in common]
+def mean_curve(curves):
+    """The mean of curves, at the epochs at which every one has a value."""
+    by_epoch = [dict(curve) for curve in curves]
+    common = sorted(set.intersection(*map(set, by_epoch)))
+    return [(epoch, statistics.fmean(values[epoch] for values in by_epoch)) for epoch in common]
 
 
 def over_epochs(run, curve):
-    """[(epoch, value)] of a run's [(step, value)]."""
-    return [(step * run["epochs"] / run["steps"], value) for step, value in curve]
+    """[(epoch, value)], in order, of a run's [(step, value)]."""
+    return sorted((round(step * run["epochs"] / run["steps"], 6), value) for step, value in curve)
 
 
 def value_range(curves):
@@ -176,13 +156,13 @@ def value_range(curves):
 def paint_curves(figure, study, curves):
     """Draws the learning curves over epochs: thick for the mean, thin for single seeds."""
     axes, colour = figure.subplots(), colours(study)
-    for name, (mean, singles) in curves.items():
+    for name, singles in curves.items():
         for single in singles if len(singles) > 1 else ():
             axes.plot(*zip(*single), color=colour[name], linewidth=0.7, alpha=0.45)
-        if mean:
+        if mean := mean_curve(singles):
             style = "-" if name in (study.student, study.control) else "--"
             axes.plot(*zip(*mean), style, color=colour[name], linewidth=2, label=study.models[name])
-    axes.set_ylim(value_range([single for _, singles in curves.values() for single in singles]))
+    axes.set_ylim(value_range([single for singles in curves.values() for single in singles]))
     axes.legend(frameon=False, fontsize=8.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("epochs of training")
@@ -190,33 +170,34 @@ def paint_curves(figure, study, curves):
 
 
 def training_curves(study):
-    """{name: (cross-entropy curve, KL curve)} of the first seed, over epochs, where it was logged."""
-    curves = {}
+    """The curves of cross-entropy and of KL on training text, each {name: curve of the first seed}."""
+    curves = {}, {}
     for name in study.models:
         for run in study.results(name)[:1]:
-            if points := run.get("training"):
-                curves[name] = (
-                    over_epochs(run, [(step, value) for step, value, _ in points]),
-                    over_epochs(run, [(step, kl) for step, _, kl in points if kl is not None]),
-                )
+            for by_name, column in zip(curves, (1, 2)):
+                points = [(point[0], point[column]) for point in run.get("training", ())]
+                if points := [point for point in points if point[1] is not None]:
+                    by_name[name] = over_epochs(run, points)
     return curves
 
 
-def paint_training(figure, study, curves):
+def paint_training(figure, study, cross_entropies, divergences):
     """Draws cross-entropy and KL on the training text over epochs, in a panel each."""
-    distilled = {name: kl for name, (_, kl) in curves.items() if kl}
-    panels = figure.subplots(1, 1 + bool(distilled), squeeze=False)[0]
-    colour = colours(study)
-    for axes, lines in zip(panels, ({name: curve for name, (curve, _) in curves.items()}, distilled)):
-        for name, line in lines.items():
-            axes.plot(*zip(*line), color=colour[name], linewidth=1.2, label=study.models[name])
+    colour, panels = (
+        colours(study),
+        [(cross_entropies, "cross-entropy on the training text\n(nats per token)")],
+    )
+    if divergences:
+        panels.append((divergences, "KL to the teachers, as the loss has it"))
+    for i, (curves, label) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for name, curve in curves.items():
+            axes.plot(*zip(*curve), color=colour[name], linewidth=1.2, label=study.models[name])
         axes.set_xlabel("epochs of training")
         axes.set_xlim(left=0)
-        axes.set_ylim(value_range(list(lines.values())))
-    panels[0].set_ylabel("cross-entropy on the training text\n(nats per token)")
-    panels[0].legend(frameon=False, fontsize=8.5)
-    if distilled:
-        panels[1].set_ylabel("KL to the teachers, as the loss has it")
+        axes.set_ylim(value_range(list(curves.values())))
+        axes.set_ylabel(label)
+    figure.axes[0].legend(frameon=False, fontsize=8.5)
 
 
 # ---- bars
@@ -237,7 +218,7 @@ def paint_bars(axes, study, groups, values, errors=None):
             yerr=errors and errors[name],
             color=colour[name],
             label=study.models[name],
-            error_kw={"elinewidth": 1, "ecolor": "#222222"},
+            error_kw={"elinewidth": 1},
         )
     axes.set_xticks(range(len(groups)), groups, fontsize=7.5)
     axes.grid(axis="x", visible=False)
@@ -245,14 +226,13 @@ def paint_bars(axes, study, groups, values, errors=None):
 
 def paint_fields(figure, study, folder):
     """Draws a group of bars for each field of a folder's minimal pairs."""
-    axes, names = figure.subplots(), model_order(study)
-    fields = study.results(names[0])[0]["report"]["pairs"][folder]["per_field"]
+    axes, fields = figure.subplots(), study.every_result()[0]["report"]["pairs"][folder]["per_field"]
 
     def accuracy(name, field):
         runs = study.results(name)
         return statistics.fmean(100 * r["report"]["pairs"][folder]["per_field"][field] for r in runs)
 
-    values = {name: [accuracy(name, field) for field in fields] for name in names}
+    values = {name: [accuracy(name, field) for field in fields] for name in study.models}
     paint_bars(axes, study, [field.replace("_", "\n") for field in fields], values)
     axes.axhline(50, color="#888888", linewidth=1, linestyle=":")
     axes.set_ylabel(f"{folder}, pairs judged right (%)")
@@ -266,15 +246,13 @@ def paint_tasks(figure, study, scores):
     A dotted line across a group is the score of the majority class.
     """
     axes, values, errors = figure.subplots(), {}, {}
-    for name in model_order(study):
-        if name in scores["models"]:
-            of_tasks = scores["models"][name].values()
-            values[name] = [100 * score["mean"] for score in of_tasks]
-            ends = [[100 * end for end in score["interval"]] for score in of_tasks]
-            errors[name] = [
-                [max(mean - low, 0) for mean, (low, _) in zip(values[name], ends)],
-                [max(high - mean, 0) for mean, (_, high) in zip(values[name], ends)],
-            ]
+    for name, of_tasks in scores["models"].items():
+        values[name] = [100 * score["mean"] for score in of_tasks.values()]
+        ends = [[100 * end for end in score["interval"]] for score in of_tasks.values()]
+        errors[name] = [
+            [max(mean - low, 0) for mean, (low, _) in zip(values[name], ends)],
+            [max(high - mean, 0) for mean, (_, high) in zip(values[name], ends)],
+        ]
     tasks = scores["tasks"].items()
     titles = [f"{name.replace('_', chr(10))}\n({task['metric']})" for name, task in tasks]
     paint_bars(axes, study, titles, values, errors)

@@ -11,15 +11,6 @@ from experiments.findings import (
     verdict_of,
 )
 
-# BLiMP (mean over files) that others measured at these sizes on ten million words, by preset and
-# whether it was taught: re-runs by leahphw/babylm and the official baselines of BabyLM 2024.
-PUBLISHED_BLIMP = {
-    ("gpt2-705m", False): "65.7",
-    ("llama-360m", False): "65.4",
-    ("gpt2-97m", False): "67.0",
-    ("llama-58m", False): "66.6",
-    ("llama-58m", True): "67.6 to 69.8",
-}
 CONCLUSIONS = {True: "shown", False: "not shown", None: "UNDECIDED (seeds or models are missing)"}
 
 
@@ -28,14 +19,11 @@ def with_minus(text):
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def mean_and_deviation(values, digits, sign=""):
-    """The mean, with the standard deviation of several values; "-" without values.
-
-    With `sign="+"`, a mean above zero is written with its sign.
-    """
+def mean_and_deviation(values, digits):
+    """The mean, with the standard deviation of several values; "-" without values."""
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
@@ -75,42 +63,24 @@ def conclusion_rows(study):
 def result_rows(study):
     """Heading and rows of the main table: one row for each model, over all seeds."""
     folders = pair_folders(study)
-    published = any(published_key(study, name) in PUBLISHED_BLIMP for name in study.models)
-    heading = ["model", "parameters", "epochs", "seconds", "train CE", "test CE", "plain"]
-    heading += ["temperature"] * any_scaled(study)
-    heading += [f"{f}, {kind} (%)" for f in folders for kind in ("files", "fields")]
-    rows = [[*heading, *["BLiMP on record"] * published]]
+    heading = ["model", "parameters", "epochs", "seconds", "train CE", "test CE", "plain", "temperature"]
+    rows = [heading + [f"{f}, {kind} (%)" for f in folders for kind in ("files", "fields")]]
     for name, title in study.models.items():
         runs = study.results(name)
-        if not runs:
-            continue
         row = [title, f"{runs[0]['report']['parameters']:,}"]
         row.append("-" if "epochs" not in runs[0] else f"{runs[0]['epochs']:.3g}")
         for key, digits in (("seconds", 0), ("train_cross_entropy", 3)):
             row.append(mean_and_deviation([r[key] for r in runs if r.get(key) is not None], digits))
         row.append(mean_and_deviation([cross_entropy_of(r) for r in runs], 3))
-        row.append(mean_and_deviation([r["report"]["cross_entropy"] for r in runs], 3))
-        if any_scaled(study):
-            scaled = [r["report"].get("temperature_scaled") for r in runs]
-            row.append(mean_and_deviation([s["temperature"] for s in scaled if s], 3))
+        reports = [run["report"] for run in runs]
+        row.append(mean_and_deviation([report["cross_entropy"] for report in reports], 3))
+        scaled = [report["temperature_scaled"] for report in reports if "temperature_scaled" in report]
+        row.append(mean_and_deviation([scores["temperature"] for scores in scaled], 3))
         for folder in folders:
             for key in ("accuracy_over_files", "accuracy_over_fields"):
-                row.append(mean_and_deviation([100 * r["report"]["pairs"][folder][key] for r in runs], 1))
-        if published:
-            row.append(PUBLISHED_BLIMP.get(published_key(study, name), "-"))
+                row.append(mean_and_deviation([100 * report["pairs"][folder][key] for report in reports], 1))
         rows.append(row)
     return rows
-
-
-def any_scaled(study):
-    """True if some model was scored at a fitted temperature."""
-    return any("temperature_scaled" in result["report"] for result in study.every_result())
-
-
-def published_key(study, name):
-    """The key of a model in `PUBLISHED_BLIMP`."""
-    runs = study.results(name)
-    return (runs[0].get("preset") if runs else None, bool(study.teachers.get(name)))
 
 
 def difference_rows(study):
@@ -160,10 +130,9 @@ def lead_rows(study):
 
 def detail_rows(study, title, names, value, digits):
     """Heading and one row for each of `names`; `value(result, name)` is the number of a cell."""
-    models = [name for name in study.models if study.results(name)]
-    rows = [[title, *(study.models[name] for name in models)]]
+    rows = [[title, *study.models.values()]]
     for name in names:
-        cells = [mean_and_deviation([value(r, name) for r in study.results(m)], digits) for m in models]
+        cells = [mean_and_deviation([value(r, name) for r in study.results(m)], digits) for m in study.models]
         rows.append([name, *cells])
     return rows
 

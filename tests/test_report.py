@@ -140,7 +140,7 @@ def test_the_report_begins_with_the_verdicts_and_shows_the_curves(study, figure)
     assert "Report: python x.py, commit " in text
     assert "Models, commit: abc. Models, machine: a large one." in text
     row = next(line for line in text.split("\n") if line.startswith("| student (distilled) | 1,"))
-    assert "| 1.550 ± 0.000 | 1.850 ± 0.000 |" in row and row.endswith("| 67.6 to 69.8 |")
+    assert "| 1.550 ± 0.000 | 1.850 ± 0.000 |" in row
     assert "student (distilled)" in screen and str(study.folder / "report.md") in screen
 
 
@@ -375,7 +375,8 @@ def test_a_curve_is_the_mean_over_seeds_by_epochs(study):
     study.seeds[1]["student"]["curve"] = [[10, 4.55], [20, 1.75], [40, 1.65]]  # a damaged line
     curves = plots.learning_curves(study)
     assert list(curves) == ["gpt2-teacher", "llama-teacher", "control", "student"]
-    mean, singles = curves["student"]
+    singles = curves["student"]
+    mean = plots.mean_curve(singles)
     assert [epoch for epoch, _ in mean] == [1, 2, 4]
     assert [value for _, value in mean] == pytest.approx([5.55, 1.75, 1.6])
     assert singles[0][2] == (3, pytest.approx(1.65)) and singles[1][-1] == (4, 1.65)
@@ -394,7 +395,7 @@ def test_curves_are_drawn_over_epochs_without_their_steep_start(study, figure):
 
 
 def test_cross_entropy_and_kl_are_drawn_apart(study, figure):
-    plots.paint_training(figure, study, plots.training_curves(study))
+    plots.paint_training(figure, study, *plots.training_curves(study))
     assert [len(axes.lines) for axes in figure.axes] == [4, 1]
     assert list(figure.axes[1].lines[0].get_ydata()) == [0.5] * 4
 
@@ -407,7 +408,7 @@ def test_logs_without_curves_do_not_stop_the_report(study):
 
 
 def test_one_value_for_all_can_be_drawn(study, figure):
-    plots.paint_curves(figure, study, {"student": ([(0.5, 2.0)], [[(0.5, 2.0)]])})
+    plots.paint_curves(figure, study, {"student": [[(0.5, 2.0)]]})
 
 
 def test_the_limits_of_an_axis_hold_a_curve_that_rises_again():
