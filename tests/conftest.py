@@ -15,13 +15,15 @@ import torch
 
 import model as models
 import tokenize_corpus
+import train
 from corpus.token_shards import write_shard
-from data import TokenShard
+from data import TokenShard, open_corpus
 from distill import DistillConfig
 from tokenizer import Tokenizer
-from train import TrainStep, build_optimizer
+from train import CrossEntropyObjective, TrainConfig, TrainStep, build_optimizer
 from training.checkpoint import content_digest, read_checkpoint, write_checkpoint
 from training.device import autocast_for
+from training.io import run_program
 from training.logger import commit
 from training.options import may_change
 from training.resume import Provenance
@@ -30,8 +32,12 @@ from training.resume import Provenance
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 ROOT = Path(__file__).parent.parent
 FIGURES = {}  # {name: (what was done, outcome)} of the long tests
-TEXT = "the a cat dog child sees hears small old garden river runs sleeps and but never"
-WORDS = TEXT.split(" ")
+WORDS = "the a cat dog child sees hears small old garden river runs sleeps and but never".split(" ")
+# A short run of train.py or distill.py.
+OPTIONS = (
+    "--steps 6 --batch-size 4 --sequence-length 32 --device cpu --precision fp32 "
+    "--eval-sequences 8 --log-every 2"
+).split()
 
 
 def write_text(num_words, seed):
@@ -89,6 +95,14 @@ def provenance_of(model, tokenizer, name="llama-tiny"):
     return Provenance(name, architecture, model.config, tokenizer, {})
 
 
+def resign(path, change):
+    """Changes a checkpoint and gives it a valid digest, as someone else may do."""
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["digest"]
+    change(checkpoint)
+    torch.save(checkpoint | {"digest": content_digest(checkpoint)}, path)
+
+
 def step_of(objective, micro_batch_size=None, weight_decay=0.0, device="cpu", precision="fp32"):
     """The train step of an objective."""
     optimizers = build_optimizer(objective, weight_decay)
@@ -96,18 +110,71 @@ def step_of(objective, micro_batch_size=None, weight_decay=0.0, device="cpu", pr
     return TrainStep(objective, optimizers, autocast, micro_batch_size)
 
 
+def run(program, *arguments):
+    """The exit code of a program's command line."""
+    return run_program(lambda: program.main([*map(str, arguments)]))
+
+
+def config_for(data_folder, out, **changes):
+    """A run of twelve steps, with dropout and two saves."""
+    options = {
+        "model": "gpt2-tiny",
+        "data": str(data_folder),
+        "out": str(out),
+        "steps": 12,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "learning_rate": 3e-3,
+        "log_every": 2,
+        "eval_sequences": 8,
+        "save_every": 5,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    return models.with_hyperparameters(TrainConfig(**options | changes))
+
+
+def trained(config):
+    """Runs a training from its seed; the progress it ends with."""
+    torch.manual_seed(config.seed)
+    return fitted(CrossEntropyObjective(models.build_model(config.model, 300)), config)
+
+
+def fitted(objective, config):
+    """`fit` on the config's data."""
+    return train.fit_corpus(objective, config, open_corpus(config.data), config.model)
+
+
+def stopped(config, monkeypatch, step):
+    """`trained`, which a signal stops during that step."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        return trained(config)
+
+
+def weights(path):
+    """The weights of a checkpoint."""
+    return read_checkpoint(path)["weights"]
+
+
+def same(tensors, others):
+    """Whether two dicts of tensors have the same bits."""
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in tensors)
+
+
+def log_entries(out):
+    """The lines of a run's log that belong to a step, without speeds."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in entries if "step" in e]
+
+
 def comparable(out):
     """What a run wrote, but for times: weights, moments, best weights, log."""
     full, best = (read_checkpoint(out / n) for n in ("checkpoint.pt", "best.pt"))
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    entries = [e for e in entries if "step" in e]
-    for entry in entries:
-        entry.pop("tokens_per_second", None)
-    sections = ("weights", "training", "progress", "config")
     free = may_change(DistillConfig)
     options = {key: value for key, value in full["config"].items() if key not in free}
-    parts = [content_digest(full[key]) for key in sections[:3]]
-    return options, parts, content_digest(best["weights"]), entries
+    parts = [content_digest(full[key]) for key in ("weights", "training", "progress")]
+    return options, parts, content_digest(best["weights"]), log_entries(out)
 
 
 def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
@@ -129,6 +196,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def other_tokenizer():
+    """A tokenizer of the same size with another piece."""
+    return train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
+
+
+@pytest.fixture(scope="session")
 def data_folder(tmp_path_factory, tokenizer):
     """train.bin, dev.bin and tokenizer.model of some 6,000 tokens."""
     folder = tmp_path_factory.mktemp("data")
@@ -143,6 +216,39 @@ def data_folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def train_shard(data_folder):
     return TokenShard(data_folder / "train.bin")
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory, tokenizer):
+    """Paths of two untrained teachers."""
+    folder, paths = tmp_path_factory.mktemp("teachers"), []
+    for seed, name in enumerate(("gpt2-tiny", "llama-tiny")):
+        torch.manual_seed(seed)
+        paths.append(str(folder / f"{name}.pt"))
+        save_model(paths[-1], models.build_model(name, 300), tokenizer, name, length=128)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def whole_run(data_folder, tmp_path_factory):
+    """The folder of a run of `config_for` that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "r"
+    trained(config_for(data_folder, out))
+    return out
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused(program, *arguments)`: the one line of error with which a command ends."""
+
+    def end_of(program, *arguments):
+        capsys.readouterr()
+        assert run(program, *arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return end_of
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,61 +25,31 @@ import model as models
 import reproduce
 import tokenize_corpus
 import train
-from conftest import interrupt_after, save_model, step_of, train_tokenizer, write_split, write_text
-from data import Batch, BatchStream, TokenShard, open_corpus
+from conftest import (
+    OPTIONS,
+    comparable,
+    config_for,
+    fitted,
+    interrupt_after,
+    log_entries,
+    run,
+    same,
+    save_model,
+    step_of,
+    stopped,
+    trained,
+    weights,
+    write_split,
+    write_text,
+)
+from data import Batch, BatchStream, TokenShard
 from distill import DistillConfig
-from model import with_hyperparameters
 from train import CrossEntropyObjective, TrainConfig, learning_rate
 from training.checkpoint import read_checkpoint
-from training.io import UserError, run_program
+from training.io import UserError
 from training.options import GROUPS, parse
 
 ROOT = Path(__file__).parent.parent
-
-
-def config_for(data_folder, out, **changes):
-    options = {
-        "model": "gpt2-tiny",
-        "data": str(data_folder),
-        "out": str(out),
-        "steps": 12,
-        "batch_size": 4,
-        "sequence_length": 32,
-        "learning_rate": 3e-3,
-        "log_every": 2,
-        "eval_sequences": 8,
-        "save_every": 5,
-        "device": "cpu",
-        "precision": "fp32",
-    }
-    return with_hyperparameters(TrainConfig(**options | changes))
-
-
-def trained(config):
-    """Runs a training from its seed; the progress it ends with."""
-    torch.manual_seed(config.seed)
-    model = models.build_model(config.model, 300)
-    return fitted(CrossEntropyObjective(model), config)
-
-
-def fitted(objective, config):
-    """`fit` on the config's data."""
-    return train.fit_corpus(objective, config, open_corpus(config.data), config.model)
-
-
-def stopped(config, monkeypatch, step, action=None):
-    """`trained`, which a signal stops during that step, or which `action()` disturbs there."""
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, step, *([action] if action else []))
-        return trained(config)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["weights"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- schedule, optimizer, step
@@ -91,6 +60,7 @@ def test_learning_rate_endpoints():
     assert rates[0] == 0 and rates[50] == 0.25 and rates[100] == 0.5
     assert math.isclose(rates[550], 0.25) and abs(rates[1000]) < 1e-12
     assert max(rates) == 0.5 and 0 < rates[999] < 1e-5
+    assert [learning_rate(s, 100, 1.0, 10, 0.1) for s in (10, 55, 100)] == pytest.approx([1.0, 0.55, 0.1])
     # Warm-up never exceeds a tenth of the steps.
     assert learning_rate(2, 20, 1.0, 200) == learning_rate(0, 5, 1.0, 200) == 1.0
 
@@ -149,17 +119,9 @@ def test_one_batch_can_be_learned_by_heart(train_shard):
 # ---- runs
 
 
-@pytest.fixture(scope="module")
-def whole_run(data_folder, tmp_path_factory):
-    """A run of twelve steps that nothing disturbed, with dropout on."""
-    out = tmp_path_factory.mktemp("whole") / "r"
-    return out, trained(config_for(data_folder, out))
-
-
 def test_a_run_writes_what_it_promises(whole_run):
-    out, progress = whole_run
-    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "previous.pt", "best.pt", "log.jsonl"}
-    first, *entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert {p.name for p in whole_run.iterdir()} == {"checkpoint.pt", "previous.pt", "best.pt", "log.jsonl"}
+    first, *entries = map(json.loads, (whole_run / "log.jsonl").read_text().splitlines())
     assert first.keys() >= {"config", "model", "parameters", "tokenizer", "commit", "versions", "device"}
     steps = [e for e in entries if "loss" in e]
     assert [e["step"] for e in steps] == [2, 4, 6, 8, 10, 12]
@@ -169,8 +131,9 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert steps[-1]["loss"] < steps[0]["loss"]
     evaluations = [e for e in entries if "dev_cross_entropy" in e]
     assert evaluations[-1]["step"] == 12
+    progress = read_checkpoint(whole_run / "checkpoint.pt")["progress"]
     assert progress["dev_cross_entropy"] == evaluations[-1]["dev_cross_entropy"]
-    best = torch.load(out / "best.pt", weights_only=True)
+    best = read_checkpoint(whole_run / "best.pt")
     assert best["training"] is None
     assert best["progress"]["dev_cross_entropy"] == min(e["dev_cross_entropy"] for e in evaluations)
     assert best["progress"]["step"] == progress["best_step"]
@@ -178,15 +141,9 @@ def test_a_run_writes_what_it_promises(whole_run):
 
 def test_same_seed_same_bits(whole_run, data_folder, tmp_path):
     trained(config_for(data_folder, tmp_path / "r"))
-    assert same(weights(tmp_path / "r/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
+    assert comparable(tmp_path / "r") == comparable(whole_run)
     trained(config_for(data_folder, tmp_path / "s", seed=1))
-    assert not same(weights(tmp_path / "s/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
-
-
-def comparable(path):
-    """The log without its run objects and speeds."""
-    entries = [json.loads(line) for line in path.read_text().split("\n") if line]
-    return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in entries if "step" in e]
+    assert not same(weights(tmp_path / "s/checkpoint.pt"), weights(whole_run / "checkpoint.pt"))
 
 
 @pytest.mark.parametrize("steps", [3, 8])
@@ -194,13 +151,7 @@ def test_resuming_equals_not_stopping(whole_run, data_folder, tmp_path, monkeypa
     config = config_for(data_folder, tmp_path / "r")
     assert stopped(config, monkeypatch, steps)["stopped_by"] == signal.SIGTERM
     assert trained(config)["step"] == 12
-    ours = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
-    theirs = torch.load(whole_run[0] / "checkpoint.pt", weights_only=True)
-    assert same(ours["weights"], theirs["weights"])
-    for name, moments in theirs["training"]["optimizer"].items():
-        assert same(ours["training"]["optimizer"][name], moments)
-    assert same(weights(tmp_path / "r/best.pt"), weights(whole_run[0] / "best.pt"))
-    assert comparable(tmp_path / "r/log.jsonl") == comparable(whole_run[0] / "log.jsonl")
+    assert comparable(tmp_path / "r") == comparable(whole_run)
 
 
 @pytest.mark.gpu
@@ -220,32 +171,8 @@ def test_resuming_on_a_gpu_ends_where_running_again_does(data_folder, tmp_path, 
     assert (ends[2] - ends[0]).abs().max() <= 4 * (ends[1] - ends[0]).abs().max()
 
 
-def test_a_killed_run_continues_from_its_last_checkpoint(whole_run, data_folder, tmp_path, monkeypatch):
-    config = config_for(data_folder, tmp_path / "r")
-
-    def crash():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stopped(config, monkeypatch, 9, crash)
-    trained(config)
-    assert same(weights(tmp_path / "r/checkpoint.pt"), weights(whole_run[0] / "checkpoint.pt"))
-    assert comparable(tmp_path / "r/log.jsonl") == comparable(whole_run[0] / "log.jsonl")
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_previous_one(whole_run, data_folder, tmp_path, capsys):
-    shutil.copytree(whole_run[0], tmp_path / "r")
-    config = config_for(data_folder, tmp_path / "r")
-    checkpoint = tmp_path / "r/checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    trained(config)
-    assert "falling back" in capsys.readouterr().err
-    assert same(weights(checkpoint), weights(whole_run[0] / "checkpoint.pt"))
-    read_checkpoint(tmp_path / "r/previous.pt")  # not what was damaged
-
-
 def test_a_run_whose_states_are_all_damaged_says_what_to_do(whole_run, data_folder, tmp_path):
-    shutil.copytree(whole_run[0], tmp_path / "r")
+    shutil.copytree(whole_run, tmp_path / "r")
     for name in ("checkpoint.pt", "previous.pt"):
         (tmp_path / "r" / name).write_bytes(b"")
     with pytest.raises(UserError, match="delete it, or choose another --out"):
@@ -261,17 +188,13 @@ def test_a_damaged_best_checkpoint_is_written_anew(data_folder, tmp_path, monkey
     assert read_checkpoint(tmp_path / "r/best.pt")["progress"]["step"] > 5
 
 
-def test_a_finished_run_says_so_and_writes_nothing(whole_run, data_folder, capsys):
-    out, _ = whole_run
-    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    trained(config_for(data_folder, out))
+def test_a_finished_run_says_so_writes_nothing_and_gives_back_its_weights(whole_run, data_folder, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole_run.iterdir()}
+    objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300))
+    fitted(objective, config_for(data_folder, whole_run))
     assert "is finished" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
-
-
-def test_another_recipe_is_not_continued(whole_run, data_folder):
-    with pytest.raises(UserError, match=r"learning_rate.*seed"):
-        trained(config_for(data_folder, whole_run[0], seed=5, learning_rate=1e-3))
+    assert before == {p: p.stat().st_mtime_ns for p in whole_run.iterdir()}
+    assert same(objective.model.state_dict(), weights(whole_run / "checkpoint.pt"))
 
 
 def test_a_finished_run_names_the_ways_on(data_folder, tmp_path, capsys):
@@ -299,41 +222,57 @@ def test_what_may_change_on_resuming_does(data_folder, tmp_path, monkeypatch):
 
 
 def test_what_is_left_of_another_run_is_not_overwritten(whole_run, data_folder, tmp_path):
-    (tmp_path / "best.pt").write_bytes((whole_run[0] / "best.pt").read_bytes())
+    shutil.copy(whole_run / "best.pt", tmp_path)
     with pytest.raises(UserError, match="learning_rate"):
         trained(config_for(data_folder, tmp_path, learning_rate=1e-3))
     assert trained(config_for(data_folder, tmp_path))["step"] == 12
 
 
+def start(data_folder, out, steps):
+    """Starts train.py as a shell does."""
+    command = [sys.executable, ROOT / "train.py", *OPTIONS, "--model", "llama-tiny", "--data", data_folder]
+    command += ["--out", out, "--steps", str(steps), "--log-every", "1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def test_nobody_reading_the_output_does_not_end_a_run(data_folder, tmp_path):
-    out = tmp_path / "r"
-    command = f"{sys.executable} {ROOT / 'train.py'} --model llama-tiny --device cpu --steps 30"
-    command += f" --data {data_folder} --out {out} --batch-size 2 --sequence-length 16"
-    command += " --log-every 1 | head -n 8"
-    subprocess.run(command, shell=True, check=True, capture_output=True)
-    deadline = time.monotonic() + 60
-    while not (out / "checkpoint.pt").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = start(data_folder, tmp_path / "r", 30)
+    for _ in range(8):
+        process.stdout.readline()
+    process.stdout.close()
+    process.wait(60)
+    assert read_checkpoint(tmp_path / "r/checkpoint.pt")["progress"]["step"] == 30
 
 
-def test_a_run_with_other_data_is_not_continued(whole_run, tokenizer, data_folder, tmp_path):
+def test_ctrl_c_saves_and_is_the_exit_code(data_folder, tmp_path):
+    process, printed = start(data_folder, tmp_path / "r", 100_000), ""
+    while "step 3/" not in printed:
+        printed += process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    printed += process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "the same command continues" in printed
+    assert "\r" not in printed  # which only a terminal gets
+    assert (tmp_path / "r/checkpoint.pt").exists()
+
+
+def test_another_recipe_or_other_data_is_not_continued(whole_run, tokenizer, data_folder, tmp_path):
+    with pytest.raises(UserError, match=r"learning_rate.*seed"):
+        trained(config_for(data_folder, whole_run, seed=5, learning_rate=1e-3))
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     for split in ("train", "dev"):
         write_split(tmp_path, split, tokenizer, {"other": write_text(3000, seed=9)})
     with pytest.raises(UserError, match="train_shard"):
-        trained(config_for(tmp_path, whole_run[0]))
+        trained(config_for(tmp_path, whole_run))
 
 
 def test_never_and_a_path_start_new_runs(whole_run, data_folder, tmp_path):
-    out, _ = whole_run
     with pytest.raises(UserError, match="holds a run"):
-        trained(config_for(data_folder, out, resume="never"))
-    from_path = config_for(data_folder, tmp_path / "n", resume=str(out / "previous.pt"))
+        trained(config_for(data_folder, whole_run, resume="never"))
+    from_path = config_for(data_folder, tmp_path / "n", resume=str(whole_run / "previous.pt"))
     assert trained(from_path)["step"] == 12
-    assert same(weights(tmp_path / "n/checkpoint.pt"), weights(out / "checkpoint.pt"))
+    assert same(weights(tmp_path / "n/checkpoint.pt"), weights(whole_run / "checkpoint.pt"))
     with pytest.raises(UserError, match="weights only"):
-        trained(config_for(data_folder, tmp_path / "m", resume=str(out / "best.pt")))
+        trained(config_for(data_folder, tmp_path / "m", resume=str(whole_run / "best.pt")))
 
 
 def test_a_dry_run_prints_the_arithmetic_and_nothing_else_happens(data_folder, tmp_path, capsys):
@@ -355,15 +294,15 @@ def test_epochs_decide_the_number_of_steps(data_folder, tmp_path):
 def test_stop_after_saves_and_stops(data_folder, tmp_path):
     progress = trained(config_for(data_folder, tmp_path / "r", stop_after=1e-9))
     assert progress["step"] == 1 and progress["stopped_by"] is None
-    assert torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["progress"]["step"] == 1
+    assert read_checkpoint(tmp_path / "r/checkpoint.pt")["progress"]["step"] == 1
 
 
 def test_bfloat16_is_near_float32(data_folder, tmp_path):
-    configs = [
-        config_for(data_folder, tmp_path / p, model="llama-tiny", precision=p) for p in ("fp32", "bf16")
-    ]
-    fp32, bf16 = (trained(config)["dev_cross_entropy"] for config in configs)
-    assert abs(fp32 - bf16) < 0.02 * fp32
+    fp32, bf16 = (
+        trained(config_for(data_folder, tmp_path / name, model="llama-tiny", precision=name))
+        for name in ("fp32", "bf16")
+    )
+    assert bf16["dev_cross_entropy"] == pytest.approx(fp32["dev_cross_entropy"], rel=0.02)
 
 
 # ---- the command line
@@ -413,15 +352,8 @@ def test_an_alias_is_the_same_option():
     assert parse(TrainConfig, "", ["--fsdp", "--lr", "1"]) == TrainConfig(shard=True, learning_rate=1.0)
 
 
-WRONG = (
-    "--no-such-option",
-    "--steps many",
-    "--steps 1 --epochs 1",
-    "--batch-size 0",
-    "--steps 0",
-    "--epochs nan",
-)
-WRONG += "--learning-rate inf", "--seed 100000000000000000000", "--precision fp8"
+WRONG = ["--no-such-option", "--steps many", "--steps 1 --epochs 1", "--batch-size 0", "--steps 0"]
+WRONG += ["--epochs nan", "--learning-rate inf", "--seed 100000000000000000000", "--precision fp8"]
 
 
 @pytest.mark.parametrize("arguments", WRONG)
@@ -434,66 +366,51 @@ def test_wrong_usage_exits_with_2(arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--model", "llama-7b"], "llama-58m"),
-        (["--data", "nowhere"], "tokenize_corpus.py"),
-        (["--device", "cuda:7"], "--device"),
-        (["--device", "cpu", "--cuda-graph"], "--cuda-graph"),
-        (["--device", "meta"], "--device"),
-        (["--sequence-length", "512"], "--sequence-length"),
-        (["--batch-size", "100000"], "--batch-size"),
+        ("--model llama-7b", "llama-58m"),
+        ("--data nowhere", "tokenize_corpus.py"),
+        ("--device cuda:7", "--device"),
+        ("--device cpu --cuda-graph", "--cuda-graph"),
+        ("--device meta", "--device"),
+        ("--sequence-length 512", "--sequence-length"),
+        ("--batch-size 100000", "--batch-size"),
+        ("--resume none.pt", "no such checkpoint"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_1(data_folder, tmp_path, capsys, arguments, message):
-    defaults = ["--data", str(data_folder), "--out", str(tmp_path / "r"), "--model", "llama-tiny"]
-    assert run_program(lambda: train.main([*defaults, *arguments])) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+def test_bad_input_is_one_line_and_exit_1(data_folder, tmp_path, refused, arguments, message):
+    defaults = ["--data", data_folder, "--out", tmp_path / "r", "--model", "llama-tiny"]
+    assert message in refused(train, *defaults, *arguments.split())
     assert not (tmp_path / "r").exists()
 
 
-def test_shards_of_another_tokenizer_are_refused(data_folder, tmp_path, capsys):
+def test_shards_and_weights_of_another_tokenizer_are_refused(data_folder, other_tokenizer, tmp_path, refused):
     for name in ("train.bin", "dev.bin"):
-        (tmp_path / name).write_bytes((data_folder / name).read_bytes())
-    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
-    (tmp_path / "tokenizer.model").write_bytes(other.model_bytes)
-    assert run_program(lambda: train.main(["--data", str(tmp_path)])) == 1
-    assert "was not made with" in capsys.readouterr().err
+        shutil.copy(data_folder / name, tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(other_tokenizer.model_bytes)
+    assert "was not made with" in refused(train, "--data", tmp_path)
+    save_model(tmp_path / "a.pt", models.build_model("llama-tiny", 300), other_tokenizer)
+    arguments = ["--init", tmp_path / "a.pt", "--data", data_folder, "--out", tmp_path / "run"]
+    assert "another tokenizer" in refused(train, *arguments)
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_is_the_exit_code(data_folder, tmp_path, number, code):
-    out = tmp_path / "r"
-    command = [sys.executable, str(ROOT / "train.py"), "--model", "llama-tiny", "--device", "cpu"]
-    command += ["--data", str(data_folder), "--out", str(out), "--steps", "100000"]
-    command += ["--batch-size", "2", "--sequence-length", "16", "--log-every", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    log = out / "log.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == code and "the same command continues" in printed
-    assert (out / "checkpoint.pt").exists()
-
-
-def test_a_closed_terminal_saves_and_nohup_goes_on(data_folder, tmp_path, monkeypatch):
-    def hang_up():
-        os.kill(os.getpid(), signal.SIGHUP)
-
-    options = ["--model", "llama-tiny", "--data", str(data_folder), "--device", "cpu"]
-    options += ["--steps", "4", "--batch-size", "2", "--sequence-length", "16"]
-    for name, handler, code in (("a", signal.SIG_DFL, 129), ("b", signal.SIG_IGN, 0)):
-        before = signal.signal(signal.SIGHUP, handler)
-        try:
-            with monkeypatch.context() as patch:
-                interrupt_after(patch, 2, then=hang_up)
-                run = [*options, "--out", str(tmp_path / name)]
-                assert run_program(lambda run=run: train.main(run)) == code
-        finally:
-            signal.signal(signal.SIGHUP, before)
-        assert (tmp_path / name / "checkpoint.pt").exists()
+@pytest.mark.parametrize(
+    "number, handler, code",
+    [
+        (signal.SIGTERM, signal.SIG_DFL, 143),
+        (signal.SIGHUP, signal.SIG_DFL, 129),
+        (signal.SIGHUP, signal.SIG_IGN, 0),
+    ],
+    ids=["terminated", "terminal closed", "nohup"],
+)
+def test_a_signal_saves_and_nohup_goes_on(data_folder, tmp_path, monkeypatch, number, handler, code):
+    interrupt_after(monkeypatch, 2, then=lambda: os.kill(os.getpid(), number))
+    before = signal.signal(number, handler)
+    try:
+        arguments = ["--model", "llama-tiny", "--data", data_folder, "--out", tmp_path, *OPTIONS]
+        assert run(train, *arguments) == code
+    finally:
+        signal.signal(number, before)
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["progress"]["step"] == (2 if code else 6)
 
 
 # ---- checkpoints at word counts, and other beginnings than chance
@@ -522,32 +439,17 @@ def test_weights_are_kept_when_so_many_words_have_been_seen(data_folder, tmp_pat
         assert same(*pair)
 
 
-def test_training_can_begin_with_the_weights_of_another_run(data_folder, tmp_path, capsys):
-    trained(config_for(data_folder, tmp_path / "first"))
-    first = tmp_path / "first" / "best.pt"
-    arguments = ["--model", "llama-tiny", "--init", str(first), "--data", str(data_folder)]
-    arguments += ["--out", str(tmp_path / "second"), "--steps", "1", "--learning-rate", "0"]
-    arguments += ["--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
-    assert run_program(lambda: train.main(arguments)) == 0
-    assert same(weights(first), weights(tmp_path / "second" / "best.pt"))
-    model, _ = models.load_checkpoint(tmp_path / "second" / "best.pt")
-    assert models.architecture(model.config) == "gpt2"
-    assert read_checkpoint(tmp_path / "second" / "best.pt")["model"]["name"] == "gpt2-tiny"
+def test_training_can_begin_with_the_weights_of_another_run(whole_run, data_folder, tmp_path, refused):
+    first, second = shutil.copy(whole_run / "best.pt", tmp_path), tmp_path / "second"
+    arguments = ["--model", "llama-tiny", "--data", data_folder, "--out", second, *OPTIONS]
+    arguments += ["--steps", "1", "--learning-rate", "0", "--init"]
+    assert run(train, *arguments, first) == 0
+    assert same(weights(first), weights(second / "best.pt"))
+    model, checkpoint = models.load_checkpoint(second / "best.pt")
+    assert models.architecture(model.config) == "gpt2" and checkpoint["model"]["name"] == "gpt2-tiny"
     # The same beginning from elsewhere is the same run; another one is not.
-    first.rename(tmp_path / "moved.pt")
-    arguments[3] = str(tmp_path / "moved.pt")
-    assert run_program(lambda: train.main(arguments)) == 0
-    arguments[3] = str(tmp_path / "first" / "previous.pt")
-    assert run_program(lambda: train.main(arguments)) == 1
-    assert "init_digest" in capsys.readouterr().err
-
-
-def test_weights_of_another_tokenizer_are_no_beginning(data_folder, tmp_path, capsys):
-    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
-    save_model(tmp_path / "a.pt", models.build_model("llama-tiny", 300), other)
-    arguments = ["--init", str(tmp_path / "a.pt"), "--data", str(data_folder)]
-    assert run_program(lambda: train.main([*arguments, "--out", str(tmp_path / "run")])) == 1
-    assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert run(train, *arguments, whole_run / "best.pt") == 0
+    assert "init_digest" in refused(train, *arguments, whole_run / "previous.pt")
 
 
 @pytest.mark.parametrize(
@@ -571,12 +473,9 @@ def test_tensorboard_shows_what_the_log_says_also_of_a_run_that_was_stopped(
     trained(config)
     events = reader.EventAccumulator(str(tmp_path / "r" / "tensorboard"))
     events.Reload()
-    entries = comparable(tmp_path / "r" / "log.jsonl")
     for tag in ("loss", "learning_rate", "dev_cross_entropy"):
-        logged = [(e["step"], e[tag]) for e in entries if tag in e]
-        logged = [(e.step, e.value) for e in events.Scalars(tag)]
-        assert [step for step, _ in logged] == [step for step, _ in logged]
-        assert [value for _, value in logged] == pytest.approx([value for _, value in logged])
+        logged = {e["step"]: e[tag] for e in log_entries(tmp_path / "r") if tag in e}
+        assert {e.step: e.value for e in events.Scalars(tag)} == pytest.approx(logged)
 
 
 def test_a_trace_shows_the_steps_that_were_asked_for(data_folder, tmp_path):
