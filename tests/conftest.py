@@ -33,6 +33,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 ROOT = Path(__file__).parent.parent
 FIGURES = {}  # {name: (what was done, outcome)} of the long tests
 WORDS = "the a cat dog child sees hears small old garden river runs sleeps and but never".split(" ")
+needs_full_device = pytest.mark.skipif(
+    not Path("/dev/full").is_char_device(), reason="needs /dev/full, a device of Linux"
+)
 # A short run of train.py or distill.py.
 OPTIONS = (
     "--steps 6 --batch-size 4 --sequence-length 32 --device cpu --precision fp32 "
