@@ -7,14 +7,12 @@ import torch
 
 import distill
 import model as models
-import train
-from conftest import save_model, step_of, train_tokenizer, write_split, write_text
+from conftest import OPTIONS, run, save_model, step_of, weights, write_split, write_text
 from data import BatchStream, open_corpus
 from distill import DistillConfig, FusedDistillationObjective
 from loss import Coefficients, plain_distillation_loss
-from training.checkpoint import content_digest, read_checkpoint
+from training.checkpoint import content_digest
 from training.device import autocast_for, compile_blocks
-from training.io import run_program
 
 
 def config(**changes):
@@ -49,9 +47,10 @@ def test_the_objective_is_the_formula_of_the_paper(train_shard):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
-def test_only_the_student_learns(train_shard):
+def test_only_the_student_learns_and_only_it_is_in_training_mode(train_shard):
     student, teachers = models.build_model("llama-tiny", 300), ensemble()
     objective = FusedDistillationObjective(student, teachers, config()).train()
+    assert student.training and not any(t.training for t in teachers)
     before = [p.clone() for p in objective.parameters()]
     step = step_of(objective, weight_decay=0.1)
     step(BatchStream(train_shard, 4, 32, seed=0)(0), 1e-3)
@@ -59,12 +58,6 @@ def test_only_the_student_learns(train_shard):
     num_student = len(list(student.parameters()))
     assert all(changed[:num_student]) and not any(changed[num_student:])
     assert all(p.grad is None for t in teachers for p in t.parameters())
-
-
-def test_teachers_stay_in_eval_mode_while_the_student_trains():
-    objective = FusedDistillationObjective(models.build_model("gpt2-tiny", 300), ensemble(), config())
-    objective.train()
-    assert objective.model.training and not any(t.training for t in objective.teachers)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(train_shard):
@@ -110,68 +103,57 @@ def test_compiled_gradients_are_the_eager_ones_on_a_gpu(train_shard):
 # ---- the program
 
 
-@pytest.fixture(scope="module")
-def teachers(data_folder, tmp_path_factory):
-    """Two trained teachers: paths of their checkpoints."""
-    folder = tmp_path_factory.mktemp("teachers")
-    for name in ("gpt2-tiny", "llama-tiny"):
-        train.main(["--model", name, "--data", str(data_folder), "--out", str(folder / name), *SHORT])
-    return [str(folder / name / "best.pt") for name in ("gpt2-tiny", "llama-tiny")]
-
-
-SHORT = ["--steps", "6", "--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
-SHORT += ["--eval-sequences", "8", "--log-every", "2"]
-
-
-def test_a_student_is_distilled_from_both(teachers, data_folder, tmp_path, capsys):
+def test_a_student_is_distilled_from_both(teachers, data_folder, tmp_path, capsys, refused):
     out = tmp_path / "s"
-    arguments = ["--teachers", *teachers, "--model", "llama-tiny", "--data", str(data_folder)]
-    assert distill.main([*arguments, "--out", str(out), *SHORT]) == 0
+    arguments = ["--model", "llama-tiny", "--data", data_folder, "--out", out, *OPTIONS, "--teachers"]
+    assert run(distill, *arguments, *teachers) == 0
     printed = capsys.readouterr().out
     assert "0.5 as given, 0.0303 per token (sequence)" in printed  # 0.5 / (0.5 + 0.5 · 32)
     assert '"kl"' in (out / "log.jsonl").read_text()
     _, checkpoint = models.load_checkpoint(out / "best.pt")
     assert [t["name"] for t in checkpoint["teachers"]] == ["gpt2-tiny", "llama-tiny"]
     for path, teacher in zip(teachers, checkpoint["teachers"]):
-        assert teacher["digest"] == content_digest(read_checkpoint(path)["weights"])
+        assert teacher["digest"] == content_digest(weights(path))
     assert not any("teachers" in key for key in checkpoint["weights"])
     # Finished: the same command has nothing left to do. Other teachers: another run.
-    assert distill.main([*arguments, "--out", str(out), *SHORT]) == 0
-    swapped = ["--teachers", *reversed(teachers), *arguments[3:], "--out", str(out), *SHORT]
-    assert run_program(lambda: distill.main(swapped)) == 1
-    assert "teacher_digests: the same in another order" in capsys.readouterr().err
-    other = ["--teachers", teachers[0], *arguments[3:], "--out", str(out), *SHORT]
-    assert run_program(lambda: distill.main(other)) == 1
-    assert "teacher_digests" in capsys.readouterr().err
+    assert run(distill, *arguments, *teachers) == 0
+    swapped = refused(distill, *arguments, *reversed(teachers))
+    assert "teacher_digests: the same in another order" in swapped
+    assert "teacher_digests" in refused(distill, *arguments, teachers[0])
 
 
-def refused(capsys, out, *arguments):
-    """The one line with which a distillation is refused before anything is written."""
-    assert run_program(lambda: distill.main([*map(str, arguments), "--out", str(out), *SHORT])) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and not out.exists()
-    return error
+@pytest.fixture
+def refused_at_once(refused, tmp_path):
+    """`refused` for a distillation, before anything is written."""
+
+    def end_of(*arguments):
+        error = refused(distill, *arguments, "--out", tmp_path / "s", *OPTIONS)
+        assert not (tmp_path / "s").exists()
+        return error
+
+    return end_of
 
 
-def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(teachers, tmp_path, capsys):
-    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
-    (tmp_path / "tokenizer.model").write_bytes(other.model_bytes)
+def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(
+    teachers, other_tokenizer, tmp_path, refused_at_once
+):
+    (tmp_path / "tokenizer.model").write_bytes(other_tokenizer.model_bytes)
     for split in ("train", "dev"):
-        write_split(tmp_path, split, other, {"text": write_text(2000, seed=9)})
-    error = refused(capsys, tmp_path / "s", "--teachers", *teachers, "--data", tmp_path)
+        write_split(tmp_path, split, other_tokenizer, {"text": write_text(2000, seed=9)})
+    error = refused_at_once("--teachers", *teachers, "--data", tmp_path)
     assert "another tokenizer" in error and "gpt2-tiny" in error
 
 
-@pytest.mark.parametrize(
-    "vocabulary_size, positions, message", [(300, 16, "--sequence-length"), (299, 64, "299 logits")]
-)
+SHAPES = [(300, 16, "--sequence-length"), (299, 64, "299 logits")]
+
+
+@pytest.mark.parametrize("size, positions, message", SHAPES)
 def test_a_teacher_of_another_shape_is_refused(
-    data_folder, tokenizer, tmp_path, capsys, vocabulary_size, positions, message
+    data_folder, tokenizer, tmp_path, refused_at_once, size, positions, message
 ):
-    teacher = models.build_model("gpt2-tiny", vocabulary_size, max_position_embeddings=positions)
+    teacher = models.build_model("gpt2-tiny", size, max_position_embeddings=positions)
     save_model(tmp_path / "t.pt", teacher, tokenizer, "gpt2-tiny")
-    arguments = ("--teachers", tmp_path / "t.pt", "--data", data_folder)
-    assert message in refused(capsys, tmp_path / "s", *arguments)
+    assert message in refused_at_once("--teachers", tmp_path / "t.pt", "--data", data_folder)
 
 
 def test_rows_of_a_padded_vocabulary_are_left_out(data_folder, tokenizer, tmp_path, capsys):
@@ -183,45 +165,45 @@ def test_rows_of_a_padded_vocabulary_are_left_out(data_folder, tokenizer, tmp_pa
         loaded, _ = models.load_compatible(path, open_corpus(data_folder))
         tokens = torch.randint(300, (2, 9))
         torch.testing.assert_close(loaded(tokens), padded(tokens)[..., :300])
-        arguments = ["--teachers", str(path), "--init", str(path), "--data", str(data_folder)]
-        assert distill.main([*arguments, "--out", str(tmp_path / "s" / name), *SHORT]) == 0
+        arguments = ["--teachers", path, "--init", path, "--data", data_folder, *OPTIONS]
+        assert run(distill, *arguments, "--out", tmp_path / "s" / name) == 0
         assert "20 rows beyond the tokenizer's 300 pieces are left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", ["1", "-1 2", "nan 2"])
+def test_impossible_teacher_weights_are_refused(teachers, data_folder, refused_at_once, given):
+    arguments = ["--teachers", *teachers, "--data", data_folder, "--teacher-weights", *given.split()]
+    assert "--teacher-weights" in refused_at_once(*arguments)
+
+
 @pytest.mark.parametrize(
-    "arguments, message",
+    "given",
     [
-        (["--teacher-weights", "1"], "--teacher-weights"),
-        (["--teacher-weights", "-1", "2"], "--teacher-weights"),
-        (["--teacher-weights", "nan", "2"], "--teacher-weights"),
+        "",
+        "--teachers a.pt --alpha 1.5",
+        "--teachers a.pt --temperature 0",
+        "--teachers a.pt --random-offset --cache-teachers auto",  # chunks that move cannot be kept
     ],
 )
-def test_impossible_options_are_refused(teachers, data_folder, tmp_path, capsys, arguments, message):
-    given = ("--teachers", *teachers, "--data", data_folder, *arguments)
-    assert message in refused(capsys, tmp_path / "s", *given)
-
-
-@pytest.mark.parametrize("arguments", [["--alpha", "1.5"], ["--temperature", "0"], []])
-def test_wrong_usage_exits_with_2(arguments):
-    given = ["--teachers", "a.pt", *arguments] if arguments else []
+def test_wrong_usage_exits_with_2(given):
     with pytest.raises(SystemExit) as stop:
-        distill.main(given)
+        distill.main(given.split())
     assert stop.value.code == 2
 
 
-def test_what_is_no_teacher_is_named_with_the_way_in(data_folder, tmp_path, capsys):
+def test_what_is_no_teacher_is_named_with_the_way_in(data_folder, tmp_path, refused_at_once):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     paths = {data_folder / "train.bin": "no checkpoint", tmp_path / "hf": "export_hf.py --import"}
     for path, message in (paths | {tmp_path / "none.pt": "does not exist"}).items():
-        error = refused(capsys, tmp_path / "s", "--teachers", path, "--data", data_folder)
+        error = refused_at_once("--teachers", path, "--data", data_folder)
         assert str(path) in error and message in error
 
 
-def test_a_checkpoint_is_no_teacher_cache(teachers, data_folder, tmp_path, capsys):
+def test_a_checkpoint_is_no_teacher_cache(teachers, data_folder, refused_at_once):
     """It must not be called a damaged cache: the remedy for that is to delete it."""
     before = Path(teachers[0]).read_bytes()
     given = ("--teachers", *teachers, "--data", data_folder, "--cache-teachers", teachers[0])
-    error = refused(capsys, tmp_path / "s", *given)
+    error = refused_at_once(*given)
     assert "is no teacher cache" in error and "delete" not in error
     assert Path(teachers[0]).read_bytes() == before
