@@ -22,6 +22,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -31,7 +32,7 @@ from corpus.cleaning import CLEANERS, VERSIONS, clean_blocks
 from corpus.text_files import SPACE_PIECE, count_unspaced, sub_corpora, text_blocks, warn_of_ignored_files
 from corpus.token_shards import TokenShard, write_shard
 from tokenizer import BOS, EOS, PAD, UNK, VOCABULARY_SIZE, Tokenizer
-from training.io import UserError, aligned, atomic_write, fsync_folder, locked, run_program, warn
+from training.io import UserError, aligned, atomic_write, run_program, warn
 from training.options import Parser
 
 SMALLEST_VOCABULARY = 260  # 256 bytes; pad, bos, eos, unk
@@ -45,8 +46,7 @@ BLOCK_CHARACTERS = 1 << 18  # encoded at a time, by all cores
 # ---- reading
 
 
-@dataclass(frozen=True)
-class TextStats:
+class TextStats(NamedTuple):
     """The UTF-8 bytes of a cleaned text, their SHA-256, and whether blanks separate its words."""
 
     bytes: int
@@ -206,17 +206,16 @@ def encode(tokenizer, text):
     return np.concatenate([np.zeros(0, np.int32), *ids]), exact
 
 
-def encode_split(path, sources, tokenizer):
-    """Writes a list of `SourceText`s as the shard `path`. Returns the shard's header.
+def encode_split(file, split, sources, tokenizer):
+    """Writes a list of `SourceText`s into a binary file as a shard. Returns the shard's header.
 
     Warns if decoding does not give the text back. With a tokenizer of this program it always does.
-    Raises `UserError` if the text has changed since it was measured.
     """
-    split, expected = path.stem, sum(source.stats.bytes for source in sources)
     exact_blocks = []
 
     def encoded_texts():
-        with tqdm(total=expected, desc=split, unit="B", unit_scale=True, disable=None) as progress:
+        total = sum(source.stats.bytes for source in sources)
+        with tqdm(total=total, desc=split, unit="B", unit_scale=True, disable=None) as progress:
             for source in sources:
                 for block in source.blocks():
                     ids, exact = encode(tokenizer, block)
@@ -225,10 +224,7 @@ def encode_split(path, sources, tokenizer):
                     progress.update(num_bytes)
                     yield source.name, ids, words if source.stats.has_words else 0, num_bytes
 
-    cleaning = VERSIONS[sources[0].cleaning]
-    header = write_shard(path, encoded_texts(), tokenizer, cleaning)
-    if header["bytes"] != expected:
-        raise UserError(f"the {split} text changed while it was read: start again")
+    header = write_shard(file, encoded_texts(), tokenizer, VERSIONS[sources[0].cleaning])
     if not all(exact_blocks):
         warn(
             f"the tokenizer does not give the {split} text back exactly: "
@@ -243,34 +239,24 @@ def encode_split(path, sources, tokenizer):
 def write_corpus(out, splits, tokenizer):
     """Writes `tokenizer` and {split: list of SourceText} into the folder `out`: {split: header}.
 
-    All is written into new.tmp within `out` first, so that a full disk or a stop changes nothing. A
-    kill while files are moved leaves a folder without train.bin, which is refused until the same
-    command has completed it.
+    The files get their names when all of them are on the disk, so that a full disk or a stop changes
+    nothing. A kill between two renames leaves a folder without train.bin, which is refused until the
+    same command has completed it.
     """
-    folder = out / "new.tmp"
-    if folder.is_symlink():
-        raise UserError(f"{folder} is a link, and files would be written where it points: remove it")
     names = [*(f"{split}.bin" for split in splits), "tokenizer.model"]
-    with locked(folder):
-        try:
-            headers = {
-                split: encode_split(folder / f"{split}.bin", sources, tokenizer)
-                for split, sources in splits.items()
-            }
-            with atomic_write(folder / "tokenizer.model") as file:
-                file.write(tokenizer.model_bytes)
-            if "train" in splits:
-                (out / "train.bin").unlink(missing_ok=True)
-            for name in sorted(names):  # train.bin is the last
-                os.replace(folder / name, out / name)
-        finally:
-            # This deletes what a kill left too, and leaves files of other names alone.
-            for path in folder.iterdir():
-                if path.name.startswith(("dev.bin", "tokenizer.model", "train.bin")):
-                    path.unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    fsync_folder(out)
+    with contextlib.ExitStack() as stack:
+        # The stack renames them from the last one to the first, which is train.bin.
+        files = {n: stack.enter_context(atomic_write(out / n)) for n in sorted(names, reverse=True)}
+        headers = {
+            split: encode_split(files[f"{split}.bin"], split, sources, tokenizer)
+            for split, sources in splits.items()
+        }
+        files["tokenizer.model"].write(tokenizer.model_bytes)
+        for file in files.values():  # a full disk shows here
+            file.flush()
+            os.fsync(file.fileno())
+        if "train" in splits:
+            (out / "train.bin").unlink(missing_ok=True)
     return headers
 
 

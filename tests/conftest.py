@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 from train import CrossEntropyObjective, TrainConfig, TrainStep, build_optimizer
 from training.checkpoint import content_digest, read_checkpoint, write_checkpoint
 from training.device import autocast_for
-from training.io import run_program
+from training.io import atomic_write, run_program
 from training.logger import commit
 from training.options import may_change
 from training.resume import Provenance
@@ -80,7 +80,13 @@ def write_split(folder, split, tokenizer, texts):
         (name, np.array(tokenizer.encode(text)), len(text.split()), len(text.encode()))
         for name, text in texts.items()
     ]
-    write_shard(folder / f"{split}.bin", entries, tokenizer, cleaning="none")
+    write_shard_file(folder / f"{split}.bin", entries, tokenizer)
+
+
+def write_shard_file(path, texts, tokenizer, cleaning="none"):
+    """Writes the shard `path`, and returns its header; see `write_shard`."""
+    with atomic_write(path) as file:
+        return write_shard(file, texts, tokenizer, cleaning)
 
 
 def save_model(path, model, tokenizer, name="llama-tiny", length=16, **fields):

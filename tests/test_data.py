@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import data
-from conftest import train_tokenizer, write_text
-from corpus.token_shards import write_shard
+from conftest import train_tokenizer, write_shard_file, write_text
 from data import BatchStream, TokenShard, count_chunks, dev_subset
 from tokenizer import Tokenizer
 from training.io import UserError
@@ -20,7 +19,7 @@ class Pieces:
 
 
 def shard_of(path, ids, vocabulary_size=1000):
-    write_shard(path, [("text", ids, len(ids), 2 * len(ids))], Pieces(vocabulary_size), "none")
+    write_shard_file(path, [("text", ids, len(ids), 2 * len(ids))], Pieces(vocabulary_size))
     return TokenShard(path)
 
 

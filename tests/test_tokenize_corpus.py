@@ -350,35 +350,25 @@ def test_a_full_disk_or_a_stop_leaves_what_was_there(corpus, monkeypatch, error)
     main(arguments(corpus))
     before, write_shard = contents(corpus / "out"), tokenize_corpus.write_shard
 
-    def fail_at_dev(path, *details):
-        if path.name == "dev.bin":
+    def fail_at_dev(file, *details):
+        if "dev.bin" in file.name:
             raise error
-        return write_shard(path, *details)
+        return write_shard(file, *details)
 
     monkeypatch.setattr(tokenize_corpus, "write_shard", fail_at_dev)
     assert run_program(lambda: main(arguments(corpus, "--no-clean"))) in (1, 130)
     assert contents(corpus / "out") == before
 
 
-def test_a_link_called_new_tmp_is_refused_and_not_followed(corpus, capsys):
-    (corpus / "elsewhere").mkdir()
-    (corpus / "elsewhere" / "thesis.txt").write_text("years of work")
-    (corpus / "out").mkdir()
-    (corpus / "out" / "new.tmp").symlink_to(corpus / "elsewhere")
-    assert run_program(lambda: main(arguments(corpus))) == 1
-    assert "new.tmp is a link" in capsys.readouterr().err
-    assert contents(corpus / "elsewhere") == {"thesis.txt": b"years of work"}
-
-
 def test_files_that_it_does_not_write_are_left_alone(corpus):
-    (corpus / "out" / "new.tmp").mkdir(parents=True)
-    files = [corpus / "out" / "train-00001.bin", corpus / "out" / "new.tmp" / "thesis.txt"]
+    """Earlier versions wrote into new.tmp, and emptied it: of a link, where it points."""
+    files = [corpus / "out" / "train-00001.bin", corpus / "elsewhere" / "train.bin"]
     for path in files:
+        path.parent.mkdir()
         path.write_text("years of work")
-    (corpus / "out" / "new.tmp" / "train.bin").write_text("left by a kill")
+    (corpus / "out" / "new.tmp").symlink_to(corpus / "elsewhere")
     main(arguments(corpus))
     assert all(path.read_text() == "years of work" for path in files)
-    assert list((corpus / "out" / "new.tmp").iterdir()) == files[1:]
 
 
 def test_dev_text_alone_is_refused_beside_the_train_shard_of_another_tokenizer(corpus, tokenizer, capsys):
@@ -393,17 +383,3 @@ def test_dev_text_alone_is_refused_beside_the_train_shard_of_another_tokenizer(c
     main([*alone, f"{corpus}/out/tokenizer.model"])
     after = contents(corpus / "out")
     assert before.pop("dev.bin") != after.pop("dev.bin") and before == after
-
-
-def test_text_that_changes_while_it_is_read_is_refused(corpus, monkeypatch, capsys):
-    train_tokenizer = tokenize_corpus.train_tokenizer
-
-    def disturbed(*details):
-        with open(corpus / "dev" / "stories.dev", "a") as file:
-            file.write("another line\n")
-        return train_tokenizer(*details)
-
-    monkeypatch.setattr(tokenize_corpus, "train_tokenizer", disturbed)
-    assert run_program(lambda: main(arguments(corpus))) == 1
-    assert "the dev text changed while it was read" in capsys.readouterr().err
-    assert contents(corpus / "out") == {}
