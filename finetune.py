@@ -16,9 +16,9 @@ command that was stopped continues.
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
-import os
 import random
 import statistics
 import sys
@@ -201,7 +201,10 @@ class BaseCheckpoint:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FinetuneRun:
-    """One run: a checkpoint, a task and a seed, with the options of the command."""
+    """One run: a checkpoint, a task and a seed, with the options of the command.
+
+    `path` is the file of its result, `folder` that of its checkpoints and log.
+    """
 
     base: BaseCheckpoint
     task: tasks.Task
@@ -211,12 +214,10 @@ class FinetuneRun:
 
     @property
     def path(self):
-        """The file of the result."""
         return Path(self.options.out) / self.base.name / self.task.name / f"seed-{self.seed}.json"
 
     @property
     def folder(self):
-        """The folder of the run's checkpoints and log."""
         return self.path.with_suffix("")
 
     @property
@@ -231,8 +232,8 @@ class FinetuneRun:
     @property
     def f1_class(self):
         """{"f1_of": the positive class} where earlier versions took the F1 of the other one, else {}."""
-        task = self.task
-        return {"f1_of": task.classes[0]} if len(task.classes) == 2 and task.positive == 0 else {}
+        classes = self.task.classes
+        return {"f1_of": classes[0]} if len(classes) == 2 and self.task.positive == 0 else {}
 
     @property
     def fingerprint(self):
@@ -253,7 +254,7 @@ class FinetuneRun:
 
     def config(self, deadline):
         """Returns the complete config for `fit`, which stops at `deadline` (`time.monotonic`) or None."""
-        settings = dataclasses.asdict(self.settings)
+        settings, options = dataclasses.asdict(self.settings), self.options
         max_length, warmup = settings.pop("max_length"), settings.pop("warmup")
         num_batches = -(-len(self.task.train.texts) // settings["batch_size"])
         return FinetuneConfig(
@@ -263,14 +264,14 @@ class FinetuneRun:
             sequence_length=max_length,
             model=self.base.checkpoint["model"]["name"],
             init=self.base.path,
-            data=self.options.tasks,
+            data=options.tasks,
             out=str(self.folder),
             seed=self.seed,
             task=self.task.name,
-            head=self.options.head,
-            dropout=self.options.dropout,
-            micro_batch_size=self.options.micro_batch_size,
-            device=self.options.device,
+            head=options.head,
+            dropout=options.dropout,
+            micro_batch_size=options.micro_batch_size,
+            device=options.device,
             precision=self.compute.precision,
             compile=False,  # batches have many lengths
             cuda_graph=False,
@@ -279,10 +280,7 @@ class FinetuneRun:
 
 
 def make_result(run, deadline):
-    """Trains a run and writes its result. Returns it, or None if the run was stopped, and the signal.
-
-    Raises `UserError` if the run fails.
-    """
+    """Trains a run and writes its result. Returns it, or None if the run was stopped, and the signal."""
     config, examples = run.config(deadline), encode_task(run.base, run.task, run.settings.max_length)
     is_new, start = not run.folder.exists(), time.monotonic()
     try:
@@ -300,8 +298,8 @@ def make_result(run, deadline):
     remove_checkpoints(run.folder, run.options.keep)
     for name, scores in result["scores"].items():
         metric = tasks.metric_of(name)
-        majority = 100 * tasks.majority_scores(run.task, name)[metric]
-        score = f"{100 * scores[metric]:.1f} {metric} (majority {majority:.1f})"
+        majority = tasks.majority_scores(run.task, name)[metric]
+        score = f"{100 * scores[metric]:.1f} {metric} (majority {100 * majority:.1f})"
         log(f"{run.base.name}, seed {run.seed}: {name} {score}")
     return result, progress.get("stopped_by")
 
@@ -322,10 +320,8 @@ def train(run, config, examples):
     provenance = Provenance(config.model, architecture, model.config, run.base.tokenizer, conditions)
     stream = ExampleStream(examples["train"], config.batch_size, config.seed)
     evaluate = evaluation(run.task, examples[run.task.name], config.chosen_by)
-    with contextlib.ExitStack() as stack:
-        if not run.options.verbose:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+    output = sys.stdout if run.options.verbose else io.StringIO()
+    with contextlib.redirect_stdout(output):
         return fit(ClassificationObjective(model), config, stream, evaluate, provenance)
 
 
@@ -386,11 +382,8 @@ def earlier_result(run):
 
 
 def predicted_classes(result, name):
-    """Returns the predictions (N,) of a result for a valid file. Raises ValueError for negative ones."""
-    predictions = torch.tensor([int(index) for index in result["predictions"][name].split()])
-    if predictions.min() < 0:
-        raise ValueError("an index is negative")
-    return predictions
+    """Returns the predictions (N,) of a result for a valid file."""
+    return torch.tensor([int(index) for index in result["predictions"][name].split()])
 
 
 def remove_checkpoints(folder, keep):
@@ -446,32 +439,32 @@ def summarize(results, bases, chosen, options):
     seeds (Student's t), or with one seed that over texts (bootstrap). "seeds" has every score of each.
     """
     about, models = {}, {base.name: {} for base in bases}
-    for task in chosen:
-        for name, valid in task.valid.items():
-            metric = tasks.metric_of(name)
-            about[name] = {
-                "metric": metric,
-                "texts": len(valid.texts),
-                "majority": tasks.majority_scores(task, name)[metric],
-                "classes": task.classes,
-                "msgs": task.name.lower() in tasks.MSGS,
-            }
-            if metric == "f1":
-                about[name]["positive"] = task.classes[task.positive]
-    for base, task in itertools.product(bases, chosen):
-        of_task = [r for run, r in results.items() if r and run.base is base and run.task is task]
-        for name in task.valid if of_task else ():
-            metric = about[name]["metric"]
-            values = [result["scores"][name][metric] for result in of_task]
+    valid_files = [(task, name) for task in chosen for name in task.valid]
+    for task, name in valid_files:
+        metric = tasks.metric_of(name)
+        about[name] = {
+            "metric": metric,
+            "texts": len(task.valid[name].texts),
+            "majority": tasks.majority_scores(task, name)[metric],
+            "classes": task.classes,
+            "msgs": task.name.lower() in tasks.MSGS,
+        }
+        if metric == "f1":
+            about[name]["positive"] = task.classes[task.positive]
+        for base in bases:
+            finished = [r for run, r in results.items() if r and run.base is base and run.task is task]
+            if not finished:
+                continue
+            values = [result["scores"][name][metric] for result in finished]
             interval = t_interval(values, -1 if metric == "mcc" else 0, 1)
             if interval is None:
-                table = task.confusion(name, predicted_classes(of_task[0], name))
+                table = task.confusion(name, predicted_classes(finished[0], name))
                 interval = tasks.bootstrap_interval(table, metric, task.positive)
             models[base.name][name] = {
                 "mean": statistics.fmean(values),
                 "deviation": statistics.stdev(values) if len(values) > 1 else None,
                 "interval": interval,
-                "seeds": {result["seed"]: result["scores"][name] for result in of_task},
+                "seeds": {result["seed"]: result["scores"][name] for result in finished},
             }
     return {"settings": options.settings, "head": options.head, "tasks": about, "models": models}
 

@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -151,27 +152,23 @@ def settings_of(task, table):
 # ---- reading
 
 
-@dataclass(frozen=True)
-class Examples:
+class Examples(NamedTuple):
     """The examples of a file: `texts` [(a,) or (a, b)], and `labels`, the index of each one's class."""
 
     texts: list
     labels: list
     words: int
     digest: str
-    unused_fields: frozenset | set = frozenset()
+    unused_fields: frozenset | set = frozenset()  # that are no part of the texts
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A task: the names of its classes in order, what to learn from, and {name: what to score}.
-
-    `positive` is the index of the class whose F1 is reported, if there are two.
-    """
+    """A task: the names of its classes in order, what to learn from, and {name: what to score}."""
 
     name: str
     classes: tuple[str, ...]
-    positive: int
+    positive: int  # index of the class whose F1 is reported, if there are two
     template: tuple[str, ...]  # one of `TEMPLATES`
     train: Examples
     valid: dict
@@ -199,29 +196,21 @@ class Task:
 def read_tasks(folder, names=None):
     """Returns the `Task`s of a folder in the order of their names, or those of `names` in that order.
 
-    Raises `UserError` if there is none, a task lacks a file or is named twice, or a line is not a
-    labelled example.
+    Raises `UserError` if there is none, a task lacks a file, or a line is not a labelled example.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one of NAME.train.jsonl, NAME.valid.jsonl")
     train, valid = _list_files(folder, TRAIN_ENDINGS), _list_files(folder, VALID_ENDINGS)
-    if not train:
-        raise UserError(f"{folder} holds no NAME.train.jsonl: give a folder of tasks")
-    owners = {name: name if name in train else name.removesuffix("-mm") for name in valid}
-    if names and len(set(names)) < len(names):
-        raise UserError(f"--only {max(names, key=names.count)}: it is named twice: name each task once")
-    for name in names or [*train, *owners.values()]:
-        if name not in train and name not in owners.values():
-            raise UserError(f"{folder} has no task {name}: choose from {', '.join(train)}")
-        if name not in train:
-            path = next(valid[part] for part, owner in owners.items() if owner == name)
-            raise UserError(f"{path} has no {name}.train.jsonl beside it: add it")
-        if name not in owners.values():
-            raise UserError(f"{train[name]} has no {name}.valid.jsonl beside it: add it")
-    return [
-        _read_task(name, train[name], {part: valid[part] for part in sorted(valid) if owners[part] == name})
-        for name in names or train
-    ]
+    parts = {name: {} for name in train}  # {task: {name of a valid file: its path}}
+    for name, path in valid.items():
+        parts.setdefault(name if name in train else name.removesuffix("-mm"), {})[name] = path
+    names = list(dict.fromkeys(names or parts))
+    for name in names or ["NAME"]:
+        for part, exists in (("train", name in train), ("valid", parts.get(name))):
+            if not exists:
+                others = ", ".join(sorted(parts.keys() - {name})) or "no other task"
+                raise UserError(f"{folder} holds no {name}.{part}.jsonl: add it ({others} in the folder)")
+    return [_read_task(name, train[name], parts[name]) for name in names]
 
 
 def unread_files(folder):
@@ -249,10 +238,9 @@ def _list_files(folder, endings):
 def _read_task(name, train_path, valid_paths):
     template, train = _read_examples(train_path)
     classes, positive = _read_classes(name, set(train.labels), train_path)
-    numbers = {label: i for i, label in enumerate(classes)}
 
     def numbered(examples):
-        return replace(examples, labels=[numbers[label] for label in examples.labels])
+        return examples._replace(labels=[classes.index(label) for label in examples.labels])
 
     valid = {part: numbered(_read_examples(path, template, classes)[1]) for part, path in valid_paths.items()}
     return Task(name, classes, positive, template, numbered(train), valid)
@@ -289,8 +277,8 @@ def _parse(line):
     """Returns the object of a line of JSON. Raises ValueError for anything else."""
     try:
         entry = json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError("it is no JSON object") from error
+    except json.JSONDecodeError:
+        entry = None
     if not isinstance(entry, dict) or "label" not in entry:
         raise ValueError('it is no JSON object with a "label"')
     spans = entry.get("target")
@@ -316,14 +304,12 @@ def _template_of(entry):
 
 def _fill(template, entry):
     """Returns the texts of an object. Raises ValueError unless `template` is its own."""
-    fields = sorted(_fields(template))
-    if (own := _template_of(entry)) != template:
-        own = ", ".join(sorted(_fields(own)))
-        raise ValueError(f"it has {own}, and the task's first line has {', '.join(fields)}")
-    if not all(isinstance(entry[field], str) for field in fields):
-        raise ValueError(f"{' and '.join(fields)} must be text")
-    if not any(entry[field].strip() for field in fields):
-        raise ValueError(f"there is no text: {' and '.join(fields)} must not be empty")
+    own, fields = sorted(_fields(_template_of(entry))), sorted(_fields(template))
+    if own != fields:
+        raise ValueError(f"it has {', '.join(own)}, and the task's first line has {', '.join(fields)}")
+    values = [entry[field] for field in fields]
+    if not all(isinstance(value, str) for value in values) or not "".join(values).strip():
+        raise ValueError(f"{' and '.join(fields)} must be text, and not empty")
     texts = tuple(part.format(**entry) for part in template)
     "".join(texts).encode()  # raises for half of a surrogate pair, which is no character
     return texts
@@ -345,10 +331,8 @@ def _read_classes(task, names, path):
     Raises `UserError` if they are too few or too many, or the task's F1 is of none of them.
     """
     classes = tuple(sorted(names, key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0, c)))
-    if len(classes) < 2:
-        raise UserError(f"{path} shows the class {classes[0]} alone: there is nothing to learn")
-    if len(classes) > MAX_CLASSES:
-        raise UserError(f"{path} has {len(classes)} classes, more than {MAX_CLASSES}: mend labels")
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise UserError(f"{path} has {len(classes)} classes, and 2 to {MAX_CLASSES} can be learned")
     name = POSITIVE_LABELS.get(task.lower())
     positive = next((i for i, label in enumerate(classes) if label.lower() == name), 1)
     if metric_of(task) == "f1" and (

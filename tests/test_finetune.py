@@ -242,23 +242,22 @@ PAIR = '{"text_a": "a", "text_b": "b", "label": 1}'
 @pytest.mark.parametrize(
     "train_lines, valid_lines, message",
     [
-        (GOOD, None, "t.train.jsonl has no t.valid.jsonl beside it"),
-        (None, GOOD, "holds no NAME.train.jsonl"),
+        (GOOD, None, "holds no t.valid.jsonl"),
+        (None, GOOD, "holds no t.train.jsonl"),
         (GOOD, "", "t.valid.jsonl is empty"),
         (GOOD, '{"text": "a", "label": 2}', "line 1: the class 2 never occurs in the train file (0, 1)"),
-        (GOOD + '{"text": " ", "label": 1}', GOOD, "line 3: there is no text: text must not be empty"),
+        (GOOD + '{"text": " ", "label": 1}', GOOD, "line 3: text must be text, and not empty"),
+        (GOOD + '{"text": ["a"], "label": 1}', GOOD, "line 3: text must be text, and not empty"),
         (GOOD + '{"text": "a", "label": -1}', GOOD, "line 3: the label -1 is no class"),
         (GOOD + '{"text": "a", "label": 0.5}', GOOD, "line 3: the label 0.5 is no class"),
         (GOOD + '{"text": "a"}', GOOD, 'line 3: it is no JSON object with a "label"'),
         (GOOD + '{"words": "a", "label": 1}', GOOD, "line 3: it has none of these sets of fields: "),
         (GOOD + PAIR, GOOD, "line 3: it has text_a, text_b, and the task's first line has text:"),
-        (PAIR + "\n" + GOOD, GOOD, "line 2: it has text, and the task's first line has text_a, text_b:"),
         (GOOD, PAIR, "t.valid.jsonl, line 1: it has text_a, text_b, and the task's first line has text:"),
-        (GOOD + '{"text": ["a"], "label": 1}', GOOD, "line 3: text must be text"),
         (GOOD + '{"text": "a\\ud800", "label": 1}', GOOD, "line 3: 'utf-8' codec can't encode"),
         (GOOD + "[" * 100_000, GOOD, "line 3: "),
         (GOOD + "text", GOOD, "line 3: it is no JSON object"),
-        (GOOD.replace("1", "0"), GOOD, "t.train.jsonl shows the class 0 alone"),
+        (GOOD.replace("1", "0"), GOOD, "t.train.jsonl has 1 classes"),
         ("".join(f'{{"text": "a", "label": {i}}}\n' for i in range(101)), GOOD, "101 classes"),
     ],
 )
@@ -274,8 +273,8 @@ def test_a_task_that_cannot_be_learned_is_one_line(
 
 
 def test_a_task_is_read_once_and_a_link_to_nothing_is_an_error(folder, tmp_path):
-    with pytest.raises(UserError, match="single: it is named twice"):
-        read_tasks(folder, ["single", "double", "single"])
+    tasks_read = read_tasks(folder, ["single", "double", "single"])
+    assert [task.name for task in tasks_read] == ["single", "double"]
     (tmp_path / "t.train.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="a link to nothing"):
         read_tasks(tmp_path)
