@@ -19,10 +19,9 @@ from pathlib import Path
 from toy.grammar import Grammar, sentence
 from toy.paradigms import PARADIGMS
 from toy.registers import REGISTERS
-from training.io import UserError, run_program, write_text
+from training.io import run_program, write_text
 from training.options import Parser
 
-LEAST_WORDS = 1000
 LEAST_DEV_WORDS = 2000
 PAIRS_PER_PARADIGM = 200
 TASK_PAIRS = {"train": 60, "valid": 20}  # of each paradigm
@@ -51,8 +50,7 @@ def draw_pairs(seed, stream, compose, count):
     return pairs
 
 
-def write_lines(path, entries):
-    """Writes each entry as a line of JSON."""
+def write_json_lines(path, entries):
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -60,12 +58,12 @@ def write_pairs(folder, seed):
     """Writes each paradigm's pairs, no sentence twice, in the layout of BLiMP's files."""
     for name, (term, compose) in PARADIGMS.items():
         pairs = draw_pairs(seed, f"pairs {name}", compose, PAIRS_PER_PARADIGM)
+        about = {"field": "toy", "linguistics_term": term, "UID": name}
         entries = [
-            {"sentence_good": good, "sentence_bad": bad, "field": "toy", "linguistics_term": term}
-            for good, bad in pairs.items()
+            {"sentence_good": good, "sentence_bad": bad, **about, "pair_id": i}
+            for i, (good, bad) in enumerate(pairs.items())
         ]
-        entries = [entry | {"UID": name, "pair_id": i} for i, entry in enumerate(entries)]
-        write_lines(folder / f"{name}.jsonl", entries)
+        write_json_lines(folder / f"{name}.jsonl", entries)
 
 
 def write_task(folder, seed):
@@ -77,17 +75,7 @@ def write_task(folder, seed):
             for good, bad in islice(pairs, count):
                 entries[part] += [{"sentence": good, "label": 1}, {"sentence": bad, "label": 0}]
     for part, of_part in entries.items():
-        write_lines(folder / f"acceptable.{part}.jsonl", of_part)
-
-
-def check_vacant(out):
-    """Raises `UserError` if a folder to write into has a file that this program does not write."""
-    names = {f"{name}.{split}" for name in REGISTERS for split in ("train", "dev")}
-    names |= {f"{name}.jsonl" for name in PARADIGMS} | {f"acceptable.{part}.jsonl" for part in TASK_PAIRS}
-    for folder in ("train", "dev", "pairs", "tasks"):
-        for path in (out / folder).glob("*"):
-            if path.name not in names:
-                raise UserError(f"{path} is there already: choose an empty --out")
+        write_json_lines(folder / f"acceptable.{part}.jsonl", of_part)
 
 
 def main(argv=None):
@@ -103,10 +91,7 @@ def main(argv=None):
         f"{LEAST_DEV_WORDS} (default: 200000)",
     )
     args = parser.parse_args(argv)
-    if args.words < LEAST_WORDS:
-        raise UserError(f"--words {args.words}: at least {LEAST_WORDS}")
     out = Path(args.out)
-    check_vacant(out)
     write_split(out / "train", "train", args.words, args.seed)
     write_split(out / "dev", "dev", max(args.words // 10, LEAST_DEV_WORDS), args.seed)
     write_pairs(out / "pairs", args.seed)

@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 def read_pairs(folder, convention="newline"):
     """{file stem: [Pair]} of the *.jsonl of a folder, in sorted order.
 
-    The field is `linguistics_term`, or the stem for lines without one. Raises `UserError`, naming
+    The field is `linguistics_term`, or the stem in a file without any. Raises `UserError`, naming
     file and line, for a line that is no object with `sentence_good` and `sentence_bad`, and for a
     *.jsonl that is no file. Warns of everything else in the folder, because it is not read.
     """
@@ -40,14 +40,14 @@ def read_pairs(folder, convention="newline"):
             continue
         if not path.is_file():
             raise UserError(f"{path} is no file, or a link to none: mend or remove it")
-        with open(path, "rb") as file:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-        if not lines:
-            raise UserError(f"{path} holds no pair")
-        pairs[path.stem] = [_pair(line, path, number, convention) for number, line in lines]
-        no_term = [number for (number, _), pair in zip(lines, pairs[path.stem]) if pair.field == path.stem]
-        if 0 < len(no_term) < len(lines):
+        lines = enumerate(path.read_bytes().split(b"\n"), 1)
+        by_line = {number: _pair(line, path, number, convention) for number, line in lines if line.strip()}
+        no_term = [number for number, pair in by_line.items() if pair.field == path.stem]
+        if 0 < len(no_term) < len(by_line):
             raise UserError(f"{path}, line {no_term[0]} has no linguistics_term, unlike other lines")
+        pairs[path.stem] = [*by_line.values()]
+    if empty := [name for name, of_file in pairs.items() if not of_file]:
+        raise UserError(f"{folder}/{empty[0]}.jsonl holds no pair: remove it")
     if not pairs:
         raise UserError(f"{folder} holds no *.jsonl: give a folder of BLiMP-style minimal pairs")
     if others:

@@ -55,10 +55,9 @@ def corpus_scores(shard, losses, shares=None):
     `shares`, {sub-corpus: share of the training text}, adds "weighted_cross_entropy": the mean over files
     with these weights.
     """
-    scores = _text_scores(losses, shard.words, shard.bytes)
+    scores = _text_scores(losses, shard)
     scores["per_file"] = {
-        file.name: _text_scores(losses[start:stop], file.words, file.bytes)
-        for file, start, stop in file_spans(shard)
+        file.name: _text_scores(losses[start:stop], file) for file, start, stop in file_spans(shard)
     }
     if shares is not None:
         weights = {name: shares.get(sub_corpus(name), 0.0) for name in scores["per_file"]}
@@ -69,8 +68,8 @@ def corpus_scores(shard, losses, shares=None):
     return scores
 
 
-def _text_scores(losses, words, num_bytes):
-    """Scores per token, word and byte; those that do not exist are None."""
+def _text_scores(losses, text):
+    """Scores per token, word and byte of a shard or a file of it; those that do not exist are None."""
     nats = losses.double().sum().item()
     if not math.isfinite(nats):
         raise UserError("the model's losses are not finite: use an earlier checkpoint of its run")
@@ -81,8 +80,8 @@ def _text_scores(losses, words, num_bytes):
     return {
         "cross_entropy": nats / len(losses),
         "perplexity": exp(nats / len(losses)),
-        "perplexity_per_word": exp(nats / words) if num_bytes < MAX_WORD_BYTES * words else None,
-        "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
+        "perplexity_per_word": exp(nats / text.words) if text.bytes < MAX_WORD_BYTES * text.words else None,
+        "bits_per_byte": nats / math.log(2) / text.bytes if text.bytes else None,
     }
 
 

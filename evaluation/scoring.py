@@ -1,6 +1,6 @@
 """Token losses of a model, several models as one, and the prefix of a sentence by scoring convention."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +46,11 @@ def token_losses(model, tokens, targets):
     return torch.cat(losses).view(targets.shape).cpu()
 
 
-@dataclass(frozen=True)
-class ScoringConvention:
-    """The context in which a sentence is scored.
+class ScoringConvention(NamedTuple):
+    """The context in which a sentence is scored."""
 
-    `prefix` precedes the sentence and is not scored: a newline, the special token bos or eos, or
-    None. A leading space belongs to the sentence and is scored with it.
-    """
-
-    prefix: str | None
-    leading_space: bool = False
+    prefix: str | None  # not scored: a newline, or the special token bos or eos
+    leading_space: bool = False  # scored, as a part of the sentence
 
 
 CONVENTIONS = {  # "newline" is the context of training; the years are those of BabyLM's pipelines
@@ -77,20 +72,23 @@ def prefix_ids(tokenizer, convention):
 
     Raises `UserError` if the tokenizer lacks what the convention puts before a sentence.
     """
-    prefix, pieces = CONVENTIONS[convention].prefix, tokenizer.processor.encode(" a", return_type=str)
-    if CONVENTIONS[convention].leading_space and not pieces[0].startswith("\u2581"):
+    prefix, leading_space = CONVENTIONS[convention]
+    if leading_space and not tokenizer.processor.encode(" a", return_type=str)[0].startswith("\u2581"):
         raise UserError(f"--convention {convention}: the tokenizer drops a leading space: choose another")
     if prefix is None:
         return []
     if prefix == "\n":
-        ids = tokenizer.encode("\n")
-        exists = tokenizer.decode(ids) == "\n"
+        ids = tokenizer.encode("\n") if keeps_newlines(tokenizer) else [None]
     else:
         ids = [tokenizer.bos_id if prefix == "bos" else tokenizer.eos_id]
-        exists = ids != [None]
-    if not exists:
+    if ids == [None]:
         raise UserError(f"--convention {convention}: the tokenizer has no {prefix!r}: choose another")
     return ids
+
+
+def keeps_newlines(tokenizer):
+    """False for a tokenizer that drops newlines, as SentencePiece's default rules do."""
+    return tokenizer.decode(tokenizer.encode("\n")) == "\n"
 
 
 def choose_convention(tokenizer, convention):
@@ -98,7 +96,7 @@ def choose_convention(tokenizer, convention):
 
     Raises `UserError` for a convention that the tokenizer cannot follow.
     """
-    if convention == "newline" and tokenizer.decode(tokenizer.encode("\n")) != "\n":
+    if convention == "newline" and not keeps_newlines(tokenizer):
         warn("the tokenizer drops newlines: sentences are scored after </s>, as with --convention 2023")
         convention = "2023"
     prefix_ids(tokenizer, convention)

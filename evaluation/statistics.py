@@ -123,10 +123,7 @@ def _checked(archive, name):
         return array
     if not (np.abs(array) < 1e30).all():  # neither NaN nor so large that sums overflow
         raise ValueError(f"{name} is not finite")
-    array = array.astype(np.float64 if kind == "f" else np.int64)
-    if "nats" not in name and (array < 0).any():
-        raise ValueError(f"{name} is below 0")
-    return array
+    return array.astype(np.float64 if kind == "f" else np.int64)
 
 
 def file_weights(losses, weights):
@@ -138,8 +135,6 @@ def file_weights(losses, weights):
     tokens = np.bincount(losses.file_of, losses.targets, len(losses.files))
     if weights == "plain":
         return tokens / tokens.sum()
-    if losses.shares is None:
-        raise UserError(f"{losses.path} has no shares of the training text: use --weight-by")
     shares = np.where(tokens > 0, losses.shares, 0.0)
     if not shares.sum() > 0:
         raise UserError(f"{losses.path}: the training text has none of its files: leave out --weight-by")
@@ -259,7 +254,7 @@ class Difference:
 def compare(models, baselines, weights="train", scaled=False):
     """The `Difference` of two models, from a list of `Losses` each, one entry per seed.
 
-    `scaled` compares at the fitted temperatures. Raises `UserError` if the lists do not belong
+    `scaled` compares at the fitted temperatures. Raises `UserError` if the files do not belong
     together.
     """
     if len(models) != len(baselines):
@@ -270,8 +265,6 @@ def compare(models, baselines, weights="train", scaled=False):
     for model, baseline in zip(models, baselines):
         if not (model.same_pieces(baseline) and model.same_pieces(models[0])):
             raise UserError(f"{model.path} and {baseline.path} are not of the same text: score it again")
-        if scaled and (model.scaled_nats is None or baseline.scaled_nats is None):
-            raise UserError(f"{model.path}: score both models with --temperature-scaled DIR")
         if scaled:
             differences.append(model.scaled_nats - baseline.scaled_nats)
         else:

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import torch
 
+from corpus.text_files import read_text
 from evaluation.scoring import context_length, prefix_ids, scored_text
-from training.io import UserError, warn, write_text
+from training.io import write_text
 
 COLUMNS = ("line", "position", "word", "bits", "tokens", "token_bits")
 
@@ -115,21 +116,15 @@ def write_surprisals(path, text_path, model, tokenizer, convention="newline", co
     """Writes the surprisals of a text's lines as a tab-separated table with the `COLUMNS`.
 
     `correct` adds the column corrected_bits. Tokens and their bits are separated by blanks. Raises
-    `UserError` for a text that is not UTF-8.
+    `UserError` for a text that cannot be read.
     """
-    try:
-        text = Path(text_path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text_path} is not UTF-8: convert it, for example with iconv") from error
-    if text.startswith("\ufeff"):
-        warn(f"{text_path}: its byte-order mark is left out")
     blanks = blank_pieces(tokenizer) if correct else ()
 
     def cell(bits):
         return "" if bits is None else f"{bits:.6f}"
 
     rows = [(*COLUMNS, "corrected_bits") if correct else COLUMNS]
-    for i, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+    for i, line in enumerate(read_text(Path(text_path)).split("\n"), 1):
         words = word_surprisals(model, tokenizer, line, convention, blanks) if line.strip() else []
         for position, word in enumerate(words, 1):
             pieces = " ".join(word.pieces).replace("\t", "<0x09>")

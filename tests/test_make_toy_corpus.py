@@ -11,7 +11,6 @@ import make_toy_corpus
 from toy import lexicon
 from toy.lexicon import CATEGORIES, held_out
 from toy.paradigms import PARADIGMS
-from training.io import run_program
 
 
 @pytest.fixture(scope="module")
@@ -165,17 +164,3 @@ def test_the_text_agrees_with_itself(corpus):
     assert not re.search(r"\ba [aeio]", text)
     names = "|".join(lexicon.GIRLS).lower()
     assert not re.search(rf"\n({names}) \w+ himself", text)
-
-
-def test_too_few_words_are_refused(tmp_path, capsys):
-    out = tmp_path / "toy"
-    assert run_program(lambda: make_toy_corpus.main(["--out", str(out), "--words", "10"])) == 1
-    assert "--words" in capsys.readouterr().err and not out.exists()
-
-
-def test_a_folder_with_other_text_is_left_alone(tmp_path, capsys):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "diary.txt").write_text("mine")
-    assert run_program(lambda: make_toy_corpus.main(["--out", str(tmp_path)])) == 1
-    assert "diary.txt is there already" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.rglob("*")] == ["train", "diary.txt"]

@@ -131,10 +131,6 @@ def test_losses_that_do_not_belong_together_are_refused(losses, tmp_path):
     assert statistics.compare([first], [in_bf16], "plain").mean == 0  # older files do not say it
     with pytest.raises(UserError, match="one per seed"):
         statistics.compare([first], [first, first])
-    with pytest.raises(UserError, match="no shares"):
-        statistics.compare([first], [first], "train")
-    with pytest.raises(UserError, match="temperature-scaled"):
-        statistics.compare([first], [first], "plain", scaled=True)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from toy.lexicon import (
     MEETING,
     NEAR,
     PEOPLE_ONLY,
+    REFLEXIVES,
     held_out,
     past,
     plural,
@@ -27,27 +28,13 @@ from toy.lexicon import (
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase: its words, the lemmas of the nouns in it, number, pronoun and category.
-
-    The first lemma is the head's; the others are of nouns between the head and what follows.
-    """
+    """A noun phrase."""
 
     words: str
-    lemmas: tuple
+    lemmas: tuple  # of its nouns: of the head, then of those between the head and what follows
     many: bool
     pronoun: str
     category: str = "person"
-
-    @property
-    def reflexive(self):
-        """The pronoun that stands for the subject as its own object."""
-        forms = {"he": "himself", "she": "herself", "it": "itself", "they": "themselves"}
-        return forms[self.pronoun]
-
-    @property
-    def object_pronoun(self):
-        """The pronoun that stands for the phrase as an object."""
-        return {"he": "him", "she": "her", "it": "it", "they": "them"}[self.pronoun]
 
 
 class Grammar:
@@ -57,11 +44,10 @@ class Grammar:
     """
 
     def __init__(self, seed, stream, for_pairs=False):
-        self.random, self.for_pairs = random.Random(f"{seed} {stream}"), for_pairs
-        self.seed = seed
+        self.seed, self.for_pairs = seed, for_pairs
+        self.random = random.Random(f"{seed} {stream}")
 
     def chance(self, probability):
-        """True with that probability."""
         return self.random.random() < probability
 
     def word(self, words):
@@ -78,10 +64,9 @@ class Grammar:
         return Phrase(name, (name,), False, "she" if girl else "he")
 
     def noun(self, category, many=None, determiner=None, adjective=0.3, head=None):
-        """A common noun of a category with a determiner and perhaps an adjective.
+        """A common noun of a category with a determiner, and an adjective with that probability.
 
-        `adjective` is the probability of one; number, determiner and head are drawn where they are
-        None.
+        What is None is drawn.
         """
         nouns, adjectives = CATEGORIES[category]
         head = head or self.word(nouns)
@@ -101,7 +86,6 @@ class Grammar:
         return Phrase(" ".join([determiner, *words]), (head,), many, pronoun, category)
 
     def being(self, **options):
-        """A person or an animal."""
         return self.noun("person" if self.chance(0.5) else "animal", **options)
 
     def verb(self, verbs, subject, *objects):
@@ -119,7 +103,6 @@ class Grammar:
         return self.word(allowed) if allowed else None
 
     def finite(self, verb, subject, tense):
-        """The form of a verb after a subject."""
         if verb == "be":
             several, single = ("were", "was") if tense == "past" else ("are", "is")
             return several if subject.many else single
@@ -128,7 +111,6 @@ class Grammar:
         return verb if subject.many else "has" if verb == "have" else with_s(verb)
 
     def place(self):
-        """Where something is: a preposition and a place."""
         preposition = self.random.choice(("in", "at", *NEAR))
         return f"{preposition} {self.noun('place', many=False, determiner='the').words}"
 
@@ -159,7 +141,7 @@ class Grammar:
             verb = self.verb(ACTS, subject)
             words = self.place() if self.chance(0.4) else ""
         elif which < 0.48 and subject.pronoun != "it":
-            verb, words = self.verb(MEETING, subject), subject.reflexive
+            verb, words = self.verb(MEETING, subject), REFLEXIVES[subject.pronoun]
         elif which < 0.75:
             thing = self.noun("thing")
             verb, words = self.verb(HANDLING, subject, thing), thing.words

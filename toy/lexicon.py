@@ -18,6 +18,8 @@ PEOPLE = (
     "neighbour cousin stranger pilot clown"
 ).split(" ")
 GENDERS = {"girl": "she", "woman": "she", "queen": "she", "boy": "he", "man": "he", "king": "he"}
+OBJECT_PRONOUNS = {"he": "him", "she": "her", "it": "it", "they": "them"}
+REFLEXIVES = {"he": "himself", "she": "herself", "it": "itself", "they": "themselves"}
 ANIMALS = (
     "dog cat horse bird mouse goose fox sheep rabbit wolf duck bear frog cow pig owl hen goat lion "
     "turtle calf ox deer hare snake"
@@ -73,12 +75,10 @@ def with_s(word):
 
 
 def plural(noun):
-    """The plural of a noun."""
     return PLURALS.get(noun) or with_s(noun)
 
 
 def past(verb):
-    """The past tense of a verb."""
     if verb in PASTS:
         return PASTS[verb]
     if verb.endswith("y") and verb[-2] not in "aeou":

@@ -4,14 +4,13 @@ Each function draws a pair, the acceptable sentence first. It returns None where
 for the nouns that it drew: then one calls it again.
 """
 
-from toy.lexicon import ACTS, GENDERS, HANDLING, MEETING, held_out, plural, with_s
+from toy.lexicon import ACTS, GENDERS, HANDLING, MEETING, REFLEXIVES, held_out, plural, with_s
 
 
 def agreement(grammar, between=""):
     """A subject and a verb that agree in number.
 
-    Between them stands nothing, a phrase if `between` is "phrase", or a clause if it is "clause",
-    whose noun has the other number.
+    Between them may stand a "phrase" or a "clause", whose noun has the other number.
     """
     many = grammar.chance(0.5)
     subject = grammar.being(many=many, determiner="the", adjective=0.0 if between else 0.3)
@@ -44,8 +43,7 @@ def anaphor(grammar, number):
     verb = grammar.verb(MEETING, subject)
     if verb is None:
         return None
-    one = {"she": "herself", "he": "himself"}[GENDERS[head]]
-    good = subject.reflexive
+    one, good = REFLEXIVES[GENDERS[head]], REFLEXIVES[subject.pronoun]
     bad = ({one, "themselves"} if number else {"himself", "herself"}) - {good}
     verb, place = grammar.finite(verb, subject, "past" if number else "present"), grammar.place()
     return tuple(f"{subject.words} {verb} {word} {place}." for word in (good, *bad))

@@ -1,7 +1,7 @@
 """Three registers of text: stories, dialogues, and an encyclopedia."""
 
 from toy.grammar import Grammar, Phrase, sentence
-from toy.lexicon import ACTS, CATEGORIES, HANDLING, MEETING, past, plural
+from toy.lexicon import ACTS, CATEGORIES, HANDLING, MEETING, OBJECT_PRONOUNS, past, plural
 
 # What happens in a story, event by event: subject, verb, rest. HERO and FRIEND are people with
 # names. They, the CREATURE, the THING and the PLACE stay the same throughout a story: whoever
@@ -43,7 +43,7 @@ def told(grammar, event, cast, before, tense):
     for word in rest:
         known = before and word in before[2] and grammar.chance(0.5)
         other = cast.get(word)
-        words.append((other.object_pronoun if known else other.words) if other else word)
+        words.append((OBJECT_PRONOUNS[other.pronoun] if known else other.words) if other else word)
     return " ".join(words)
 
 
@@ -95,7 +95,8 @@ def exchange(grammar):
     several = {"the": "the", "this": "these", "that": "those"}[determiner]
     many = grammar.chance(0.4)
     subject = grammar.noun(category, many, several if many else determiner)
-    it, be = subject.pronoun, grammar.finite("be", subject, "present")
+    it, them = subject.pronoun, OBJECT_PRONOUNS[subject.pronoun]
+    be = grammar.finite("be", subject, "present")
     do, place = "do" if many else "does", grammar.place()
     if category == "thing" or grammar.chance(0.3):
         yield sentence(f"where {be} {subject.words}", "?")
@@ -103,8 +104,8 @@ def exchange(grammar):
         finder = grammar.name()
         verb = grammar.verb(HANDLING if category == "thing" else MEETING, finder, subject)
         if verb and grammar.chance(0.5):
-            yield sentence(f"who {past(verb)} {subject.object_pronoun}", "?")
-            yield sentence(f"{finder.words} {past(verb)} {subject.object_pronoun} {place}")
+            yield sentence(f"who {past(verb)} {them}", "?")
+            yield sentence(f"{finder.words} {past(verb)} {them} {place}")
         return
     verb, other = grammar.verb(ACTS, subject), grammar.verb(ACTS, subject)
     yield sentence(f"{do} {subject.words} {verb} {place}", "?")
@@ -125,18 +126,14 @@ def dialogue(grammar):
 def entry(grammar):
     """The lines of an encyclopedia's entry about one noun.
 
-    What is true of a noun depends on the noun and the seed alone, and so is the same in all entries
-    about it; each tells some of it.
+    What is true of a noun depends on the noun and the seed alone. Each entry tells some of it.
     """
     category = grammar.random.choice(("animal", "animal", "person", "thing", "place"))
     head = grammar.word(CATEGORIES[category][0])
     one = grammar.noun(category, False, "a", 0.0, head)
     many = Phrase(plural(head), (head,), True, "they", category)
     world = Grammar(grammar.seed, f"facts {head}")
-    facts = [
-        ("be", world.word(CATEGORIES[category][1])),
-        ("be", world.word(CATEGORIES[category][1])),
-    ]
+    facts = [("be", world.word(CATEGORIES[category][1])) for _ in range(2)]
     if category in ("animal", "person"):
         facts += [("live", world.place()), (world.verb(ACTS, one), world.place())]
         facts += [(world.verb(ACTS, one), "")]
