@@ -17,7 +17,6 @@ from tokenizer import Tokenizer
 from training.io import UserError
 
 GPU_FRACTION = 1 / 8  # of a GPU's free memory that the training tokens may take
-COPY_TOKENS = 1 << 24  # copied to a GPU at a time
 DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
 
 
@@ -180,11 +179,7 @@ class BatchStream:
         """Copies all tokens of the shard to `device`, in as many bytes a token as the shard has."""
         # As signed integers of the same size: torch cannot index uint16 on all devices.
         ids = self.shard.tokens.view(f"int{8 * self.shard.dtype.itemsize}")
-        dtype = {2: torch.int16, 4: torch.int32}[ids.itemsize]
-        self.tokens_on_gpu = torch.empty(self.num_tokens, dtype=dtype, device=device)
-        for start in range(0, len(ids), COPY_TOKENS):
-            tokens = torch.from_numpy(ids[start : start + COPY_TOKENS].copy())
-            self.tokens_on_gpu[start : start + len(tokens)] = tokens
+        self.tokens_on_gpu = torch.from_numpy(ids.copy()).to(device)
 
     def gather(self, starts):
         """Tokens and targets (B, T), int64, of the chunks at `starts`, from the tokens on the GPU."""

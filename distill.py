@@ -66,9 +66,8 @@ class DistillationObjective(Objective):
         product of another shape could round differently, and then the cache would depend on the
         order in which it was filled.
         """
-        cache = (
-            None if batch.chunk_ids is None else self.cache
-        )  # --micro-batch-size auto tries a step without it
+        # --micro-batch-size auto tries a step without chunk ids, and so without the cache.
+        cache = None if batch.chunk_ids is None else self.cache
         states = cache.read(batch.chunk_ids) if cache else None
         if states is None:
             states = [teacher.hidden_states(batch.tokens) for teacher in self.teachers]

@@ -14,7 +14,7 @@ from gpt2 import GPT2, GPT2Config
 from llama import Llama, LlamaConfig
 from tokenizer import VOCABULARY_SIZE
 from training.checkpoint import read_checkpoint
-from training.io import UserError, aligned, log, printable
+from training.io import UserError, aligned, printable
 
 ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig)}
 LARGEST_SIZE = 1 << 20  # for each size in a shape
@@ -103,7 +103,7 @@ def with_hyperparameters(config, out_prefix=""):
 
 
 def preset_shape(config):
-    """The shape of the preset --model, changed by --shape and --dropout.
+    """The shape of the preset --model, changed by --shape, then by --dropout.
 
     Raises `UserError` unless --shape is a list of fields and values that make a possible shape.
     """
@@ -114,8 +114,6 @@ def preset_shape(config):
         name, _, value = item.strip().partition("=")
         if name not in types:
             raise UserError(f"--shape {name}: choose from {', '.join(types)}")
-        if name in changes:
-            raise UserError(f"--shape: {name} is given twice")
         try:
             if types[name] is bool:
                 changes[name] = {"true": True, "false": False}[value.lower()]
@@ -126,8 +124,6 @@ def preset_shape(config):
                 f"--shape {item!r}: give name=value, such as hidden_size=384, with commas between several"
             ) from error
     if config.dropout is not None:
-        if "dropout" in changes:
-            raise UserError("--shape gives dropout, and so does --dropout: leave one of them out")
         changes["dropout"] = config.dropout
     return with_overrides(shape, changes)
 
@@ -155,8 +151,6 @@ def check_shape(shape):
         if not valid or (field.name == "dropout" and value >= 1):
             raise ValueError(f"{field.name} cannot be {value!r}")
     hidden_size, heads = shape.hidden_size, shape.num_attention_heads
-    if shape.num_hidden_layers > 1000:
-        raise ValueError(f"{shape.num_hidden_layers} layers are too many: at most 1000")
     if hidden_size % heads:
         raise ValueError(f"{heads} attention heads do not divide hidden_size {hidden_size}")
     if isinstance(shape, LlamaConfig) and (hidden_size // heads % 2 or shape.rope_theta <= 0):
@@ -189,14 +183,15 @@ def count_parameters(model):
 # ---- loading
 
 
-def model_from_state_dict(shape, weights, complete=lambda model: None):
+def model_from_state_dict(shape, weights, add_head=None):
     """The model of that shape with these weights, which are not copied.
 
-    `complete(model)` adds the modules that its class does not have, such as a classifier's head.
+    `add_head(model)` adds the modules that its class does not have, such as a classifier's.
     """
     with torch.device("meta"):
         model = build(shape)
-        complete(model)
+        if add_head:
+            add_head(model)
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -223,8 +218,8 @@ def load_checkpoint(path, add_head=None):
             )
         shape = ARCHITECTURES[name][1](**checkpoint["model"]["shape"])
         check_shape(shape)
-        complete = (lambda model: add_head(model, config)) if add_head else (lambda model: None)
-        model = model_from_state_dict(shape, checkpoint["weights"], complete)
+        head = add_head and (lambda model: add_head(model, config))
+        model = model_from_state_dict(shape, checkpoint["weights"], head)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that do not fit the model it names") from error
     if config["sequence_length"] > shape.max_position_embeddings:
@@ -239,8 +234,7 @@ def load_checkpoint(path, add_head=None):
 def load_compatible(path, corpus):
     """`load_checkpoint` for a model that works on `corpus`.
 
-    Rows of a padded vocabulary, which belong to no piece, are left out of embedding and head. Raises
-    `UserError` if the corpus was made with another tokenizer.
+    Raises `UserError` if the corpus was made with another tokenizer, or has another vocabulary.
     """
     model, checkpoint = load_checkpoint(path)
     identity, tokenizer = checkpoint["tokenizer"]["identity"], corpus.tokenizer
@@ -251,21 +245,9 @@ def load_compatible(path, corpus):
             "which export_hf.py writes as tokenizer.model (tokenize_corpus.py --tokenizer)"
         )
     rows, pieces = model.config.vocab_size, tokenizer.vocabulary_size
-    if rows < pieces:
+    if rows != pieces:
         raise UserError(f"{path} has {rows} logits for {pieces} pieces: use a model trained on this data")
-    if rows > pieces:
-        log(f"{path}: {rows - pieces} rows beyond the tokenizer's {pieces} pieces are left out")
-        model = without_padding(model, pieces)
     return model, checkpoint
-
-
-def without_padding(model, vocabulary_size):
-    """The model with the first `vocabulary_size` rows of its embedding and head."""
-    shape = dataclasses.replace(model.config, vocab_size=vocabulary_size)
-    with torch.device("meta"):
-        smaller = build(shape).state_dict()
-    weights = model.state_dict()
-    return model_from_state_dict(shape, {key: weights[key][: len(smaller[key])] for key in smaller}).eval()
 
 
 def check_context(model, sequence_length, name):

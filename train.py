@@ -48,7 +48,7 @@ class TrainConfig(RunConfig):
         may_change=True,
     )
     shape: str | None = option(None, "change the preset's shape: hidden_size=384,num_hidden_layers=10")
-    epochs: float | None = recipe(None, f"passes over the data {PRESET}", exclusive=True, above=0)
+    epochs: float | None = recipe(None, f"passes over the data {PRESET}", exclusive=True, minimum=1e-6)
     steps: int | None = recipe(None, "optimizer steps, instead of --epochs", exclusive=True, minimum=1)
     batch_size: int | None = recipe(None, f"sequences per step, over all GPUs {PRESET}", minimum=1)
     sequence_length: int = recipe(128, "tokens per sequence", minimum=1)

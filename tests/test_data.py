@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 from conftest import train_tokenizer, write_shard_file, write_text
 from data import BatchStream, TokenShard, count_chunks, dev_subset
 from tokenizer import Tokenizer
@@ -69,8 +68,7 @@ def test_a_shard_that_is_kept_on_the_device_gives_the_same_batches(train_shard, 
 
 
 @pytest.mark.parametrize("vocabulary_size", [65_536, 65_537])
-def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(tmp_path, monkeypatch, vocabulary_size):
-    monkeypatch.setattr(data, "COPY_TOKENS", 1000)
+def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(tmp_path, vocabulary_size):
     ids = np.random.default_rng(0).permutation(vocabulary_size)
     shard = shard_of(tmp_path / "x.bin", ids, vocabulary_size)
     mapped, on_device = (BatchStream(shard, 64, 128, seed=0) for _ in range(2))

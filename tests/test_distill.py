@@ -8,7 +8,7 @@ import torch
 import distill
 import model as models
 from conftest import OPTIONS, run, save_model, step_of, weights, write_split, write_text
-from data import BatchStream, open_corpus
+from data import BatchStream
 from distill import DistillConfig, FusedDistillationObjective
 from loss import Coefficients, plain_distillation_loss
 from training.checkpoint import content_digest
@@ -118,7 +118,7 @@ def test_a_student_is_distilled_from_both(teachers, data_folder, tmp_path, capsy
     # Finished: the same command has nothing left to do. Other teachers: another run.
     assert run(distill, *arguments, *teachers) == 0
     swapped = refused(distill, *arguments, *reversed(teachers))
-    assert "teacher_digests: the same in another order" in swapped
+    assert "teacher_digests.0 changed" in swapped
     assert "teacher_digests" in refused(distill, *arguments, teachers[0])
 
 
@@ -144,7 +144,7 @@ def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(
     assert "another tokenizer" in error and "gpt2-tiny" in error
 
 
-SHAPES = [(300, 16, "--sequence-length"), (299, 64, "299 logits")]
+SHAPES = [(300, 16, "--sequence-length"), (299, 64, "299 logits"), (320, 64, "320 logits")]
 
 
 @pytest.mark.parametrize("size, positions, message", SHAPES)
@@ -154,20 +154,6 @@ def test_a_teacher_of_another_shape_is_refused(
     teacher = models.build_model("gpt2-tiny", size, max_position_embeddings=positions)
     save_model(tmp_path / "t.pt", teacher, tokenizer, "gpt2-tiny")
     assert message in refused_at_once("--teachers", tmp_path / "t.pt", "--data", data_folder)
-
-
-def test_rows_of_a_padded_vocabulary_are_left_out(data_folder, tokenizer, tmp_path, capsys):
-    """Of a teacher and of --init: the other rows are those of the checkpoint, and logits have 300."""
-    for name in ("gpt2-tiny", "llama-tiny"):
-        padded = models.build_model(name, 320).eval()
-        path = tmp_path / f"{name}.pt"
-        save_model(path, padded, tokenizer, name, length=32)
-        loaded, _ = models.load_compatible(path, open_corpus(data_folder))
-        tokens = torch.randint(300, (2, 9))
-        torch.testing.assert_close(loaded(tokens), padded(tokens)[..., :300])
-        arguments = ["--teachers", path, "--init", path, "--data", data_folder, *OPTIONS]
-        assert run(distill, *arguments, "--out", tmp_path / "s" / name) == 0
-        assert "20 rows beyond the tokenizer's 300 pieces are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["1", "-1 2", "nan 2"])

@@ -234,7 +234,7 @@ def test_rank_zero_alone_prints_and_writes(runs, on_two):
         ("other-teacher", "process 1 has another set of teachers than process 0"),
         ("cache-in-memory", "--cache-teachers host: each of 2 processes"),
         ("batch-of-one", "rank 1: --batch-size 1: 2 processes need a sequence each"),
-        ("graph", "--cuda-graph is not for torchrun's"),
+        ("graph", "--cuda-graph needs a GPU of CUDA, one process"),
         ("folder-of-another-run", "even/checkpoint.pt is of another run"),
     ],
 )

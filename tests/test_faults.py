@@ -154,7 +154,7 @@ def test_a_full_disk_loses_nothing_and_says_so(data_folder, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save_to_full_disk)
         error = refused(train, *command(data_folder, out))
-    assert "untouched" in error and " free" in error
+    assert "untouched" in error
     assert checkpoints.read_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 7
     assert not list(out.glob("*.tmp"))
     assert run(train, *command(data_folder, out)) == 0

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch._dynamo
 
-from conftest import needs_full_device
 from training.io import (
     PAGE_BYTES,
     UserError,
@@ -68,13 +67,6 @@ def test_a_terminal_that_lacks_a_character_shows_another():
     assert result.stdout == "caf? ?\n" and result.stderr == "warning: a\\udcff\n"
 
 
-@needs_full_device
-def test_output_that_cannot_be_kept_does_not_end_a_run():
-    with open("/dev/full", "w") as full:
-        result = in_a_process("from training.io import log; log('a'); log('b')", stdout=full)
-    assert result.stderr.count("warning: standard output cannot be written") == 1
-
-
 def test_exit_codes(capsys):
     assert run_program(lambda: None) == 0 and run_program(lambda: 143) == 143
     assert run_program(lambda: fail(KeyboardInterrupt())) == 130
@@ -88,8 +80,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("training.io.fcntl.flock", refuse)
-    message = r"cannot be locked \(No locks available\): choose a folder"
-    with pytest.raises(UserError, match=message), locked(tmp_path):
+    with pytest.raises(UserError, match=r"cannot use .*: No locks available"), locked(tmp_path):
         pass
 
 

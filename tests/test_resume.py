@@ -200,7 +200,7 @@ DAMAGES += [b"[" * 100_000 + b"\n", b'{"step": ' + b"9" * 5000 + b"}\n", b'{"ste
 def test_damaged_and_later_lines_of_a_log_are_left_out(tmp_path, capsys, damage):
     path, text = tmp_path / "log.jsonl", '{"step": 3, "note": "a\u2028b"}'
     path.write_bytes(f"{text}\n".encode() + damage + b'\n{"step": 9}\n')
-    logger.JSONLog(path, {"config": {}}, from_step=5).close()
+    logger.JSONLog(path, {"config": {}}, from_step=5)
     assert path.read_text(encoding="utf-8") == f'{text}\n{{"config": {{}}}}\n'
     assert "1 damaged lines are left out" in capsys.readouterr().err
 
@@ -239,10 +239,9 @@ def test_too_little_memory_is_told_from_a_size_that_was_made_up(tmp_path):
 @needs_full_device
 def test_a_full_disk_under_the_log_is_told_once_with_its_name(tmp_path):
     log = logger.JSONLog(tmp_path / "log.jsonl", {}, 0)
-    log.file = open("/dev/full", "w")
+    log.path = "/dev/full"
     with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
         log.write({"step": 1})
-    log.close()
 
 
 # ---- small things
@@ -272,5 +271,4 @@ def test_differences_name_each_setting_that_differs():
     assert resume.differences({"later": False}, {}) == []
     assert resume.differences({"later": 5}, {}) == ["later: 5 -> None"]
     teachers = [{"name": "x"}, {"name": "y"}]
-    assert resume.differences({"t": teachers}, {"t": teachers[::-1]}) == ["t: the same in another order"]
-    assert resume.differences({"t": teachers}, {"t": [{"name": "x"}, {"name": "z"}]}) == ["t[1].name: y -> z"]
+    assert resume.differences({"t": teachers}, {"t": [{"name": "x"}, {"name": "z"}]}) == ["t.1.name: y -> z"]

@@ -140,13 +140,11 @@ def read_checkpoint(path):
     not those of a checkpoint, and OSError or MemoryError if it cannot be read, which is no damage.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is a Hugging Face folder: make a checkpoint of it with "
-            f"export_hf.py --import {path} --out FILE"
-        )
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give a checkpoint such as {path / 'best.pt'}")
+        raise UserError(
+            f"{path} is a folder: give a checkpoint such as best.pt; of a Hugging Face model make one "
+            f"with export_hf.py --import {path} --out FILE"
+        )
     if not path.is_file():
         raise UserError(f"{path} does not exist: train.py and distill.py write checkpoints")
     try:

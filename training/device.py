@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,11 +30,9 @@ def choose_device(name):
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in available:
-        raise UserError(f"--device {name}: choose auto, cuda, mps or cpu")
-    if not available[device.type]:
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: choose auto, cuda, mps or cpu") from error
+    if not available.get(device.type):
         raise UserError(f"--device {name}: this machine has none; try --device auto")
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
@@ -51,25 +48,14 @@ def choose_precision(name, device):
 
     Matrix products have that precision; parameters and the residual stream stay in float32.
     """
+    native = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "mps": lambda: False,
+    }
     if name != "auto":
         return name
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        checks = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-        native = device.type == "cpu" and any(check() for check in checks)
-    return "bf16" if native else "fp32"
-
-
-def free_bytes(device):
-    """Returns the free bytes of a GPU's memory or of the host's, or None if that is unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
+    return "bf16" if native[device.type]() else "fp32"
 
 
 def autocast_for(device, precision):
@@ -160,13 +146,9 @@ def checkpoint_activations(model, compute):
 
 
 def skips_on_device(optimizer):
-    """Returns True if `found_inf` on the device makes the optimizer skip a step.
-
-    Fused SGD skips too, but starts its momentum from uninitialised memory.
-    """
-    return bool(optimizer.defaults.get("fused")) and isinstance(
-        optimizer, (torch.optim.Adam, torch.optim.AdamW)
-    )
+    """Returns True if `found_inf` on the device makes the optimizer skip a step."""
+    # Fused SGD skips too, but starts its momentum from uninitialised memory.
+    return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
 
 
 def largest_micro_batch(objective, batch, compute, shard=False):
@@ -178,19 +160,13 @@ def largest_micro_batch(objective, batch, compute, shard=False):
     if one sequence does not fit.
     """
     if compute.device.type != "cuda":
-        warn(
-            "--micro-batch-size auto: only a GPU says when its memory is full; give a number if the "
-            "system ends this run"
-        )
+        warn("--micro-batch-size auto: only a GPU says when its memory is full; else give a number")
     size = -(-batch.num_sequences // distributed.world_size())
     while size and not _fits(objective, batch.split(size)[0], compute, shard):
         size //= 2
     size = min(distributed.all_gather(size))  # nothing before waits for another rank, which may fail
     if not size:
-        raise UserError(
-            "--micro-batch-size auto: one sequence does not fit in memory: try --checkpoint-activations, "
-            "or a smaller model"
-        )
+        raise UserError("--micro-batch-size auto: one sequence does not fit: try --checkpoint-activations")
     log(f"memory     {size} sequences at a time fit (--micro-batch-size {size})")
     return size
 
@@ -223,13 +199,11 @@ def should_capture(choice, compute, optimizers, tokens):
     `choice` is --cuda-graph. By default a graph is used on CUDA for steps of few tokens. Raises
     `UserError` if a graph is asked for and not possible.
     """
-    obstacle = None
-    if distributed.is_torchrun():
-        obstacle = "--cuda-graph is not for torchrun's processes"
-    elif compute.device.type != "cuda":
-        obstacle = f"--cuda-graph needs a GPU of CUDA; training is on {compute.device}"
-    elif not all(map(skips_on_device, optimizers)):
-        obstacle = "--cuda-graph needs an optimizer that skips steps on the device, as --optimizer adamw does"
-    if choice and obstacle:
-        raise UserError(f"{obstacle}: leave it out")
-    return not obstacle and (tokens <= GRAPH_TOKENS if choice is None else choice)
+    on_cuda, is_alone = compute.device.type == "cuda", not distributed.is_torchrun()
+    possible = on_cuda and is_alone and all(map(skips_on_device, optimizers))
+    if choice and not possible:
+        raise UserError(
+            "--cuda-graph needs a GPU of CUDA, one process without torchrun, and --optimizer adamw: "
+            "leave it out"
+        )
+    return possible and (tokens <= GRAPH_TOKENS if choice is None else choice)

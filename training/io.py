@@ -1,14 +1,12 @@
 """Atomic writes, locks, digests, file headers, and the one error whose message a user sees."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
 import sys
 from pathlib import Path
 
@@ -22,11 +20,9 @@ class UserError(Exception):
 
 
 def run_program(main):
-    """The exit code of `main()`: 0 done, 1 a reported failure, 130 interrupted.
+    """The exit code of `main()`: 0 done, 1 a failure that is one line on standard error, 130 Ctrl-C.
 
-    `main` returns an exit code or None. A `UserError`, a file that the system does not let us read,
-    and too little memory become one line on standard error. 141: the program that reads our output,
-    such as `head`, has ended.
+    141: the program that reads our output, such as `head`, has ended. Bugs keep their traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of a path
@@ -68,20 +64,13 @@ def _discard_output():
 
 
 def log(text):
-    """Prints a line at once, on rank 0 alone.
-
-    A run goes on when the program that reads its output has ended, or when standard output is a file
-    on a full disk.
-    """
+    """Prints a line at once, on rank 0 alone. A run outlives the program that reads its output."""
     if rank_prefix:
         return
     try:
         print(text, flush=True)
     except BrokenPipeError:
         _discard_output()
-    except OSError as error:
-        _discard_output()
-        warn(f"standard output cannot be written ({error.strerror}): the run goes on without it")
 
 
 def warn(text):
@@ -94,9 +83,8 @@ def warn(text):
 def atomic_write(path):
     """Yields a binary file that becomes `path` on success and leaves no trace on failure.
 
-    The bytes are on the disk before the file has its name: write a temporary file beside it, fsync,
-    rename, fsync the folder. Missing folders are made. Raises `UserError` if the system refuses
-    (full disk, permission).
+    It writes a temporary file beside it, then fsync, rename, fsync of the folder: the bytes are on
+    the disk before the file has its name. Raises `UserError` if the system refuses (full disk).
     """
     path = Path(path)
     try:
@@ -113,10 +101,9 @@ def atomic_write(path):
             raise
         fsync_folder(path.parent)
     except OSError as error:
-        reason = error.strerror or error
-        if error.errno == errno.ENOSPC:
-            reason = f"{reason}, {shutil.disk_usage(path.parent).free} bytes free"
-        raise UserError(f"cannot write {path}: {reason}; what stood there is untouched") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what stood there is untouched"
+        ) from error
 
 
 def open_temporary(path):
@@ -156,23 +143,16 @@ def locked(folder):
 
     The lock is on the folder itself and ends with the process, so it leaves no file behind.
     """
-    folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot use {folder}: {error.strerror}") from error
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"{folder} is in use by another run: wait, or choose another") from error
+    except OSError as error:  # some network file systems have no locks
+        raise UserError(f"cannot use {folder} as a folder of a run: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder} is in use by another run: wait, or choose another") from error
-        except OSError as error:  # some network file systems have no locks
-            raise UserError(
-                f"{folder} cannot be locked ({error.strerror}): choose a folder on a local disk"
-            ) from error
-        if not folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
-            raise UserError(f"{folder} was removed by another run just now: try again")
         yield
     finally:
         os.close(handle)

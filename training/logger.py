@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from training import distributed
 from training.checkpoint import make_checkpoint, write_checkpoint
@@ -123,73 +122,49 @@ def exit_code(progress):
 class JSONLog:
     """log.jsonl: one JSON object a line, the run first, then training steps and evaluations.
 
-    Nothing is written if `path` is None. If `tensorboard` is a folder, TensorBoard gets the same
-    numbers there.
+    It continues the log in `path` after a step; later and damaged lines are dropped. If
+    `tensorboard` is a folder, TensorBoard gets the same numbers there. Raises `UserError` if that
+    package is not installed.
     """
 
     def __init__(self, path, first, from_step, tensorboard=None):
-        """Continues the log in `path` after a step; later and damaged lines are dropped."""
-        self.file = self.board = None
-        if path is None:
-            return
         lines = _lines_until(path, from_step) if from_step and path.exists() else []
         write_text(path, "\n".join([*lines, json.dumps(first)]) + "\n")
-        self.file = open(path, "a", encoding="utf-8")
+        self.path, self.board = path, None
         if tensorboard:
-            self.board = summary_writer(tensorboard, from_step)
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # here, because it is an optional extra
+            except ImportError as error:
+                raise UserError("--tensorboard needs its package: pip install tensorboard") from error
+            self.board = SummaryWriter(str(tensorboard), purge_step=from_step + 1 if from_step else None)
 
     def write(self, entry):
         """Appends one object; NaN and infinity, which JSON does not have, become null."""
-        if not self.file:
-            return
         for key, value in entry.items() if self.board else ():
             if key != "step":
                 self.board.add_scalar(key, value, entry["step"])
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in entry.items()
-        }
+        finite = {key: value if math.isfinite(value) else None for key, value in entry.items()}
         try:
-            print(json.dumps(finite), file=self.file, flush=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
         except OSError as error:
-            with contextlib.suppress(OSError):  # it would be told again without the file's name
-                self.file.close()
             raise UserError(
-                f"cannot write {self.file.name}: {error.strerror}; make room, and the same command continues"
+                f"cannot write {self.path}: {error.strerror}; make room, and the same command continues"
             ) from error
-
-    def close(self):
-        for writer in (self.file, self.board):
-            if writer:
-                writer.close()
 
 
 def _lines_until(path, last_step):
     """The lines of a log up to a step, as text; lines that hold no JSON object are left out."""
     lines, damaged = [], 0
-    for line in path.read_bytes().split(b"\n"):
+    for line in filter(None, path.read_text("utf-8", errors="replace").split("\n")):
         try:
-            text = line.decode("utf-8")
-            step = json.loads(text).get("step", 0) if text else math.inf
-            if step <= last_step:
-                lines.append(text)
+            if json.loads(line).get("step", 0) <= last_step:
+                lines.append(line)
         except (ValueError, AttributeError, TypeError, RecursionError):
             damaged += 1
     if damaged:
         warn(f"{path}: {damaged} damaged lines are left out")
     return lines
-
-
-def summary_writer(folder, from_step):
-    """TensorBoard's writer, which continues the run in `folder` after a step.
-
-    Raises `UserError` if tensorboard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # here, because it is an optional extra
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
 
 
 def profiler(steps, path):
@@ -201,37 +176,6 @@ def profiler(steps, path):
 
     schedule = torch.profiler.schedule(skip_first=PROFILE_AFTER - 1, wait=0, warmup=1, active=steps, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=export)
-
-
-class ProgressLine:
-    """Shows a run's progress: a bar on a terminal, elsewhere a line for each logged step."""
-
-    def __init__(self, plan, step):
-        self.plan, self.clock, self.clock_step = plan, time.perf_counter(), step
-        # tqdm looks for a terminal if `disable` is None.
-        disable = None if distributed.rank() == 0 else True
-        self.bar = tqdm(total=plan.steps, initial=step, unit="step", disable=disable)
-
-    def speed(self, step):
-        """Tokens per second since the last call, without the time within `paused`."""
-        now, before = time.perf_counter(), self.plan.tokens_seen(self.clock_step)
-        speed = (self.plan.tokens_seen(step) - before) / (now - self.clock)
-        self.clock, self.clock_step = now, step
-        return round(speed, 1)
-
-    @contextlib.contextmanager
-    def paused(self):
-        paused_at = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - paused_at
-
-    def show(self, step, values, speed):
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
-        if self.bar.disable:
-            losses = {key: values[key] for key in ("loss", "cross_entropy") if key in values}
-            columns = [f"step {step}/{self.plan.steps}", f"epoch {self.plan.epochs(step):.2f}"]
-            columns += [f"{key.replace('_', '-')} {value:.4f}" for key, value in losses.items()]
-            log("  ".join([*columns, f"{speed:,.0f} tokens/s"]))
 
 
 # ---- a run
@@ -279,15 +223,14 @@ class TrainingLogger:
             "device": str(train_step.nonfinite_steps.device),
             "processes": distributed.world_size(),
         }
-        fields, path, board = self._fields(), None, None
+        self.first_step = progress["step"]
+        fields, self.log = self._fields(), None
         if self.writes:
             make_checkpoint(**fields)  # raises now what would otherwise fail at the first save
             names = ("checkpoint.pt", "best.pt", "log.jsonl", "trace.json", *plan.marks)
             remove_temporaries(self.out, names)
-            path = self.out / "log.jsonl"
             board = self.out / "tensorboard" if config.tensorboard else None
-        self.log = JSONLog(path, first, progress["step"], board)
-        self.first_step = progress["step"]
+            self.log = JSONLog(self.out / "log.jsonl", first, self.first_step, board)
         passed = plan.marks_passed(self.first_step, since=0)
         if missing := [name for name in passed if not (self.out / name).exists()]:
             warn(f"--save-at-words: training is past {', '.join(missing)}, which cannot be written any more")
@@ -295,7 +238,7 @@ class TrainingLogger:
         if config.profile and self.writes:
             self.profiler = profiler(config.profile, self.out / "trace.json")
             self.profiler.start()
-        self.line = ProgressLine(plan, progress["step"])
+        self.clock, self.clock_step = time.perf_counter(), self.first_step
 
     def __enter__(self):
         return self
@@ -305,13 +248,12 @@ class TrainingLogger:
             self.profiler.stop()
             if self.progress["step"] - self.first_step <= PROFILE_AFTER:
                 warn(f"--profile: no trace was written, because it begins after {PROFILE_AFTER} steps")
-        self.line.bar.close()
-        self.log.close()
+        if self.log and self.log.board:
+            self.log.board.close()
 
     def count(self, step):
         """Counts a step. At a mark of --save-at-words it saves the weights."""
         self.progress |= {"step": step, "words": self.plan.words_seen(step)}
-        self.line.bar.update()
         if self.profiler:
             self.profiler.step()
         for name in self.plan.marks_passed(step):
@@ -323,41 +265,46 @@ class TrainingLogger:
         Raises `UserError` if no gradient was finite in the last steps.
         """
         values = {key: value.item() for key, value in terms.items()}
-        step = self.progress["step"]
-        speed = self.line.speed(step)
-        self.log.write(
-            {
-                "step": step,
-                "epoch": round(self.plan.epochs(step), 4),
-                "tokens": self.plan.tokens_seen(step),
-                "words": self.progress["words"],
-                **values,
-                "learning_rate": rate,
-                "tokens_per_second": speed,
-            }
-        )
-        self.line.show(step, values, speed)
+        step, now = self.progress["step"], time.perf_counter()
+        tokens = self.plan.tokens_seen(step) - self.plan.tokens_seen(self.clock_step)
+        speed = round(tokens / (now - self.clock), 1)
+        self.clock, self.clock_step = now, step
+        entry = {"step": step, "epoch": round(self.plan.epochs(step), 4)}
+        entry |= {"tokens": self.plan.tokens_seen(step), "words": self.progress["words"]}
+        entry |= {**values, "learning_rate": rate, "tokens_per_second": speed}
+        if self.log:
+            self.log.write(entry)
+        columns = [f"step {step}/{self.plan.steps}", f"epoch {self.plan.epochs(step):.2f}"]
+        columns += [
+            f"{k.replace('_', '-')} {values[k]:.4f}" for k in ("loss", "cross_entropy") if k in values
+        ]
+        log("  ".join([*columns, f"{speed:,.0f} tokens/s"]))
         if self.train_step.nonfinite_in_a_row.item() >= NONFINITE_LIMIT:
             raise UserError(
                 f"no finite gradient in the last {NONFINITE_LIMIT} steps: lower --learning-rate or "
                 f"use --precision fp32; {self.out} keeps the checkpoints of earlier steps"
             )
 
+    @contextlib.contextmanager
+    def paused(self):
+        """Time within this context is none of the tokens per second."""
+        paused_at = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - paused_at
+
     def evaluate(self, evaluate):
         """Logs the result of `evaluate(model, autocast)`: {"dev_cross_entropy": nats a token, ...}.
 
         best.pt is written if it is the best so far.
         """
-        with self.line.paused(), distributed.unsharded(self.train_step.objective):
+        with self.paused(), distributed.unsharded(self.train_step.objective):
             result = evaluate(self.model, self.train_step.autocast)
         values = {key: float(value) for key, value in result.items()}
-        self.log.write({"step": self.progress["step"], **values})
+        if self.log:
+            self.log.write({"step": self.progress["step"], **values})
         score = f", score {values['score']:.4f}" if "score" in values else ""
-        with tqdm.external_write_mode():
-            log(
-                f"step {self.progress['step']}: dev cross-entropy {values['dev_cross_entropy']:.4f} "
-                f"nats per token{score}"
-            )
+        dev = f"dev cross-entropy {values['dev_cross_entropy']:.4f} nats per token"
+        log(f"step {self.progress['step']}: {dev}{score}")
         if note_evaluation(self.progress, values, self.config.least_gain):
             self._write("best.pt")
 
@@ -367,7 +314,7 @@ class TrainingLogger:
         self._write("checkpoint.pt", previous=self.out / "previous.pt", training=training)
 
     def _write(self, name, **details):
-        with self.line.paused():
+        with self.paused():
             fields = self._fields()
             if self.writes:
                 write_checkpoint(self.out / name, **fields, **details)

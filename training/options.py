@@ -10,6 +10,7 @@ import typing
 from training.io import UserError
 
 REQUIRED = dataclasses.MISSING
+LARGEST = (1 << 63) - 1  # of a number that is given
 # The groups of --help, in the order in which a user needs them.
 GROUPS = ("what to train", "recipe", "distillation", "evaluate and save", "speed and memory")
 GROUPS += ("several GPUs", "stop and inspect")
@@ -21,7 +22,7 @@ def option(default, help, group=TRAIN, **details):
 
     A default of None means that the program chooses the value later. `REQUIRED` means that the user
     must give it. Details: `alias` is a second name, such as "--lr"; `metavar` stands for a value in
-    --help; `minimum`, `maximum` and `above` bound a number, and `word` may be given instead of it;
+    --help; `minimum` and `maximum` bound a number, and `word` may be given instead of it;
     `choices` lists the values; options of a group with `exclusive=True` exclude each other; one with
     `positional=True` has no flag; `may_change=True` allows another value when a run is continued.
     """
@@ -179,25 +180,17 @@ def parse(config_class, description, argv=None, epilog="", check=None, parser_cl
                 target = exclusive if field.metadata.get("exclusive") else section
                 target.add_argument(*_names(field), **_argument(field, hints[field.name]))
     config = config_class(**vars(parser.parse_args(argv)))
-    for field in fields:
-        value = getattr(config, field.name)
-        problem = _out_of_range(value, **field.metadata) if isinstance(value, (int, float)) else None
-        if problem:
-            parser.error(f"{_flag(field.name)} must be {problem}")
     if check and (problem := check(config)):
         parser.error(problem)
     return config
-
-
-def _flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def _names(field):
     """Returns the names of an option on the command line: none of its own for a positional one."""
     if field.metadata.get("positional"):
         return []
-    return [name for name in (_flag(field.name), field.metadata.get("alias")) if name]
+    flag = "--" + field.name.replace("_", "-")
+    return [name for name in (flag, field.metadata.get("alias")) if name]
 
 
 def _argument(field, hint):
@@ -223,22 +216,21 @@ def _argument(field, hint):
     if typing.get_origin(hint) is list:
         return argument | {"nargs": "+", "type": typing.get_args(hint)[0]}
     if word := field.metadata.get("word"):
-
-        def number(text):
-            return word if text == word else hint(text)
-
-        return argument | {"type": number, "metavar": f"N|{word}"}
-    return argument | {"type": hint}
+        argument["metavar"] = f"N|{word}"
+    return argument | {"type": hint if hint is str else _number(hint, **field.metadata)}
 
 
-def _out_of_range(value, minimum=None, above=None, maximum=None, **_):
-    """Returns what a number must be if it is not, or None."""
-    if not abs(value) < 1 << 63:  # nan and infinity too
-        return "a number of reasonable size"
-    if minimum is not None and value < minimum:
-        return f"at least {minimum}"
-    if above is not None and value <= above:
-        return f"above {above}"
-    if maximum is not None and value > maximum:
-        return f"at most {maximum}"
-    return None
+def _number(hint, word=None, minimum=-LARGEST, maximum=LARGEST, **_):
+    """Returns the function that reads an int or a float within bounds; `word` may be given instead."""
+
+    def number(text):
+        if text == word:
+            return word
+        value = hint(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}")
+        if not value <= maximum:  # NaN too
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}")
+        return value
+
+    return number

@@ -126,8 +126,7 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     log(f"shape      {shape}")
     if frozen:
         log(f"frozen     {sum(p.numel() for p in frozen):,} parameters")
-    words = f"{plan.words:,} words" if plan.words else "no words: blanks do not separate them"
-    log(f"data       {num_tokens:,} tokens, {words}")
+    log(f"data       {num_tokens:,} tokens, {plan.words:,} words")
     log(f"step       {plan.batch_size} sequences x {length} = {tokens:,} tokens")
     log(f"run        {plan.steps:,} steps = {epochs:.2f} epochs of {plan.num_chunks:,} chunks")
     reached = plan.marks_passed(plan.steps, since=0)

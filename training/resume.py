@@ -222,13 +222,17 @@ def start_or_resume(train_step, config, provenance, steps):
         _restore_random_state(None, train_step.nonfinite_steps.device, config.seed, 0)
         return progress
     restore(train_step, checkpoint, path)
+    has_best = (Path(config.out) / "best.pt").exists()
     if is_finished(progress, config.patience):
         check_diverged(progress, config.out)
         log(f"{config.out} is finished at {progress['step']} steps; a new run needs another --out")
-        if not (Path(config.out) / "best.pt").exists():
+        if not has_best:
             warn(f"its best.pt is gone: {path} has the weights of the last step")
-    else:
-        log(f"continuing after step {progress['step']} of {path}")
+        return progress
+    log(f"continuing after step {progress['step']} of {path}")
+    if not has_best:  # --resume PATH: the new folder gets a best.pt of its own
+        progress |= {"best_dev_cross_entropy": math.inf, "best_step": 0}
+        progress.pop("best_score", None)
     return progress
 
 
@@ -256,35 +260,17 @@ def find_checkpoint(config, provenance):
         check_same_run(checkpoint, config, provenance, path)
         if path.name != "checkpoint.pt":
             path = path.replace(out / "checkpoint.pt")
-        if not is_finished(checkpoint["progress"], config.patience):
-            _check_best(checkpoint["progress"], out / "best.pt")
         return checkpoint, path
     if config.resume not in ("auto", "never"):
         checkpoint = read_checkpoint(config.resume)
         check_same_run(checkpoint, config, provenance, config.resume)
         if is_finished(checkpoint["progress"], config.patience):
             raise UserError(f"{config.resume} is of a finished run: there is nothing to continue")
-        _forget_best(checkpoint["progress"])  # the new folder gets a best.pt of its own
         return checkpoint, Path(config.resume)
     best = out / "best.pt"
     if best.exists():  # left by a run that was killed before its first checkpoint
         check_same_run(read_checkpoint(best), config, provenance, best, full=False)
     return None, None
-
-
-def _check_best(progress, path):
-    """Forgets the best evaluation of an unfinished run whose best.pt is damaged or gone."""
-    try:
-        if progress["best_step"]:
-            read_checkpoint(path)
-    except UserError as error:
-        warn(f"{error}; the next evaluation writes it anew")
-        _forget_best(progress)
-
-
-def _forget_best(progress):
-    progress.update(best_dev_cross_entropy=math.inf, best_step=0)
-    progress.pop("best_score", None)
 
 
 # ---- is it the same run?
@@ -315,30 +301,20 @@ def check_same_run(checkpoint, config, provenance, path, full=True):
 def differences(saved, current, ignore=()):
     """One short text, "key: saved -> current", for each setting that differs between two runs.
 
-    Dicts and lists of dicts are compared key by key: "shape.hidden_size: 64 -> 128". A key that
-    `current` lacks is an option that no longer exists: it differs unless its saved value is empty.
-    A key that `saved` lacks counts as None. `ignore` holds keys of the outermost dict.
+    Dicts and lists are compared entry by entry: "shape.hidden_size: 64 -> 128". A key that `current`
+    lacks is an option that no longer exists: it differs unless its saved value is empty. A key that
+    `saved` lacks counts as None. `ignore` holds keys of the outermost dict.
     """
     texts = []
     for key in sorted((saved.keys() | current.keys()) - set(ignore), key=str):
-        before, now = saved.get(key), current.get(key)
-        if key in current or before:
-            texts += _value_differences(key, before, now)
+        pair = saved.get(key), current.get(key)
+        before, now = (dict(enumerate(v)) if isinstance(v, (list, tuple)) else v for v in pair)
+        if before == now or (key not in current and not before):
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            texts += [f"{key}.{text}" for text in differences(before, now)]
+        elif max(len(str(before)), len(str(now))) > 40:  # a digest says nothing to a reader
+            texts.append(f"{key} changed")
+        else:
+            texts.append(f"{key}: {before} -> {now}")
     return texts
-
-
-def _value_differences(key, before, now):
-    before, now = (list(value) if isinstance(value, tuple) else value for value in (before, now))
-    if before == now:
-        return []
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [f"{key}.{text}" for text in differences(before, now)]
-    if isinstance(before, list) and isinstance(now, list):
-        if sorted(map(str, before)) == sorted(map(str, now)):
-            return [f"{key}: the same in another order"]
-        if len(before) == len(now) and all(isinstance(value, dict) for value in before + now):
-            pairs = enumerate(zip(before, now))
-            return [f"{key}[{i}].{text}" for i, pair in pairs for text in differences(*pair)]
-    if max(len(str(before)), len(str(now))) > 40:  # a digest says nothing to a reader
-        return [f"{key} changed"]
-    return [f"{key}: {before} -> {now}"]

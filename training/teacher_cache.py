@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from training import distributed
-from training.device import free_bytes
 from training.io import GIB, UserError, log, open_temporary, pack_header, remove_temporaries, warn
 from training.plan import existing_folder
 
@@ -154,15 +153,11 @@ def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", 
     if place == "off":
         return None
     in_file, processes = place not in ("auto", "gpu", "host"), distributed.world_size()
-    if not in_file and processes > 1:
-        problem = (
-            f"each of {processes} processes would keep chunks that another one reads; give a FILE that "
-            "they share, in /dev/shm for one in memory"
+    if place in ("gpu", "host") and processes > 1:
+        raise UserError(
+            f"--cache-teachers {place}: each of {processes} processes would keep chunks that another one "
+            "reads; give a FILE that they share, in /dev/shm for one in memory"
         )
-        if place != "auto":
-            raise UserError(f"--cache-teachers {place}: {problem}")
-        log(f"cache      none: {problem}")
-        return None
     if place == "gpu" and device.type != "cuda":
         raise UserError(f"--cache-teachers gpu: training is on {device}; use host or a FILE")
     if in_file and distributed.node_rank() is not None:
@@ -174,11 +169,11 @@ def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", 
         needed += out_bytes  # so that the cache leaves room for checkpoints
     place, free = _choose_place(place, needed, device)
     distributed.all_gather(None)  # all ranks have looked before one takes the room
+    states = f"{size / GIB:.2f} GiB of the teachers' hidden states"
     if place is None:
-        log(f"cache      none: {size / GIB:.2f} GiB do not fit")
+        log(f"cache      none: {states} do not fit, or several processes need a FILE to share")
         return None
-    room = "" if free is None else f", {free / GIB:.1f} GiB free"
-    log(f"cache      {size / GIB:.2f} GiB of the teachers' hidden states in {place}{room}")
+    log(f"cache      {states} in {place}, {free / GIB:.1f} GiB free")
     if dry_run:
         return None
     if not in_file:
@@ -194,24 +189,28 @@ def _choose_place(place, needed, device):
 
     Raises `UserError` if a place that was given by name has too little.
     """
-    candidates, share = [place], 1
-    if place == "auto":
-        candidates, share = ["gpu", "host"] if device.type == "cuda" else ["host"], AUTO_SHARE
-    for candidate in candidates:
-        free = _free_bytes(candidate, device)
-        if free is None or needed < share * free:
-            return candidate, free
     if place != "auto":
-        raise UserError(f"--cache-teachers {place}: {needed} bytes needed, {free} free")
+        if needed >= (free := _free_bytes(place, device)):
+            raise UserError(f"--cache-teachers {place}: {needed} bytes needed, {free} free")
+        return place, free
+    if distributed.world_size() == 1:
+        for candidate in ("gpu", "host") if device.type == "cuda" else ("host",):
+            if needed < AUTO_SHARE * (free := _free_bytes(candidate, device)):
+                return candidate, free
     return None, None
 
 
 def _free_bytes(place, device):
-    """Returns the free bytes of the GPU, of the host (None if unknown), or of a file's disk.
+    """Returns the free bytes of the GPU, of the host (infinity if unknown), or of a file's disk.
 
     The bytes that the file already takes count as free.
     """
-    if place in ("gpu", "host"):
-        return free_bytes(device if place == "gpu" else torch.device("cpu"))
+    if place == "gpu":
+        return torch.cuda.mem_get_info(device)[0]
+    if place == "host":
+        if not (meminfo := Path("/proc/meminfo")).exists():
+            return math.inf
+        lines = meminfo.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     size = Path(place).stat().st_size if Path(place).is_file() else 0
     return shutil.disk_usage(existing_folder(place)).free + size
