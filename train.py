@@ -29,13 +29,13 @@ from training.device import (
 )
 from training.io import locked, log, run_program
 from training.logger import StopSignal, TrainingLogger, exit_code
-from training.options import RunConfig, option, parse
+from training.options import RECIPE, SAVE, SPEED, RunConfig, option, parse
 from training.plan import plan_run, print_plan
 
 EVAL_BATCH_SIZE = 32  # sequences
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
 PRESET = "(default: the preset's)"
-recipe = functools.partial(option, group="recipe")
+recipe = functools.partial(option, group=RECIPE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +72,15 @@ class TrainConfig(RunConfig):
     )
     beta2: float = recipe(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
     eval_sequences: int = option(
-        1024, "largest number of dev (validation) sequences per evaluation", "evaluate and save", minimum=1
+        1024, "largest number of dev (validation) sequences per evaluation", SAVE, minimum=1, may_change=False
     )
     micro_batch_size: int | None = option(
         None,
         "sequences per forward and backward pass (gradient accumulation); auto: as many as fit in "
         "memory (default: the whole batch)",
-        group="speed and memory",
+        SPEED,
         word="auto",
         minimum=1,
-        may_change=True,
     )
 
 

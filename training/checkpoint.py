@@ -121,16 +121,11 @@ def write_checkpoint(path, previous=None, **fields):
         except RuntimeError as error:  # torch hides the OSError of a failed write behind its own
             raise (error.__context__ or error) from None
         if previous is not None and Path(path).exists():
-            _keep_as(path, previous)
-
-
-def _keep_as(path, previous):
-    """Makes `previous` a second name of the file at `path`, which stays until it is replaced."""
-    Path(previous).unlink(missing_ok=True)
-    try:
-        os.link(path, previous)
-    except OSError:  # the file system has no hard links
-        os.replace(path, previous)
+            Path(previous).unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # a second name: `path` stays until it is replaced
+            except OSError:  # the file system has no hard links
+                os.replace(path, previous)
 
 
 def read_checkpoint(path):

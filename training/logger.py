@@ -18,8 +18,6 @@ from training.io import UserError, atomic_write, log, remove_temporaries, warn, 
 from training.resume import check_diverged, gather_on_rank_zero, training_state
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-AGREE_SECONDS = 2  # Ranks agree on stopping at least this often, or after as many steps:
-AGREE_STEPS = 8  # torchrun kills a process that has not ended 30 seconds after a signal.
 PROFILE_AFTER = 10  # steps: by then all layers are compiled and all buffers are allocated
 NONFINITE_LIMIT = 10  # a run ends after so many steps in a row without a finite gradient
 
@@ -67,9 +65,7 @@ class StopSignal:
 
     def __init__(self, minutes=None):
         self.number = None
-        self.started = self.agreed_at = time.perf_counter()
-        self.deadline = math.inf if minutes is None else self.started + 60 * minutes
-        self.steps_since_agreed, self.steps_to_agree = 0, 1
+        self.deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
 
     def __enter__(self):
         self.previous = {s: signal.getsignal(s) for s in STOPPING}
@@ -89,22 +85,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def is_requested(self):
-        """True if the run should stop. Call it once after each step.
-
-        Ranks exchange this every few steps, so that all stop after the same step.
-        """
-        is_late = time.perf_counter() > self.deadline
-        if distributed.world_size() > 1:
-            self.steps_since_agreed += 1
-            if self.steps_since_agreed < self.steps_to_agree:
-                return False
-            step_seconds = (time.perf_counter() - self.agreed_at) / self.steps_since_agreed
-            answers = distributed.all_gather((self.number, is_late, step_seconds))
-            numbers, late, seconds = zip(*answers)
-            self.number, is_late = next(filter(None, numbers), None), any(late)
-            self.steps_to_agree = max(1, min(AGREE_STEPS, int(AGREE_SECONDS / max(seconds))))
-            self.steps_since_agreed, self.agreed_at = 0, time.perf_counter()
-        return self.number is not None or is_late
+        """True if the run should stop, on all ranks alike. All must call it after each step."""
+        answers = distributed.all_gather((self.number, time.perf_counter() > self.deadline))
+        numbers, late = zip(*answers)
+        self.number = next(filter(None, numbers), None)
+        return self.number is not None or any(late)
 
 
 def exit_code(progress):
@@ -187,18 +172,19 @@ def note_evaluation(progress, values, least_gain=0.0):
     The best has the lowest dev cross-entropy or, if there is a "score", the highest score. Early
     stopping ignores a gain of at most `least_gain`.
     """
-    cross_entropy, score = values["dev_cross_entropy"], values.get("score")
-    if score is None:
-        gain = progress["best_dev_cross_entropy"] - cross_entropy
+    cross_entropy = values["dev_cross_entropy"]
+    if "score" in values:
+        gain = values["score"] - progress.get("best_score", -math.inf)
     else:
-        gain = score - progress.get("best_score", -math.inf)
+        gain = progress["best_dev_cross_entropy"] - cross_entropy
     waited = progress.get("evaluations_since_best", 0) + 1
     progress |= values | {"evaluations_since_best": 0 if gain > least_gain else waited}
-    is_best = gain > 0 and math.isfinite(cross_entropy)
-    if is_best:
-        progress |= {"best_dev_cross_entropy": cross_entropy, "best_step": progress["step"]}
-        progress |= {} if score is None else {"best_score": score}
-    return is_best
+    if not (gain > 0 and math.isfinite(cross_entropy)):
+        return False
+    progress |= {"best_dev_cross_entropy": cross_entropy, "best_step": progress["step"]}
+    if "score" in values:
+        progress["best_score"] = values["score"]
+    return True
 
 
 class TrainingLogger:
@@ -274,11 +260,11 @@ class TrainingLogger:
         entry |= {**values, "learning_rate": rate, "tokens_per_second": speed}
         if self.log:
             self.log.write(entry)
-        columns = [f"step {step}/{self.plan.steps}", f"epoch {self.plan.epochs(step):.2f}"]
-        columns += [
-            f"{k.replace('_', '-')} {values[k]:.4f}" for k in ("loss", "cross_entropy") if k in values
-        ]
-        log("  ".join([*columns, f"{speed:,.0f} tokens/s"]))
+        cross_entropy = f"  cross-entropy {values['cross_entropy']:.4f}" if "cross_entropy" in values else ""
+        log(
+            f"step {step}/{self.plan.steps}  epoch {self.plan.epochs(step):.2f}  "
+            f"loss {values['loss']:.4f}{cross_entropy}  {speed:,.0f} tokens/s"
+        )
         if self.train_step.nonfinite_in_a_row.item() >= NONFINITE_LIMIT:
             raise UserError(
                 f"no finite gradient in the last {NONFINITE_LIMIT} steps: lower --learning-rate or "

@@ -24,10 +24,11 @@ def option(default, help, group=TRAIN, **details):
     must give it. Details: `alias` is a second name, such as "--lr"; `metavar` stands for a value in
     --help; `minimum` and `maximum` bound a number, and `word` may be given instead of it;
     `choices` lists the values; options of a group with `exclusive=True` exclude each other; one with
-    `positional=True` has no flag; `may_change=True` allows another value when a run is continued.
+    `positional=True` has no flag. When a run is continued, options of the groups from "evaluate and
+    save" on may have another value; `may_change` says so for a single one.
     """
-    assert group in GROUPS, group
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, **details})
+    metadata = {"may_change": GROUPS.index(group) >= GROUPS.index(SAVE), "help": help, "group": group}
+    return dataclasses.field(default=default, metadata=metadata | details)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,75 +43,59 @@ class RunConfig:
         None, "folder of the run (default: runs/PRESET, or runs/distilled-PRESET)", may_change=True
     )
     seed: int = option(0, "random seed of initialisation, batch order and dropout", RECIPE, minimum=0)
-    eval_every: int = option(0, "steps between evaluations within an epoch; 0: none", SAVE, minimum=0)
-    log_every: int = option(20, "steps between lines of log.jsonl", SAVE, minimum=1, may_change=True)
-    save_every: int = option(500, "steps between checkpoints", SAVE, minimum=1, may_change=True)
+    eval_every: int = option(
+        0, "steps between evaluations within an epoch; 0: none", SAVE, minimum=0, may_change=False
+    )
+    log_every: int = option(20, "steps between lines of log.jsonl", SAVE, minimum=1)
+    save_every: int = option(500, "steps between checkpoints", SAVE, minimum=1)
     save_at_words: list[str] | None = option(
         None,
         "also keep the weights after this many words of training, as chck_1M.pt and so on: numbers such "
         "as 500k or 1M, or babylm for the numbers that the BabyLM rules ask for",
         SAVE,
         metavar="WORDS",
-        may_change=True,
     )
-    tensorboard: bool = option(False, "also log for TensorBoard, to OUT/tensorboard", SAVE, may_change=True)
-    device: str = option("auto", "auto, cuda, mps or cpu", SPEED, may_change=True)
+    tensorboard: bool = option(False, "also log for TensorBoard, to OUT/tensorboard", SAVE)
+    device: str = option("auto", "auto, cuda, mps or cpu", SPEED)
     precision: str = option(
         "auto",
         "precision of matrix products; auto: bf16 where the hardware has it, else fp32",
         SPEED,
         choices=("auto", "fp32", "bf16"),
+        may_change=False,
     )
     compile: bool | None = option(
-        None, "compile the layers with torch.compile (default: on CUDA only)", SPEED, may_change=True
+        None, "compile the layers with torch.compile (default: on CUDA only)", SPEED
     )
     cuda_graph: bool | None = option(
         None,
         "replay each training step as one CUDA graph, after checking it against a plain step "
         "(default: on CUDA, for steps of at most 8,192 tokens)",
         SPEED,
-        may_change=True,
     )
     checkpoint_activations: bool = option(
-        False,
-        "recompute activations in the backward pass: less memory, a third more time",
-        SPEED,
-        may_change=True,
+        False, "recompute activations in the backward pass: less memory, a third more time", SPEED
     )
     shard: bool = option(
-        False,
-        "FSDP: shard parameters, gradients and optimizer state across the processes of torchrun",
-        GPUS,
-        alias="--fsdp",
-        may_change=True,
+        False, "FSDP: shard parameters, gradients and optimizer state over processes", GPUS, alias="--fsdp"
     )
     resume: str = option(
         "auto",
         "auto: continue the run in --out if there is one; never: exit if there is one; or the path of a "
         "checkpoint to continue from",
         STOP,
-        may_change=True,
     )
-    stop_after: float | None = option(
-        None, "save and stop after this many minutes (default: never)", STOP, minimum=0, may_change=True
-    )
+    stop_after: float | None = option(None, "save and stop after this many minutes", STOP, minimum=0)
     patience: int = option(
-        0,
-        "early stopping: stop after this many evaluations in a row without improvement; 0: never",
-        STOP,
-        minimum=0,
-        may_change=True,
+        0, "early stopping: after this many evaluations without improvement; 0: never", STOP, minimum=0
     )
     profile: int = option(
         0,
         "write a torch.profiler trace of this many steps, after the first ten, to OUT/trace.json; 0: none",
         STOP,
         minimum=0,
-        may_change=True,
     )
-    dry_run: bool = option(
-        False, "print the run's steps, words, memory and disk space, and stop", STOP, may_change=True
-    )
+    dry_run: bool = option(False, "print the run's steps, words, memory and disk space, and stop", STOP)
 
 
 def may_change(config_class):
@@ -131,8 +116,6 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         for argument in sys.argv[1:] if args is None else args:
             name = argument.partition("=")[0]
-            if name == "--":
-                break
             if name.startswith("--") and not any(option.startswith(name) for option in known):
                 nearest = difflib.get_close_matches(name, known, n=1)
                 suggestion = f"did you mean {nearest[0]}?" if nearest else "--help lists all options"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from training import distributed
 from training.io import GIB, UserError, log, warn
 
 MILLION = 1_000_000
+UNITS = {"": 1, "k": 1000, "M": MILLION}
 SPARE_BYTES = 64 << 20  # room on the disk for the log and other small files, at most
 
 
@@ -17,9 +19,9 @@ SPARE_BYTES = 64 << 20  # room on the disk for the log and other small files, at
 class Plan:
     """A run of `steps` steps over epochs of `num_chunks` chunks that hold `words` words.
 
-    `sequence_length` is the mean number of tokens of a chunk. `marks` is {file name: words}: the
-    weights are kept under that name after that number of words of training. Dev is evaluated at the end of
-    each epoch, if `eval_epochs`, and every `eval_every` steps, unless that is 0.
+    `sequence_length` is the mean number of tokens of a chunk. `marks` is {file name: words}: after so
+    many words of training the weights are kept under that name. Dev is evaluated at the end of each
+    epoch, if `eval_epochs`, and every `eval_every` steps, unless that is 0.
     """
 
     steps: int
@@ -92,20 +94,18 @@ def word_marks(names, total_words):
     """
     marks = set()
     for name in names or ():
-        number, unit = (name[:-1], name[-1]) if name[-1:] in ("k", "M") else (name, "")
+        number = re.fullmatch(r"(\d{1,15})([kM]?)", name, re.ASCII)
         if name == "babylm":  # the rules: every 1M to 10M, every 10M to 100M, every 100M to 1B
             rules = {n * unit * MILLION for unit in (1, 10, 100) for n in range(1, 11)}
             marks |= {words for words in rules if words <= max(total_words, MILLION)}
-        elif number.isascii() and number.isdigit() and len(number) < 16 and int(number):
-            marks.add(int(number) * {"": 1, "k": 1000, "M": MILLION}[unit])
+        elif number and int(number[1]):
+            marks.add(int(number[1]) * UNITS[number[2]])
         else:
             raise UserError(f"--save-at-words {name}: give babylm, or numbers such as 500k or 1M")
 
     def label(words):
-        for unit, size in (("M", MILLION), ("k", 1000)):
-            if words % size == 0:
-                return f"{words // size}{unit}"
-        return str(words)
+        unit = next(unit for unit in ("M", "k", "") if words % UNITS[unit] == 0)
+        return f"{words // UNITS[unit]}{unit}"
 
     return {f"chck_{label(words)}.pt": words for words in sorted(marks)}
 
