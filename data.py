@@ -9,7 +9,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from corpus.token_shards import TokenShard
@@ -158,16 +157,12 @@ class BatchStream:
             )
 
     def __call__(self, step):
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        chunk_ids, starts = [], []
-        for epoch in np.unique(positions // self.num_chunks):
-            order = epoch_order(
-                self.seed, int(epoch), self.num_chunks, self.sequence_length, self.random_offset
-            )
-            in_epoch = positions[positions // self.num_chunks == epoch] % self.num_chunks
-            chunk_ids.append(order[0][in_epoch])
-            starts.append(order[1][in_epoch])
-        chunk_ids, starts = torch.cat(chunk_ids), torch.cat(starts)
+        first, stop, N = step * self.batch_size, (step + 1) * self.batch_size, self.num_chunks
+        parts = []
+        for epoch in range(first // N, (stop - 1) // N + 1):
+            order = epoch_order(self.seed, epoch, N, self.sequence_length, self.random_offset)
+            parts.append([ids[max(0, first - epoch * N) : stop - epoch * N] for ids in order])
+        chunk_ids, starts = map(torch.cat, zip(*parts))  # (B,)
         if self.tokens_on_gpu is None:
             tokens, targets = self.shard.chunks(starts.numpy(), self.sequence_length)
         else:

@@ -6,6 +6,7 @@ model has `config`, `blocks`, `head`, `hidden_states(tokens)` and `forward(token
 """
 
 import dataclasses
+import json
 import math
 
 import torch
@@ -108,18 +109,15 @@ def preset_shape(config):
     Raises `UserError` unless --shape is a list of fields and values that make a possible shape.
     """
     shape = preset(config.model).config
-    types = {f.name: f.type for f in dataclasses.fields(shape) if f.name != "vocab_size"}
+    names = [field.name for field in dataclasses.fields(shape) if field.name != "vocab_size"]
     changes = {}
     for item in config.shape.split(",") if config.shape else ():
         name, _, value = item.strip().partition("=")
-        if name not in types:
-            raise UserError(f"--shape {name}: choose from {', '.join(types)}")
+        if name not in names:
+            raise UserError(f"--shape {name}: choose from {', '.join(names)}")
         try:
-            if types[name] is bool:
-                changes[name] = {"true": True, "false": False}[value.lower()]
-            else:
-                changes[name] = types[name](value)
-        except (ValueError, KeyError) as error:
+            changes[name] = json.loads(value.lower())  # 384, 0.1 or true
+        except ValueError as error:
             raise UserError(
                 f"--shape {item!r}: give name=value, such as hidden_size=384, with commas between several"
             ) from error

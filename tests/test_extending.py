@@ -413,7 +413,7 @@ def test_a_shape_of_ones_own_is_printed_trained_and_saved(data_folder, tmp_path,
         ("hidden_size=big", "give name=value"),
         ("hidden_size", "give name=value"),
         ("num_hidden_layers=0", "num_hidden_layers cannot be 0"),
-        ("dropout=1", "dropout cannot be 1.0"),
+        ("dropout=1", "dropout cannot be 1"),
     ],
 )
 def test_an_impossible_shape_is_one_line(data_folder, tmp_path, refused, shape, message):

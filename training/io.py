@@ -215,19 +215,13 @@ def unpack_first_line(line, magic):
 
 
 def aligned(rows):
-    """The lines of a table of text with aligned columns.
-
-    The first row is the heading, and every row has as many cells. The first column is flush left,
-    the others are flush right. Returns a list with one line for each row.
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    """The lines of a table of text: the first column is flush left, the others are flush right."""
+    first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(first_width), *(cell.rjust(width) for cell, width in zip(others, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def markdown(rows):
