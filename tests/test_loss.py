@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import loss as loss_module
 from gpt2 import GPT2, GPT2Config
 from loss import (
     Coefficients,
-    cross_entropy,
     distillation_loss,
     ensemble_logits,
     join_heads,
@@ -46,6 +46,13 @@ def fused(hidden, head, teachers, targets, coefficients=COEFFICIENTS, **options)
     return distillation_loss(hidden, head, teachers, targets, coefficients, **options)
 
 
+def assert_same_gradients(loss, expected, tensors, tolerance):
+    """The largest difference, relative to the largest value."""
+    gradients = torch.autograd.grad(loss, tensors)
+    for gradient, exact in zip(gradients, torch.autograd.grad(expected, tensors)):
+        assert (gradient - exact).abs().max() <= tolerance * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("num_teachers, tau", [(1, 1.0), (2, 2.0), (3, 1.7), (2, 3.0)])
 @pytest.mark.parametrize("chunk_tokens", [4, 1000])
@@ -56,9 +63,7 @@ def test_fused_equals_plain_in_value_and_gradient(dtype, tolerance, num_teachers
     result = fused(hidden, head, teachers, targets, coefficients, chunk_tokens=chunk_tokens)
     for key in ("loss", "cross_entropy", "kl"):
         torch.testing.assert_close(result[key], expected[key], rtol=tolerance, atol=tolerance)
-    gradients = torch.autograd.grad(result["loss"], (hidden, head))
-    for gradient, exact in zip(gradients, torch.autograd.grad(expected["loss"], (hidden, head))):
-        assert (gradient - exact).abs().max() <= tolerance * exact.abs().max()
+    assert_same_gradients(result["loss"], expected["loss"], (hidden, head), tolerance)
 
 
 def test_fused_cross_entropy_equals_torch():
@@ -67,9 +72,7 @@ def test_fused_cross_entropy_equals_torch():
     logits = (hidden @ head.T).flatten(0, 1)
     expected = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
-    gradients = torch.autograd.grad(result, (hidden, head))
-    for gradient, exact in zip(gradients, torch.autograd.grad(expected, (hidden, head))):
-        torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-12)
+    assert_same_gradients(result, expected, (hidden, head), 1e-10)
 
 
 def test_mean_of_logits_is_the_geometric_mean_of_probabilities():
@@ -80,19 +83,16 @@ def test_mean_of_logits_is_the_geometric_mean_of_probabilities():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distilling_from_a_perfect_copy_costs_nothing(dtype):
+@pytest.mark.parametrize("copies", [2, 3])
+def test_distilling_from_a_perfect_copy_costs_nothing(dtype, copies):
+    """In bfloat16 the sum of three logits is rounded once more than one of them: 2^-9 of a logit."""
     hidden, head, _, targets = problem(torch.float32, 1)
-    teachers = [(hidden.detach(), head.detach(), 1.0)] * 3
+    teachers = [(hidden.detach(), head.detach(), 1.0)] * copies
     coefficients = COEFFICIENTS._replace(tau=3.0, alpha=0.0)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         result = fused(hidden, head, teachers, targets, coefficients)
-    # In bfloat16 the sum of three logits is rounded once more than one of them: 2^-9 of a logit.
-    bound = 1e-6 if dtype == torch.float32 else (3 * 2**-9) ** 2
-    assert result["kl"] / T < bound
-    # At a power of two even that vanishes.
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        result = fused(hidden, head, teachers[:2], targets, coefficients)
-    assert result["kl"] / T < 1e-7
+    rounded = dtype == torch.bfloat16 and copies == 3  # not at a power of two
+    assert result["kl"] / T < ((3 * 2**-9) ** 2 if rounded else 1e-7)
 
 
 def test_tau_squared_keeps_the_scale_of_the_gradient():
@@ -114,81 +114,93 @@ def test_sequence_reduction_is_the_token_mean_times_the_length():
     torch.testing.assert_close(summed, reference)
 
 
-def bfloat16_gradients(hidden, head, teachers, targets):
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = fused(hidden, head, teachers, targets)["loss"]
-    return torch.autograd.grad(loss, (hidden, head))
-
-
-def test_gradients_under_autocast_are_float32_and_near_float64():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_under_autocast_are_float32_and_near_float64(device):
     hidden, head, teachers, targets = problem(torch.float32, 2)
-    result = bfloat16_gradients(hidden, head, teachers, targets)
+    hidden, head = (x.detach().to(device).requires_grad_() for x in (hidden, head))
+    teachers, targets = [(h.to(device), w.to(device), k) for h, w, k in teachers], targets.to(device)
+    with torch.autocast(device, torch.bfloat16):
+        loss = fused(hidden, head, teachers, targets)["loss"]
     doubles = [(h.double(), w.double(), k) for h, w, k in teachers]
-    hidden64 = hidden.detach().double().requires_grad_()
-    head64 = head.detach().double().requires_grad_()
-    loss = plain(hidden64, head64, doubles, targets)["loss"]
-    for ours, exact in zip(result, torch.autograd.grad(loss, (hidden64, head64))):
+    expected = plain(hidden.double(), head.double(), doubles, targets)["loss"]
+    torch.testing.assert_close(loss.double(), expected, rtol=0.02, atol=0)
+    result = torch.autograd.grad(loss, (hidden, head))
+    for ours, exact in zip(result, torch.autograd.grad(expected, (hidden, head))):
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() / exact.norm() < 0.02
 
 
-def test_products_read_bfloat16_under_autocast_and_rows_do_not(monkeypatch):
-    import loss as module
+@pytest.fixture
+def rows_of(monkeypatch):
+    """The arguments and results of each call of the function that computes the loss of some rows."""
+    original, calls = loss_module._rows, []
 
-    hidden, head, teachers, targets = problem(torch.float32, 2)
-    seen = []
-    rows = module._rows
-
-    def spy(logits, targets, teacher_logits, *rest):
-        seen.append((logits.dtype, teacher_logits.dtype))
-        result = rows(logits, targets, teacher_logits, *rest)
-        exact = rows(logits.double(), targets, teacher_logits.double(), *rest)[-1]
-        seen.append(torch.equal(result[-1], exact.float().bfloat16()))
+    def spy(*arguments):
+        result = original(*arguments)
+        calls.append((arguments, result, original))
         return result
 
-    monkeypatch.setattr(module, "_rows", spy)
-    bfloat16_gradients(hidden, head, teachers, targets)
-    assert seen == [(torch.bfloat16, torch.bfloat16), True]  # rounded once, at the very end
+    monkeypatch.setattr(loss_module, "_rows", spy)
+    return calls
+
+
+def test_products_read_bfloat16_under_autocast_and_rows_do_not(rows_of):
+    with torch.autocast("cpu", torch.bfloat16):
+        fused(*problem(torch.float32, 2))
+    [((logits, targets, teacher_logits, *rest), result, rows)] = rows_of
+    assert logits.dtype == teacher_logits.dtype == torch.bfloat16
+    exact = rows(logits.double(), targets, teacher_logits.double(), *rest)[-1]
+    assert torch.equal(result[-1], exact.float().bfloat16())  # rounded once, at the very end
+
+
+def test_no_gradient_is_computed_that_nobody_asked_for(rows_of):
+    hidden, head, teachers, targets = problem(torch.float32, 1)
+    with torch.no_grad():
+        fused(hidden, head, teachers, targets)
+    fused(hidden, head.detach(), teachers, targets)["loss"].backward()
+    assert [arguments[-1] for arguments, *_ in rows_of] == [False, True]
+    assert hidden.grad is not None and head.grad is None
+
+
+def nearly_equal_models(N, C, distance):
+    """Hidden states of a student and of its teacher, their head, targets, coefficients of the KL alone."""
+    torch.manual_seed(0)
+    teacher, head = torch.randn(N, C), torch.randn(V, C)
+    student = (teacher + distance * torch.randn(N, C)).requires_grad_()
+    coefficients = Coefficients(alpha=0.0, tau=2.0, num_targets=N, kl_denominator=N)
+    return student, teacher, head, torch.randint(V, (N,)), coefficients
+
+
+def rounded_logits(hidden, head):
+    """Logits in float64 of the operands that a product in bfloat16 reads."""
+    return (hidden.detach().bfloat16() @ (head - head.mean(0)).bfloat16().T).double()
 
 
 def test_a_constant_added_to_all_logits_changes_nothing():
-    torch.manual_seed(0)
-    C, N = 16, 256
-    hidden = torch.randn(N, C)
-    hidden[:, 0] = 1.0
-    head = 0.3 * torch.randn(V, C)
-    student = (hidden + 0.02 * torch.randn(N, C)).requires_grad_()
-    targets = torch.randint(V, (N,))
-    coefficients = Coefficients(alpha=0.0, tau=2.0, num_targets=N, kl_denominator=N)
+    student, teacher, head, targets, coefficients = nearly_equal_models(256, 16, 0.02)
+    head = 0.3 * head
+    ones = torch.ones(256, 1)
+    student, teacher = torch.cat([ones, student], 1), torch.cat([ones, teacher], 1)
 
     def kl(offset):
-        shifted = head.clone()
-        shifted[:, 0] += offset  # hidden[:, 0] is 1: adds `offset` to every logit
+        shifted = torch.cat([torch.full((V, 1), offset), head], 1)  # adds `offset` to every logit
         with torch.autocast("cpu", torch.bfloat16):
-            result = distillation_loss(student, shifted, [(hidden, shifted, 1.0)], targets, coefficients)
+            result = fused(student, shifted, [(teacher, shifted, 1.0)], targets, coefficients)
         return result["kl"].item()
 
-    base = kl(0.0)
     for offset in (-60.0, -100.0):
-        assert abs(kl(offset) - base) < 0.05 * base
+        assert kl(offset) == pytest.approx(kl(0.0), rel=0.05)
 
 
 def test_two_nearly_equal_models_have_the_gradient_of_float64():
-    torch.manual_seed(0)
-    N, C = 64, 16
-    hidden, head = torch.randn(N, C), torch.randn(V, C)
-    student = (hidden + 0.05 * torch.randn(N, C)).requires_grad_()
-    targets = torch.randint(V, (N,))
-    coefficients = Coefficients(alpha=0.0, tau=2.0, num_targets=N, kl_denominator=N)
+    student, teacher, head, targets, coefficients = nearly_equal_models(64, 16, 0.05)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = distillation_loss(student, head, [(hidden, head, 1.0)], targets, coefficients)["loss"]
+        loss = fused(student, head, [(teacher, head, 1.0)], targets, coefficients)["loss"]
     (ours,) = torch.autograd.grad(loss, student)
     # The reference reads the same rounded operands and logits: what is tested is the subtraction.
-    rounded = (head - head.mean(0)).bfloat16()
-    z = (student.detach().bfloat16() @ rounded.T).double()
-    zt = (hidden.bfloat16() @ rounded.T).double()
-    dz = (torch.softmax(z / 2, -1) - torch.softmax(zt / 2, -1)) * 2 / N
-    exact = dz @ rounded.double()
+    z, zt = rounded_logits(student, head), rounded_logits(teacher, head)
+    dz = (torch.softmax(z / 2, -1) - torch.softmax(zt / 2, -1)) * 2 / 64
+    exact = dz @ (head - head.mean(0)).bfloat16().double()
     assert (ours - exact).norm() / exact.norm() < 0.01
 
 
@@ -201,10 +213,8 @@ def test_logits_of_any_size_give_the_loss_of_float64_on_the_same_rounded_logits(
     targets = torch.randint(V, (N,))
     coefficients = Coefficients(alpha=0.5, tau=2.0, num_targets=N, kl_denominator=N)
     with torch.autocast("cpu", torch.bfloat16):
-        result = distillation_loss(hidden, head, [(teacher, head, 1.0)], targets, coefficients)
-    rounded = (head - head.mean(0)).bfloat16()
-    z = (hidden.detach().bfloat16() @ rounded.T).double()
-    zt = (teacher.bfloat16() @ rounded.T).double()
+        result = fused(hidden, head, [(teacher, head, 1.0)], targets, coefficients)
+    z, zt = rounded_logits(hidden, head), rounded_logits(teacher, head)
     expected = plain_distillation_loss(z, [zt], [1.0], targets, coefficients)
     for key in ("loss", "cross_entropy", "kl"):
         torch.testing.assert_close(result[key].double(), expected[key], rtol=1e-4, atol=1e-5)
@@ -225,9 +235,7 @@ def test_a_tied_head_gets_its_gradient_from_both_uses():
     teachers = [(torch.randn(B, T, C).double(), torch.randn(V, C).double(), 1.0)]
     result = fused(model.hidden_states(tokens), model.head, teachers, targets)
     expected = plain(model.hidden_states(tokens), model.head, teachers, targets)
-    ours = torch.autograd.grad(result["loss"], model.wte.weight)[0]
-    theirs = torch.autograd.grad(expected["loss"], model.wte.weight)[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert_same_gradients(result["loss"], expected["loss"], model.wte.weight, 1e-10)
 
 
 def test_a_step_without_targets_has_no_cross_entropy_and_the_same_kl():
@@ -248,21 +256,6 @@ def test_a_second_backward_raises_rather_than_doubles():
         loss.backward()
 
 
-def test_no_gradient_is_computed_that_nobody_asked_for(monkeypatch):
-    import loss as module
-
-    hidden, head, teachers, targets = problem(torch.float32, 1)
-    need_gradient = []
-    rows = module._rows
-    monkeypatch.setattr(module, "_rows", lambda *a: need_gradient.append(a[-1]) or rows(*a))
-    with torch.no_grad():
-        fused(hidden, head, teachers, targets)
-    assert need_gradient == [False]
-    loss = fused(hidden, head.detach(), teachers, targets)["loss"]
-    loss.backward()
-    assert need_gradient == [False, True] and hidden.grad is not None and head.grad is None
-
-
 def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
     hidden, head, teachers, targets = problem(torch.float32, 2)
     saved = []
@@ -273,11 +266,10 @@ def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
 
 def test_scaling_the_loss_afterwards_scales_the_gradient():
     hidden, head, teachers, targets = problem(torch.float64, 2)
-    loss = fused(hidden, head, teachers, targets)["loss"]
-    (once,) = torch.autograd.grad(loss, hidden)
-    loss = fused(hidden, head, teachers, targets)["loss"]
-    (thrice,) = torch.autograd.grad(3 * loss, hidden)
-    torch.testing.assert_close(3 * once, thrice)
+    once, again = (fused(hidden, head, teachers, targets)["loss"] for _ in range(2))
+    (gradient,) = torch.autograd.grad(once, hidden)
+    (of_triple,) = torch.autograd.grad(3 * again, hidden)
+    torch.testing.assert_close(3 * gradient, of_triple)
 
 
 def test_unequal_micro_batches_add_up_to_the_whole():
@@ -288,28 +280,4 @@ def test_unequal_micro_batches_add_up_to_the_whole():
         part_teachers = [(h[rows], w, k) for h, w, k in teachers]
         parts = parts + fused(hidden[rows], head, part_teachers, targets[rows])["loss"]
     torch.testing.assert_close(parts, full_batch)
-    ours = torch.autograd.grad(parts, head)[0]
-    torch.testing.assert_close(ours, torch.autograd.grad(full_batch, head)[0])
-
-
-def test_targets_that_are_ignored_do_not_count():
-    logits = torch.randn(4, V)
-    targets = torch.tensor([1, -100, 2, -100])
-    saved = targets != -100
-    expected = cross_entropy(logits[saved], targets[saved], 2)
-    torch.testing.assert_close(cross_entropy(logits, targets, 2), expected)
-
-
-@pytest.mark.gpu
-def test_fused_equals_plain_on_a_gpu():
-    hidden, head, teachers, targets = problem(torch.float32, 2)
-    expected = plain(hidden, head, teachers, targets)
-    theirs = torch.autograd.grad(expected["loss"], (hidden, head))
-    hidden, head = (x.detach().cuda().requires_grad_() for x in (hidden, head))
-    teachers = [(h.cuda(), w.cuda(), k) for h, w, k in teachers]
-    with torch.autocast("cuda", torch.bfloat16):
-        result = fused(hidden, head, teachers, targets.cuda())
-    torch.testing.assert_close(result["loss"].cpu(), expected["loss"], rtol=0.02, atol=0)
-    for ours, exact in zip(torch.autograd.grad(result["loss"], (hidden, head)), theirs):
-        assert ours.dtype == torch.float32
-        assert (ours.cpu() - exact).norm() / exact.norm() < 0.02
+    assert_same_gradients(parts, full_batch, head, 1e-7)
