@@ -12,10 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import loss
 import model as models
-from conftest import interrupt_after, step_of
+from conftest import config_for, fitted, interrupt_after, step_of
 from data import BatchStream, count_chunks
 from distill import DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
-from test_train import config_for, fitted
 from train import CrossEntropyObjective
 from training.cuda_graph import GraphedStep
 from training.device import Compute, checkpoint_activations, choose_device, should_capture
@@ -26,9 +25,8 @@ from training.teacher_cache import TeacherCache
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def objectives():
-    """Runs a test with both kinds of objective, with dropout in the student."""
-    return pytest.mark.parametrize("kind", ["alone", "distilled"])
+# Both kinds of objective, with dropout in the student.
+objectives = pytest.mark.parametrize("kind", ["alone", "distilled"])
 
 
 def full_step(kind, device="cpu", precision="fp32"):
@@ -46,6 +44,18 @@ def full_cache(train_shard, device="cpu"):
     """Returns an empty cache for the teachers of `full_step`."""
     chunks = count_chunks(len(train_shard.tokens), 32)
     return TeacherCache.in_memory(2 * [(chunks, 32, 96)], torch.bfloat16, device)
+
+
+def end_of(step, batches):
+    """Losses of steps with these batches, and the weights after them."""
+    torch.manual_seed(1)
+    losses = [step(batch, 1e-3)["loss"] for batch in batches]
+    parameters = getattr(step, "train_step", step).parameters
+    return [*losses, *(parameter.detach() for parameter in parameters.values())]
+
+
+def same(tensors, others):
+    return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
 
 
 def tensors_in(tree):
@@ -93,7 +103,7 @@ def recorded(step, batches):
     return operations
 
 
-@objectives()
+@objectives
 def test_every_update_does_the_same_to_the_same_memory(train_shard, kind):
     """A CUDA graph that is replayed then does what the next update would have done.
 
@@ -162,7 +172,7 @@ def test_a_step_never_waits_for_the_device(train_shard, kind, micro_batch_size):
         step(batch, 1e-3)
 
 
-@objectives()
+@objectives
 def test_a_step_that_loads_its_input_equals_the_plain_one(train_shard, kind):
     stream = BatchStream(train_shard, 8, 32, seed=0)
     plain = full_step(kind)
@@ -228,13 +238,8 @@ def test_a_graph_is_used_if_its_replay_equals_a_plain_step(train_shard, capsys, 
     stream = BatchStream(train_shard, 8, 32, seed=0)
     plain, step = GraphedStep(full_step("alone")), step_class(full_step("alone"))
     plain.warm_up = math.inf
-    losses = []
-    for each in (plain, step):
-        torch.manual_seed(1)
-        losses.append([each(stream(i), 1e-3)["loss"].item() for i in range(7)])
-    assert losses[0] == losses[1]
-    weights = zip(plain.train_step.parameters.values(), step.train_step.parameters.values())
-    assert all(torch.equal(a, b) for a, b in weights)
+    batches = [stream(i) for i in range(7)]
+    assert same(end_of(step, batches), end_of(plain, batches))
     warnings = capsys.readouterr().err.splitlines()
     if step_class is Replaying:
         assert step.replays == 1 + 4 and not warnings  # three plain steps come first
@@ -294,32 +299,24 @@ def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(data_fo
 
 
 def test_layers_of_a_frozen_teacher_are_kept_in_the_bits_that_autocast_makes_of_them(train_shard):
-    batch = BatchStream(train_shard, 4, 32, seed=0)(0)
-    ends = []
-    for narrow in (lambda model: None, cast_linears_to_bf16):
-        step = full_step("distilled", "cpu", "bf16")
-        for teacher in step.objective.teachers:
-            narrow(teacher)
-        terms = step(batch, 1e-3)
-        ends.append([terms["loss"], *(p.detach() for p in step.parameters.values())])
-    assert all(torch.equal(a, b) for a, b in zip(*ends))
-    types = {p.dtype for p in step.objective.teachers[0].blocks[0].attn.parameters()}
-    assert types == {torch.bfloat16} and step.objective.teachers[1].head.dtype == torch.float32
+    batches = [BatchStream(train_shard, 4, 32, seed=0)(0)]
+    plain, narrow = (full_step("distilled", "cpu", "bf16") for _ in range(2))
+    for teacher in narrow.objective.teachers:
+        cast_linears_to_bf16(teacher)
+    assert same(end_of(narrow, batches), end_of(plain, batches))
+    types = {p.dtype for p in narrow.objective.teachers[0].blocks[0].attn.parameters()}
+    assert types == {torch.bfloat16} and narrow.objective.teachers[1].head.dtype == torch.float32
 
 
-@objectives()
+@objectives
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind, precision):
     """With dropout, whose masks are drawn again, and with the attention kernel of the precision."""
-    stream, ends = BatchStream(train_shard, 8, 32, seed=0), []
-    for checkpointed in (False, True):
-        step = full_step(kind, "cpu", precision)
-        if checkpointed:
-            checkpoint_activations(step.objective.model, Compute(CPU, precision))
-        torch.manual_seed(3)
-        losses = [step(stream(i), 1e-3)["loss"] for i in range(4)]
-        ends.append([*losses, *(p.detach() for p in step.parameters.values())])
-    assert all(torch.equal(a, b) for a, b in zip(*ends))
+    plain, checkpointed = (full_step(kind, "cpu", precision) for _ in range(2))
+    checkpoint_activations(checkpointed.objective.model, Compute(CPU, precision))
+    stream = BatchStream(train_shard, 8, 32, seed=0)
+    batches = [stream(i) for i in range(4)]
+    assert same(end_of(checkpointed, batches), end_of(plain, batches))
 
 
 @pytest.mark.gpu
@@ -363,7 +360,7 @@ def test_a_step_that_waits_for_the_gpu_goes_on_without_a_graph(train_shard, monk
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(8, 32), (32, 128)], ids=["256 tokens", "4096 tokens"])
-@objectives()
+@objectives
 def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind, size):
     """With more than 3,072 tokens the embedding's gradient is computed by another kernel."""
     stream = BatchStream(train_shard, *size, seed=0, device="cuda")
@@ -384,7 +381,7 @@ def test_a_graph_equals_eager_steps_on_a_gpu(train_shard, kind, size):
 
 
 @pytest.mark.gpu
-@objectives()
+@objectives
 def test_a_run_with_a_graph_ends_where_one_without_does_on_a_gpu(
     data_folder, train_shard, tmp_path, monkeypatch, kind
 ):
@@ -414,11 +411,8 @@ def test_attention_drops_the_share_that_it_is_asked_to_drop_on_a_gpu(probability
 
     With values of one and N equal weights the output is the share of weights that are kept, over 1 - p.
     """
-    device = choose_device("cuda")
-    N = 128
-    q = torch.zeros(64, 16, N, 96, device=device, dtype=torch.bfloat16)
-    v = torch.ones_like(q)
+    q = torch.zeros(64, 16, 128, 96, device=choose_device("cuda"), dtype=torch.bfloat16)
     with torch.no_grad():
-        y = F.scaled_dot_product_attention(q, q, v, dropout_p=probability)
+        y = F.scaled_dot_product_attention(q, q, torch.ones_like(q), dropout_p=probability)
     share = y[..., 0].float().mean().item() * (1 - probability)
     assert abs(1 - share - probability) < 0.002
