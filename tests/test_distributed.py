@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,8 @@ import pytest
 import torch
 
 import train
-from conftest import save_model, write_split, write_text
+from conftest import log_entries, write_split, write_text
 from data import Batch
-from model import build_model
 from tests import ranks
 from training.checkpoint import read_checkpoint
 from training.io import UserError
@@ -38,18 +38,15 @@ TERMS = ("loss", "cross_entropy", "kl", "dev_cross_entropy")
 class Runs:
     """Runs of train.py and distill.py in one folder, on one process or on several."""
 
-    def __init__(self, folder, data_folder, tokenizer):
-        self.folder, self.data_folder = folder, data_folder
-        torch.manual_seed(7)
-        for name in ("gpt2-tiny", "llama-tiny"):
-            save_model(folder / f"{name}.pt", build_model(name, 300), tokenizer, name, length=128)
+    def __init__(self, folder, data_folder, teachers):
+        self.folder, self.data_folder, self.teachers = folder, data_folder, teachers
 
     def task(self, name, options, **mishaps):
         """Returns the task of a run into the folder `name`: a distillation if the model is a student."""
         arguments = ["--data", str(self.data_folder), "--out", str(self.folder / name)]
         program = "distill" if "llama-tiny-student" in options else "train"
         if program == "distill":
-            arguments += ["--teachers", *(str(self.folder / f"{t}.pt") for t in ("gpt2-tiny", "llama-tiny"))]
+            arguments += ["--teachers", *self.teachers]
         return {"program": program, "arguments": [*arguments, *COMMON, *options], **mishaps}
 
     def command(self, processes, tasks, *options):
@@ -71,8 +68,9 @@ class Runs:
         assert all(codes == first for codes in others)
         return done, first
 
-    def on_one(self, name, options):
+    def on_one(self, options, name=None):
         """Runs in this process, unless there is such a run; returns its name."""
+        name = name or "one" + "".join(options).replace("--", "-")
         if (self.folder / name).exists():
             return name
         threads = torch.get_num_threads()
@@ -83,47 +81,41 @@ class Runs:
             torch.set_num_threads(threads)
         return name
 
-    def step(self, name):
-        """Returns the last step that a run has saved."""
-        return read_checkpoint(self.folder / name / "checkpoint.pt")["progress"]["step"]
-
-    def weights(self, name):
-        """Returns the last weights that a run has saved."""
-        return read_checkpoint(self.folder / name / "checkpoint.pt")["weights"]
-
-    def log(self, name):
-        """Returns the lines of a run's log that belong to a step."""
-        lines = map(json.loads, (self.folder / name / "log.jsonl").open())
-        return [line for line in lines if "step" in line]
+    def checkpoint(self, name):
+        """Returns the last checkpoint that a run has saved."""
+        return read_checkpoint(self.folder / name / "checkpoint.pt")
 
     def difference(self, name, other):
         """Returns the largest relative difference of two runs' losses, and the largest of weights."""
-        log, other_log = self.log(name), self.log(other)
+        log, other_log = log_entries(self.folder / name), log_entries(self.folder / other)
         assert [line["step"] for line in log] == [line["step"] for line in other_log]
         pairs = [(a[key], b[key]) for a, b in zip(log, other_log) for key in TERMS if key in a]
-        weights, other_weights = self.weights(name), self.weights(other)
+        weights, other_weights = self.checkpoint(name)["weights"], self.checkpoint(other)["weights"]
         assert weights.keys() == other_weights.keys()
         distances = [(weights[key] - other_weights[key]).abs().max().item() for key in weights]
         return max(abs(a - b) / a for a, b in pairs), max(distances)
 
+    def assert_equal(self, name, other, losses=3e-6):
+        """Up to the order of sums."""
+        difference = self.difference(name, other)
+        assert difference[0] < losses and difference[1] < 1e-4
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, data_folder, tokenizer):
-    return Runs(tmp_path_factory.mktemp("runs"), data_folder, tokenizer)
+def runs(tmp_path_factory, data_folder, teachers):
+    return Runs(tmp_path_factory.mktemp("runs"), data_folder, teachers)
 
 
 @pytest.fixture(scope="module")
 def on_two(runs, tokenizer):
     """All runs on two processes, by one torchrun: {folder: exit code}, and the output."""
-    for i in range(2):
+    for i in range(2):  # of which each rank gets one
         folder = runs.folder / f"data-{i}"
         folder.mkdir()
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         for split in ("train", "dev"):
             write_split(folder, split, tokenizer, {"a": write_text(500, seed=i)})
-        torch.manual_seed(i)
-        teacher = build_model("llama-tiny", 300)
-        save_model(runs.folder / f"teacher-{i}.pt", teacher, tokenizer, "llama-tiny", length=128)
+        shutil.copy(runs.teachers[i], runs.folder / f"teacher-{i}.pt")
     several = {
         "even": [EVEN],
         "uneven": [UNEVEN],
@@ -163,17 +155,12 @@ def test_a_share_is_every_nth_sequence_and_counts_stay_those_of_the_step():
 ON_ONE = {"even": EVEN, "uneven": UNEVEN, "shard": UNEVEN}  # the others are distilled
 
 
-def one_name(options):
-    """Returns the name of the run with these options on one process."""
-    return "one" + "".join(options).replace("--", "-")
-
-
 @pytest.mark.parametrize("name", ["even", "uneven", "shard", "distilled", "cached", "shard-distilled"])
 def test_two_processes_compute_the_run_of_one(runs, on_two, name):
     """The bounds stand beside what another micro-batch size changes on one process."""
     options = ON_ONE.get(name, DISTILL)
-    one = runs.on_one(one_name(options), options)
-    micro = runs.on_one(f"{one}-micro", [*options, "--micro-batch-size", "1"])
+    one = runs.on_one(options)
+    micro = runs.on_one([*options, "--micro-batch-size", "1"])
     losses, weights = runs.difference(one, name)
     floor = runs.difference(one, micro)
     print(f"losses {losses:.1e} ({floor[0]:.1e}), weights {weights:.1e} ({floor[1]:.1e})")
@@ -182,20 +169,20 @@ def test_two_processes_compute_the_run_of_one(runs, on_two, name):
 
 def test_three_processes_compute_the_run_of_one_and_continue_what_two_began(runs, on_two):
     for name in ("stopped", "shard-stopped"):
-        assert on_two[0][name] == 128 + signal.SIGTERM and runs.step(name) == 9
+        step = runs.checkpoint(name)["progress"]["step"]
+        assert on_two[0][name] == 128 + signal.SIGTERM and step == 9
     tasks = [runs.task("uneven-3", UNEVEN), runs.task("stopped", EVEN)]
     tasks += [runs.task("shard-stopped", [*EVEN, "--shard"])]
     assert runs.on_several(3, tasks)[1] == [0, 0, 0]
     for name, options in (("uneven-3", UNEVEN), ("stopped", EVEN), ("shard-stopped", EVEN)):
-        losses, weights = runs.difference(runs.on_one(one_name(options), options), name)
-        assert losses < 3e-6 and weights < 1e-4
+        runs.assert_equal(runs.on_one(options), name)
 
 
 def test_one_process_continues_what_a_sharded_run_of_two_began(runs, on_two):
     checkpoint = runs.folder / "shard-stopped" / "previous.pt"
-    runs.on_one("from-shard", [*EVEN, "--resume", str(checkpoint)])
-    expected = runs.weights(runs.on_one(one_name(EVEN), EVEN))
-    for key, weight in runs.weights("from-shard").items():
+    runs.on_one([*EVEN, "--resume", str(checkpoint)], "from-shard")
+    expected = runs.checkpoint(runs.on_one(EVEN))["weights"]
+    for key, weight in runs.checkpoint("from-shard")["weights"].items():
         assert (weight - expected[key]).abs().max() < 1e-4
 
 
@@ -203,16 +190,13 @@ def test_a_run_with_dropout_repeats_its_bits_on_as_many_processes_also_after_a_s
     assert on_two[0]["dropout-stopped"] == 128 + signal.SIGTERM
     for other in ("dropout-again", "dropout-stopped"):
         assert runs.difference("dropout", other) == (0, 0)
-
-
-def test_ranks_draw_different_dropout_masks(runs, on_two):
-    random = read_checkpoint(runs.folder / "dropout" / "checkpoint.pt")["training"]["random"]
-    assert len(random["others"]) == 1
+    random = runs.checkpoint("dropout")["training"]["random"]
+    assert len(random["others"]) == 1  # each rank draws its own masks
     assert not torch.equal(random["cpu"], random["others"][0]["cpu"])
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(runs, on_two):
-    log = runs.log("nan")
+    log = log_entries(runs.folder / "nan")
     counts = [line["nonfinite_steps"] for line in log if "nonfinite_steps" in line]
     assert on_two[0]["nan"] == 0 and counts[0] == 0 and counts[-1] == 1
     assert np.isfinite(log[-1]["dev_cross_entropy"])
@@ -221,7 +205,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(runs, 
 def test_rank_zero_alone_prints_and_writes(runs, on_two):
     runs_of_six = 3  # sequences a step: even, stopped and shard-stopped
     assert on_two[1].stdout.count("50 steps = 0.57 epochs of 525 chunks") == runs_of_six
-    assert [line["step"] for line in runs.log("even")].count(50) == 2
+    assert [line["step"] for line in log_entries(runs.folder / "even")].count(50) == 2
     assert json.loads((runs.folder / "even" / "log.jsonl").open().readline())["processes"] == 2
     assert not list(runs.folder.glob("*/*.tmp"))
 
@@ -263,17 +247,16 @@ def any_process_left(path):
 @pytest.mark.parametrize("restarts", [0, 3])
 def test_a_killed_rank_ends_the_others_soon_and_the_run_continues_to_the_same_bits(runs, restarts):
     """By the next launch, or by torchrun itself where it may restart."""
-    task = runs.task(
-        f"killed-{restarts}", DROPOUT_LONG, die_at=31, died=str(runs.folder / f"died-{restarts}")
-    )
+    name, died = f"killed-{restarts}", runs.folder / f"died-{restarts}"
+    task = runs.task(name, DROPOUT_LONG, die_at=31, died=str(died))
     command, path = runs.command(2, [task], f"--max-restarts={restarts}")
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, cwd=ROOT, check=False)
-    ended = time.time() - Path(task["died"]).stat().st_mtime
+    ended = time.time() - died.stat().st_mtime
     assert done.returncode == (0 if restarts else 1) and not any_process_left(path)
     print(f"torchrun ended {ended:.0f} seconds after the kill")
     assert restarts or ended < 60
     runs.on_several(2, [task, runs.task(f"undisturbed-{restarts}", DROPOUT_LONG)])
-    assert runs.difference(f"killed-{restarts}", f"undisturbed-{restarts}") == (0, 0)
+    assert runs.difference(name, f"undisturbed-{restarts}") == (0, 0)
 
 
 @pytest.mark.faults
@@ -289,30 +272,26 @@ def test_a_signal_to_torchrun_saves_once(runs):
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "SignalException" in errors and not any_process_left(path)
-    assert runs.step("signalled") < 4000 and not (log.parent / "previous.pt").exists()
+    assert runs.checkpoint("signalled")["progress"]["step"] < 4000
+    assert not (log.parent / "previous.pt").exists()
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("options", [UNEVEN, DISTILL], ids=["trained", "distilled"])
 def test_compiled_layers_on_two_processes_compute_the_run_of_one(runs, options):
-    one = runs.on_one(one_name(options), options)
+    one = runs.on_one(options)
     tasks = {f"{one}-compiled": ["--compile"], f"{one}-compiled-shard": ["--compile", "--shard"]}
-    assert runs.on_several(2, [runs.task(name, [*options, *more]) for name, more in tasks.items()])[1] == [
-        0,
-        0,
-    ]
+    codes = runs.on_several(2, [runs.task(name, [*options, *more]) for name, more in tasks.items()])[1]
+    assert codes == [0, 0]
     for name in tasks:
-        losses, weights = runs.difference(one, name)
-        assert losses < 2e-5 and weights < 1e-4
+        runs.assert_equal(one, name, losses=2e-5)
 
 
 @pytest.mark.gpu
 def test_one_process_on_nccl_computes_the_run_of_one(runs):
     options = [*UNEVEN, "--device", "cuda", "--no-compile"]
-    assert runs.on_several(1, [runs.task("nccl", options), runs.task("nccl-2", [*options, "--shard"])])[
-        1
-    ] == [0, 0]
-    one = runs.on_one("one-on-gpu", [*options, "--no-cuda-graph"])
+    tasks = [runs.task("nccl", options), runs.task("nccl-2", [*options, "--shard"])]
+    assert runs.on_several(1, tasks)[1] == [0, 0]
+    one = runs.on_one([*options, "--no-cuda-graph"], "one-on-gpu")
     for name in ("nccl", "nccl-2"):
-        losses, weights = runs.difference(one, name)
-        assert losses < 3e-6 and weights < 1e-4
+        runs.assert_equal(one, name)

@@ -23,8 +23,7 @@ import export_hf
 import generate
 import model as models
 import train
-from conftest import FIGURES, provenance_of, save_model, step_of
-from corpus.token_shards import FIRST_LINE_BYTES
+from conftest import FIGURES, provenance_of, run, save_model, step_of
 from corpus.token_shards import MAGIC as SHARD_MAGIC
 from data import Batch, TokenShard
 from evaluation.minimal_pairs import read_pairs
@@ -94,6 +93,10 @@ def import_folder(path):
     export_hf.main(["--import", str(path.parent), "--out", str(out)])
 
 
+def open_shard(path):
+    return TokenShard(path).tokens
+
+
 def compare(path):
     losses = read_losses(path)
     comparison_table([losses], [losses])
@@ -118,6 +121,13 @@ def write_arrays(shapes, path, arrays):
     """An .npz; a number stands for an array of it."""
     full = {n: np.broadcast_to(a, shapes[n] if np.ndim(a) == 0 else np.shape(a)) for n, a in arrays.items()}
     np.savez(path, **full)
+
+
+def paged(source, path, magic, read):
+    """A copy of a file of which the first page has the header."""
+    content = source.read_bytes()
+    header = json.loads(content[first_line_bytes(magic) : PAGE_BYTES])
+    return Kind(path, header, functools.partial(sign_header, magic, content[PAGE_BYTES:]), read)
 
 
 def checkpoint_kinds(folder, data_folder, tokenizer):
@@ -157,47 +167,29 @@ def checkpoint_kinds(folder, data_folder, tokenizer):
 def kinds(tmp_path_factory, data_folder, tokenizer):
     """{name: Kind} of every file that the programs read."""
     folder = tmp_path_factory.mktemp("fuzzing")
-    for name in ("pairs", "tasks"):
-        (folder / name).mkdir()
-    write_json(folder / "pairs" / "a.jsonl", PAIR)
-    for part in ("train", "valid"):
-        lines = (json.dumps(EXAMPLE | {"label": label}) for label in (1, 0))
-        (folder / "tasks" / f"a.{part}.jsonl").write_text("\n".join(lines))
+    pairs, valid = folder / "pairs" / "a.jsonl", folder / "tasks" / "a.valid.jsonl"
+    for path in (pairs, valid):
+        path.parent.mkdir()
+    write_json(pairs, PAIR)
+    for path in (valid, folder / "tasks" / "a.train.jsonl"):
+        path.write_text("\n".join(json.dumps(EXAMPLE | {"label": label}) for label in (1, 0)))
     result = checkpoint_kinds(folder, data_folder, tokenizer)
     export_hf.export(folder / "best.pt", folder / "hf")
-    config = folder / "hf" / "config.json"
-    losses = folder / "losses.npz"
-    evaluate.main(
-        [str(folder / "best.pt"), "--data", str(data_folder), "--device", "cpu", "--losses", str(losses)]
-    )
-    with np.load(losses) as file:
-        arrays = dict(file)
-    shapes = {name: array.shape for name, array in arrays.items()}
-    shard = (data_folder / "train.bin").read_bytes()
-    shard_header = json.loads(shard[FIRST_LINE_BYTES:PAGE_BYTES])
+    config, losses = folder / "hf" / "config.json", folder / "losses.npz"
+    data = ["--data", data_folder, "--device", "cpu"]
+    assert run(evaluate, folder / "best.pt", *data, "--losses", losses) == 0
+    arrays = dict(np.load(losses))
+    write_losses = functools.partial(write_arrays, {name: array.shape for name, array in arrays.items()})
     layout = {"shapes": [(4, 3, 2)], "dtype": torch.float32, "made_from": {"teachers": ["a"]}}
-    TeacherCache.in_file(folder / "cache", **layout)
-    cache = (folder / "cache").read_bytes()
-    cache_header = json.loads(cache[first_line_bytes(CACHE_MAGIC) : PAGE_BYTES])
-    signed = {
-        "shards": (SHARD_MAGIC, shard[PAGE_BYTES:]),
-        "teacher caches": (CACHE_MAGIC, cache[PAGE_BYTES:]),
-    }
-    sign = {name: functools.partial(sign_header, *parts) for name, parts in signed.items()}
+    open_cache = functools.partial(TeacherCache.in_file, **layout)
+    open_cache(folder / "cache")
     return result | {
-        "shards": Kind(folder / "a.bin", shard_header, sign["shards"], lambda p: TokenShard(p).tokens),
-        "teacher caches": Kind(
-            folder / "a.cache",
-            cache_header,
-            sign["teacher caches"],
-            lambda path: TeacherCache.in_file(path, **layout),
-        ),
+        "shards": paged(data_folder / "train.bin", folder / "a.bin", SHARD_MAGIC, open_shard),
+        "teacher caches": paged(folder / "cache", folder / "a.cache", CACHE_MAGIC, open_cache),
         "config.json": Kind(config, json.loads(config.read_text()), write_json, import_folder),
-        "losses": Kind(losses, arrays, functools.partial(write_arrays, shapes), compare),
-        "pairs": Kind(folder / "pairs" / "a.jsonl", PAIR, write_json, lambda p: read_pairs(p.parent)),
-        "tasks": Kind(
-            folder / "tasks" / "a.valid.jsonl", EXAMPLE, write_json, lambda p: tasks.read_tasks(p.parent)
-        ),
+        "losses": Kind(losses, arrays, write_losses, compare),
+        "pairs": Kind(pairs, PAIR, write_json, lambda path: read_pairs(path.parent)),
+        "tasks": Kind(valid, EXAMPLE, write_json, lambda path: tasks.read_tasks(path.parent)),
     }
 
 
@@ -288,9 +280,9 @@ def damage(generator, content):
 def test_damaged_bytes_are_refused_or_used(kinds, tokenizer, tmp_path, count):
     (tmp_path / "a.model").write_bytes(tokenizer.model_bytes)
     tokenizers = Kind(tmp_path / "a.model", {}, None, Tokenizer.load)
-    loaded = {n: k._replace(read=models.load_checkpoint) for n, k in kinds.items() if n == "checkpoints"}
+    loaded = kinds["checkpoints"]._replace(read=models.load_checkpoint)
     generator = random.Random(0)
-    for name, kind in (kinds | loaded | {"tokenizers": tokenizers}).items():
+    for name, kind in (kinds | {"checkpoints": loaded, "tokenizers": tokenizers}).items():
         if kind.write:
             kind.write(kind.path, kind.header)
         original, refused = kind.path.read_bytes(), 0

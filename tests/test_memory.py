@@ -6,11 +6,10 @@ import torch
 import model as models
 import train
 from benchmarks.sizes import COMPILED_SHARE, Memory, activation_bytes, estimate
-from conftest import step_of
+from conftest import config_for, same, step_of, trained
 from data import BatchStream, open_corpus
 from distill import DistillConfig, FusedDistillationObjective
 from model import GPT2
-from test_train import config_for, trained
 from train import CrossEntropyObjective
 from training.checkpoint import read_checkpoint
 from training.device import choose_compute, largest_micro_batch
@@ -42,13 +41,13 @@ def memory_for(monkeypatch):
 
 def test_a_trial_halves_the_batch_until_it_fits_and_changes_nothing(train_shard, memory_for):
     objective = CrossEntropyObjective(models.build_model("gpt2-tiny", 300)).train()
-    before = [p.detach().clone() for p in objective.parameters()]
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     random, batch = torch.get_rng_state(), BatchStream(train_shard, 12, 32, seed=0)(0)
     tried, compute = memory_for(3), choose_compute("cpu")
     assert largest_micro_batch(objective, batch, compute) == 3 and tried == [12, 6, 3]
     assert torch.equal(random, torch.get_rng_state())
-    for parameter, value in zip(objective.parameters(), before):
-        assert torch.equal(parameter, value) and parameter.grad is None
+    assert same(before, dict(objective.named_parameters()))
+    assert all(p.grad is None for p in objective.parameters())
     memory_for(0)
     with pytest.raises(UserError, match="one sequence does not fit"):
         largest_micro_batch(objective, batch, compute)
@@ -64,17 +63,17 @@ def test_a_trial_fills_no_teacher_cache(train_shard):
 
 
 def test_auto_trains_as_the_number_that_it_chooses_and_keeps_it(data_folder, tmp_path, memory_for, capsys):
-    def run(name, micro_batch_size):
-        options = {"model": "gpt2-tiny", "steps": 2, "micro_batch_size": micro_batch_size}
-        trained(config_for(data_folder, tmp_path / name, **options))
-        return read_checkpoint(tmp_path / name / "checkpoint.pt")
+    def checkpoint_of(micro_batch_size):
+        out = tmp_path / str(micro_batch_size)
+        trained(config_for(data_folder, out, steps=2, micro_batch_size=micro_batch_size))
+        return read_checkpoint(out / "checkpoint.pt")
 
-    by_number = run("number", 2)
+    by_number = checkpoint_of(2)
     memory_for(3)
-    by_trial = run("auto", "auto")
+    by_trial = checkpoint_of("auto")
     assert "2 sequences at a time fit" in capsys.readouterr().out
     assert by_trial["config"]["micro_batch_size"] == 2
-    assert all(torch.equal(by_number["weights"][k], w) for k, w in by_trial["weights"].items())
+    assert same(by_number["weights"], by_trial["weights"])
 
 
 @pytest.mark.gpu

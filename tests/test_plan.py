@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import pytest
 
-from test_train import config_for, trained
+from conftest import config_for, trained
 from training import plan as plans
 from training.io import UserError
 from training.plan import Plan, word_marks
