@@ -76,18 +76,36 @@ PROGRESS = {
     "step": "steps taken",
     "words": "words seen",
     "dev_cross_entropy": "last dev cross-entropy (nats)",
+    **{score: score for score in ("accuracy", "f1", "mcc")},  # of a classifier, on its valid file
 }
-CLASSIFIER_SCORES = ("accuracy", "f1", "mcc")  # on its valid file
 CARD_SCORES = ("cross_entropy", "perplexity_per_word", "bits_per_byte")  # of evaluate.py --json
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [babylm, baby-llama]
+{metadata}---
+
+# {name}
+
+Written by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).
+
+```python
+from transformers import AutoModelFor{kind}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = AutoModelFor{kind}.from_pretrained({folder!r})
+{example}
+```
+
+| fact | value |
+|---|---|
+{facts}
+"""
 EXAMPLES = {
-    "CausalLM": [
-        "inputs = tokenizer('\\nOnce', return_tensors='pt')  # in training, lines follow a newline",
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
-    ],
-    "SequenceClassification": [
-        "inputs = tokenizer(['A text.'], return_tensors='pt')  # of pairs, two lists",
-        "print([model.config.id2label[int(i)] for i in model(**inputs).logits.argmax(-1)])",
-    ],
+    "CausalLM": """inputs = tokenizer('\\nOnce', return_tensors='pt')  # in training, lines follow a newline
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))""",
+    "SequenceClassification": """inputs = tokenizer(['A text.'], return_tensors='pt')  # of pairs, two lists
+print([model.config.id2label[int(i)] for i in model(**inputs).logits.argmax(-1)])""",
 }
 
 
@@ -157,12 +175,9 @@ def is_normal(processor, i):
 
 
 def check_tokenizer(tokenizer, path):
-    """Raises `UserError` for a tokenizer that tokenizer.json cannot describe, or that loses text.
-
-    In a BPE model the scores are 0, -1, -2, ... in the order of merging; those of a unigram model, or of
-    user-defined pieces, are others.
-    """
+    """Raises `UserError` for a tokenizer that tokenizer.json cannot describe, or that loses text."""
     processor, size = tokenizer.processor, tokenizer.vocabulary_size
+    # A BPE's are 0, -1, -2, ... in the order of merging, unlike those of a unigram or of user-defined pieces.
     scores = [processor.get_score(i) for i in range(size) if is_normal(processor, i)]
     lines = tokenizer.encode("a\n") + tokenizer.encode("b")
     if (
@@ -271,10 +286,9 @@ def card_facts(checkpoint, model):
         "text": " and then ".join(map(str, config.get("form", ()))),
         "commit": checkpoint.get("commit"),
     }
-    for name in (*PROGRESS, *(CLASSIFIER_SCORES if is_classifier(checkpoint) else ())):
+    for name, title in PROGRESS.items():
         value = progress.get(name)
-        shown = f"{value:.4f}" if isinstance(value, float) else value and f"{value:,}"
-        facts[PROGRESS.get(name, name)] = shown
+        facts[title] = f"{value:.4f}" if isinstance(value, float) else value and f"{value:,}"
     recipe = {name.replace("_", " "): config.get(name) for name in CARD_OPTIONS}
     if recipe["learning rate"] is not None:  # it was trained here
         recipe["dropout"] = getattr(model.config, "dropout", None)
@@ -308,15 +322,9 @@ def score_facts(path, digest):
     return facts
 
 
-def model_card(checkpoint, model, folder, metadata, scores, start_token, positions):
-    """Returns README.md. `scores` are facts besides the checkpoint's, `positions` those of the export.
-
-    `metadata` are {"license", "language", "base_model"}, as far as the user named them.
-    """
-    config, own = checkpoint["config"], model.config.max_position_embeddings
-    task = "text-classification" if is_classifier(checkpoint) else "text-generation"
-    kind = "SequenceClassification" if is_classifier(checkpoint) else "CausalLM"
-    notes = []
+def card_notes(config, own, positions, start_token):
+    """Returns paragraphs of the card. The model has `own` positions, the export `positions`."""
+    notes, special = [], "Special tokens such as `<s>` never occurred in training. "
     if "train_shard" in config:
         notes.append(
             f"It has {positions} positions, and was trained on {config['sequence_length']} tokens at a time. "
@@ -326,40 +334,28 @@ def model_card(checkpoint, model, folder, metadata, scores, start_token, positio
         notes.append(f"Beyond {own} positions nothing was trained.")
     if start_token == "newline":
         notes.append(
-            "Special tokens never occurred in training. In this export, the input embeddings of those that "
-            "begin and end a text are copies of the newline's, which precedes sentences in training "
-            "(`--start-token newline`)."
+            f"{special}Their input embeddings are copies of the newline's (`--start-token newline`)."
         )
     elif "train_shard" in config:
-        notes.append(
-            "Special tokens such as `<s>` never occurred in training. Their embeddings are as initialised: "
-            "prefer a newline as context."
-        )
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: {task}",
-        "tags: [babylm, baby-llama]",
-        *(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
-        "---",
-        "",
-        f"# {plain(checkpoint['model']['name'])}",
-        "",
-        "Written by a reimplementation of [Baby Llama](https://arxiv.org/abs/2308.02019).",
-        "",
-        "```python",
-        f"from transformers import AutoModelFor{kind}, AutoTokenizer",
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
-        f"model = AutoModelFor{kind}.from_pretrained({folder!r})",
-        *EXAMPLES[kind],
-        "```",
-        "",
-        "| fact | value |",
-        "|---|---|",
-        *(f"| {n} | {plain(value)} |" for n, value in (card_facts(checkpoint, model) | scores).items()),
-    ]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n" * bool(notes)
+        notes.append(f"{special}Their embeddings are as initialised: prefer a newline as context.")
+    return notes
+
+
+def model_card(checkpoint, model, folder, metadata, facts, notes):
+    """Returns README.md. `metadata` is {"license", "language", "base_model"} as far as the user gave them."""
+    is_text_generator = not is_classifier(checkpoint)
+    kind = "CausalLM" if is_text_generator else "SequenceClassification"
+    facts = card_facts(checkpoint, model) | facts
+    card = CARD.format(
+        task="text-generation" if is_text_generator else "text-classification",
+        metadata="".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items() if value),
+        name=plain(checkpoint["model"]["name"]),
+        kind=kind,
+        folder=folder,
+        example=EXAMPLES[kind],
+        facts="\n".join(f"| {name} | {plain(value)} |" for name, value in facts.items()),
+    )
+    return card + "".join(f"\n{note}\n" for note in notes)
 
 
 # ---- export: the folder
@@ -399,16 +395,6 @@ def start_like_newline(checkpoint, tokenizer, path):
             rows[special] = rows[newline]
 
 
-def check_positions(positions, architecture, own, path):
-    """Raises `UserError` unless a model of `own` positions can be given texts of `positions`."""
-    if positions < own:
-        raise UserError(f"--positions {positions}: {path} has {own}: give at least that many")
-    if positions > own and architecture != "llama":
-        raise UserError(
-            f"--positions {positions}: {path} is a {architecture} of {own}: only a LLaMA can have more"
-        )
-
-
 def export(path, out, start_token="as-trained", positions=None, metadata=None, scores=None):
     """Writes the checkpoint in `path` as the folder `out`; config.json, which loaders need, last.
 
@@ -420,15 +406,15 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
     architecture, config = checkpoint["model"]["architecture"], checkpoint["config"]
     own = model.config.max_position_embeddings
     positions = positions or own
-    check_positions(positions, architecture, own, path)
+    if positions < own or (positions > own and architecture != "llama"):
+        raise UserError(f"--positions {positions}: give {own} for {path}, or more if it is a LLaMA")
     if start_token == "newline":
         start_like_newline(checkpoint, tokenizer, path)
     save = import_extra("safetensors.torch").save
     # A classifier's texts are cut as in training.
     max_length = config["sequence_length"] if is_classifier(checkpoint) else positions
     tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, max_length)
-    special_ids = special_ids_of(tokenizer)
-    del special_ids["unk_token_id"]  # which a config does not have
+    special_ids = {key: i for key, i in special_ids_of(tokenizer).items() if key in SPECIAL_IDS}
     contents = {
         "generation_config.json": special_ids,
         "tokenizer.json": hf_tokenizer(tokenizer),
@@ -440,7 +426,8 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
     facts = score_facts(scores, checkpoint["digest"]) if scores else {}
     if config.get("init_digest") and not (metadata or {}).get("base_model"):
         log(f"{path} was trained from another model: --base-model names it in the card")
-    card = model_card(checkpoint, model, out.name, metadata or {}, facts, start_token, positions)
+    notes = card_notes(config, own, positions, start_token)
+    card = model_card(checkpoint, model, out.name, metadata or {}, facts, notes)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, or delete it")
     with atomic_write(out / "model.safetensors") as file:
@@ -521,11 +508,8 @@ def read_weights(folder, architecture, config):
         raise UserError(f"{why}: save it again with save_pretrained(..., max_shard_size='100GB')")
     theirs = {}
     for name, tensor in read_safetensors(path).items():
-        bare = name.removeprefix(PREFIXES[architecture])
-        if bare in theirs:
-            raise UserError(f"{path} holds {bare!r} twice, with and without a prefix")
         if not name.endswith(BUFFERS):
-            theirs[bare] = tensor
+            theirs[name.removeprefix(PREFIXES[architecture])] = tensor
     if architecture == "llama":  # its tables of positions are no weights, and may be large
         config = dataclasses.replace(config, max_position_embeddings=1)
     with torch.device("meta"):
@@ -598,15 +582,17 @@ def import_folder(folder, out):
 def check_pieces(folder, tokenizer):
     """Raises `UserError` if the folder's tokenizer.json has other pieces than `tokenizer`."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    pieces = {tokenizer.processor.id_to_piece(i): i for i in range(tokenizer.vocabulary_size)}
     try:
-        same = pieces.items() <= dict(json.loads(path.read_bytes())["model"]["vocab"]).items()
+        theirs = dict(json.loads(path.read_bytes())["model"]["vocab"])
+    except FileNotFoundError:
+        return
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: delete it if tokenizer.model is right") from error
-    if not same:
-        raise UserError(f"{path} and tokenizer.model have different pieces: copy the right tokenizer.model")
+    for i in range(tokenizer.vocabulary_size):
+        if theirs.get(tokenizer.processor.id_to_piece(i)) != i:
+            raise UserError(
+                f"{path} and tokenizer.model have different pieces: copy the right tokenizer.model"
+            )
 
 
 def parse_arguments(argv):

@@ -16,7 +16,6 @@ only reported. Writes OUT/report.md, report.html, report.json, and prints the ma
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -43,6 +42,7 @@ from evaluation.scoring import context_length
 from experiments import recipes
 from experiments.pages import write_report
 from experiments.results import (
+    has_losses,
     read_log,
     read_object,
     read_result,
@@ -58,13 +58,14 @@ from model import check_context, check_weights, load_checkpoint
 from tokenizer import Tokenizer
 from training.checkpoint import content_digest, read_checkpoint
 from training.device import choose_compute, choose_device, should_capture
-from training.io import UserError, aligned, locked, log, run_program, warn, write_json
+from training.io import UserError, aligned, locked, log, run_program, sha256, write_json
 from training.logger import commit, machine
 from training.options import SAVE, SPEED, STOP, defaults, option, parse
 from training.resume import differences, is_finished
 
 PROMPTS = ("Once upon a time", "The children", "I think that")
 SAMPLE_TOKENS = 40
+DISK_BYTES = 40  # of a run's folder for each parameter: two full checkpoints, best.pt, one being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,28 +150,26 @@ def stage(program, *arguments):
         raise Stopped(code)
 
 
+def scores_of(program, *arguments):
+    """Runs a program that scores, and returns its JSON; raises `Stopped` if it ends early."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores.json"
+        stage(program, *arguments, "--json", path)
+        if not path.exists():
+            raise Stopped(0)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 # ---- text
 
 
-def file_digest(path):
-    """The SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def folder_state(folder, saved):
-    """{file name: digest} of a folder of text, or None without a folder.
-
-    Returns sizes if `saved`, the state of an earlier version, has sizes.
-    """
+    """{file name: digest} of a folder of text; its sizes where an earlier version saved sizes."""
     if folder is None:
         return None
     has_sizes = isinstance(saved, dict) and all(type(value) is int for value in saved.values())
     paths = sub_corpora(folder).values()
-    return {path.name: path.stat().st_size if has_sizes else file_digest(path) for path in paths}
+    return {path.name: path.stat().st_size if has_sizes else sha256(path.read_bytes()) for path in paths}
 
 
 def made_from(recipe, config, saved):
@@ -189,12 +188,13 @@ def prepare_data(recipe, config, out):
     """
     data, corpus = out / "data", out / "corpus"
     unfinished, finished = data / "unfinished.json", data / "made.json"
-    if not unfinished.exists() and not finished.exists():
+    is_new = not unfinished.exists() and not finished.exists()
+    if is_new:
         for folder in (data, corpus):
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} holds files that are not from this command: choose another --out")
     with locked(data):
-        if not unfinished.exists() and not finished.exists():
+        if is_new:
             write_json(unfinished, made_from(recipe, config, {}))
         path = finished if finished.exists() else unfinished
         saved = read_object(path)
@@ -307,7 +307,7 @@ class ExperimentContext:
 
 
 def settings_of(context, spec, seed):
-    """All that decides a model's result, besides the text."""
+    """{setting: value} of all that decides a model's result, besides the text."""
     teachers = [context.recipe.specs[name] for name in spec.teachers]
     return {
         "preset": spec.preset,
@@ -322,9 +322,8 @@ def settings_of(context, spec, seed):
 def result_settings(context, name, specs, weights, seed):
     """All that decides the result of a model, or of the ensemble of several."""
     settings = {"name": name, "shards": context.shards, "seed": seed}
-    if len(specs) == 1:
-        return settings | settings_of(context, specs[0], seed)
-    return settings | {"members": [settings_of(context, s, seed) for s in specs], "weights": weights}
+    members = [settings_of(context, spec, seed) for spec in specs]
+    return settings | (members[0] if len(specs) == 1 else {"members": members, "weights": weights})
 
 
 def comparable(saved, current):
@@ -347,7 +346,7 @@ def comparable(saved, current):
 
 
 def check_result(path, result, settings):
-    """Raises `UserError` if a file holds the result of another model."""
+    """Raises `UserError` if `result`, from the file `path`, is of another model."""
     if changed := differences(comparable(result, settings), comparable(settings, settings)):
         raise UserError(
             f"{path} is another model's result ({'; '.join(changed)}): choose another --out or "
@@ -398,11 +397,8 @@ def is_done(context, path, settings):
         log(f"{path} lacks scores on the test text: made again")
         return False
     check_scoring(context, path, result)
-    asked, scored = {Path(folder).name for folder in context.pairs}, result["report"]["pairs"].keys()
-    losses = path.with_suffix(".losses.npz")
-    missing = sorted(asked - scored)
-    if not losses.exists() or result.get("losses") not in (None, file_digest(losses)):
-        missing.append(losses.name)
+    asked, scored = context.scoring["pairs"].keys(), result["report"]["pairs"].keys()
+    missing = sorted(asked - scored) + ([] if has_losses(path, result) else ["losses"])
     if missing and (lost := sorted(scored - asked)):
         raise UserError(f"{path} would lose its scores in {', '.join(lost)}: add these to --pairs")
     if missing:
@@ -530,10 +526,7 @@ def score(context, specs, weights, seed, path):
 
 def evaluated(*arguments):
     """One model's entry in the JSON of evaluate.py, and the digests of what it was scored on."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "scores.json"
-        stage(evaluate, *arguments, "--json", path)
-        scores = json.loads(path.read_text(encoding="utf-8"))
+    scores = scores_of(evaluate, *arguments)
     (entry,), digests = scores["checkpoints"], scores["digests"]
     del entry["path"]
     for table in (entry, digests):
@@ -565,12 +558,7 @@ def finetune_model(context, spec, seed, path):
     options += ["--tasks", context.tasks, "--device", context.device]
     options += ["--first-seed", seed * int(conditions["options"].get("seeds") or 1)]
     options += ["--out", context.out / f"seed-{seed}" / f"finetuned-{made_from[:8]}"]
-    with tempfile.TemporaryDirectory() as folder:
-        scores_path = Path(folder) / "scores.json"
-        stage(finetune, checkpoint, *options, *context.time_options(), "--json", scores_path)
-        if not scores_path.exists():
-            raise Stopped(0)
-        scores = json.loads(scores_path.read_text(encoding="utf-8"))
+    scores = scores_of(finetune, checkpoint, *options, *context.time_options())
     (of_model,) = scores.pop("models").values()
     write_json(path, result | {"finetuned": conditions | scores | {"scores": of_model}})
 
@@ -611,58 +599,43 @@ def check_scored_data(context):
     corpus = open_corpus(context.data)
     for shard in (corpus.dev, TokenShard(context.data / "report" / "dev.bin")):
         training_shares(context.data, shard)  # every model is scored with these
-    positions = {
-        name: context_length(spec.network(corpus.tokenizer.vocabulary_size))
-        for name, spec in context.recipe.specs.items()
-    }
-    shortest = min(positions, key=positions.get)
+    size = corpus.tokenizer.vocabulary_size
+    positions = min(context_length(spec.network(size)) for spec in context.recipe.specs.values())
     for folder in context.pairs:
-        pairs = [pair for file in read_pairs(folder).values() for pair in file]
+        pairs = [pair for file_pairs in read_pairs(folder).values() for pair in file_pairs]
         sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
         for sentence, ids in zip(sentences, corpus.tokenizer.encode(sentences)):
-            if len(ids) > positions[shortest]:
+            if len(ids) > positions:
                 raise UserError(
-                    f"{folder}: a sentence of {len(ids)} tokens is longer than the context of {shortest}, "
-                    f"{positions[shortest]}: {sentence[:60]!r}"
+                    f"{folder}: a sentence of {len(ids)} tokens is longer than the context of a model, "
+                    f"{positions}: {sentence[:60]!r}"
                 )
 
 
 def print_costs(context, seeds):
     """Prints what each model takes, and the time that is left if some were trained on this machine."""
     shard = TokenShard(context.data / "train.bin")
-    costs = recipes.costs(context.recipe, shard.num_tokens, shard.words)
-    paths = {name: [context.result_path(name, seed) for seed in seeds] for name in costs}
-    flops = seconds = 0
-    for name, cost in costs.items():
-        for result in map(read_result, filter(Path.exists, paths[name])):
-            if result.get("seconds") and result.get("machine") == machine(context.device):
-                flops, seconds = flops + cost.flops, seconds + result["seconds"]
-    rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "left to train", "disk", "memory"]]
-    flops_left = 0
-    for name, cost in costs.items():
-        runs_left = sum(not path.exists() for path in paths[name])
+    rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "left to train", "disk"]]
+    flops_left = flops_measured = seconds = disk = 0
+    for name, cost in recipes.costs(context.recipe, shard.num_tokens, shard.words).items():
+        paths = [context.result_path(name, seed) for seed in seeds]
+        results = [read_result(path) for path in paths if path.exists()]
+        runs_left, size = len(seeds) - len(results), DISK_BYTES * cost.parameters
         flops_left += cost.flops * runs_left
-        rows.append(
-            [
-                name,
-                f"{cost.parameters:,}",
-                f"{cost.epochs:.3g}",
-                f"{cost.tokens:,}",
-                f"{cost.flops:.1e}",
-                f"{runs_left} of {len(seeds)}",
-                f"{cost.disk / 1e9:.2f} GB",
-                f"{cost.memory / 1e9:.2f} GB",
-            ]
-        )
+        disk += size * len(seeds)
+        for result in results:
+            if result.get("seconds") and result.get("machine") == machine(context.device):
+                flops_measured, seconds = flops_measured + cost.flops, seconds + result["seconds"]
+        cells = f"{cost.parameters:,}", f"{cost.epochs:.3g}", f"{cost.tokens:,}", f"{cost.flops:.1e}"
+        rows.append([name, *cells, f"{runs_left} of {len(seeds)}", f"{size / 1e9:.2f} GB"])
     print("\n".join(aligned(rows)))
-    hours = f", {flops_left * seconds / flops / 3600:.2g} hours at the speed measured here" if seconds else ""
-    disk, free = sum(cost.disk for cost in costs.values()) * len(seeds), shutil.disk_usage(context.data).free
+    hours = flops_left * seconds / flops_measured / 3600 if seconds else None
+    time_left = "" if hours is None else f", {hours:.2g} hours at the speed measured here"
+    free = shutil.disk_usage(context.data).free
     print(
-        f"seeds {seeds[0]} to {seeds[-1]}: {flops_left:.1e} FLOPs of training left{hours}; scoring and "
+        f"seeds {seeds[0]} to {seeds[-1]}: {flops_left:.1e} FLOPs of training left{time_left}; scoring and "
         f"fine-tuning come on top\ndisk {disk / 1e9:.2f} GB in all, {free / 1e9:.0f} GB free"
     )
-    if disk > free:
-        warn("the disk is too small for all of it")
 
 
 # ---- the command

@@ -55,10 +55,9 @@ class Study:
         """All results."""
         return [result for results in self.seeds.values() for result in results.values()]
 
-    def paired_results(self, *names):
-        """[[result of each name]], one row for each seed that has all of them."""
-        rows = ([results.get(name) for name in names] for results in self.seeds.values())
-        return [row for row in rows if None not in row]
+    def shared_seeds(self, *names):
+        """{seed: results} of the seeds that have all these models."""
+        return {seed: results for seed, results in self.seeds.items() if {*names} <= results.keys()}
 
     @property
     def students(self):
@@ -105,14 +104,9 @@ class Study:
         """
         comparisons = {}
         for name, baseline in self.compared_pairs():
-            folders = [
-                self.folder / f"seed-{seed}"
-                for seed, results in self.seeds.items()
-                if name in results and baseline in results
-            ]
-            if folders:
+            if seeds := self.shared_seeds(name, baseline):
                 losses = [
-                    [read_losses(folder / f"{model}.losses.npz") for folder in folders]
+                    [read_losses(self.folder / f"seed-{seed}" / f"{model}.losses.npz") for seed in seeds]
                     for model in (name, baseline)
                 ]
                 is_lead = name in self.teachers and baseline == self.control
@@ -136,11 +130,10 @@ class Study:
             (name, seed)
             for seed, results in self.seeds.items()
             for name in self.students
-            if name in results and "taught_by" in results[name]
+            if "taught_by" in results.get(name, {})
             if any(
-                results[teacher]["weights"] not in results[name]["taught_by"]
+                results.get(teacher, {}).get("weights") not in (None, *results[name]["taught_by"])
                 for teacher in self.teachers[name]
-                if "weights" in results.get(teacher, {})
             )
         ]
 
@@ -161,22 +154,19 @@ def pair_folders(study):
 
 
 def pair_difference(study, name, baseline, folder):
-    """(points, interval) of two models in a folder of minimal pairs; None without a shared seed.
+    """(points, interval) of two models that share a seed, in a folder of minimal pairs.
 
     The difference of accuracies, averaged over seeds and files, and its 95 % interval over
     bootstrap resamples of the files.
     """
-    rows = study.paired_results(name, baseline)
-    if not rows:
-        return None
-
-    def accuracies(result):
-        return result["report"]["pairs"][folder]["per_file"]
-
+    seeds = study.shared_seeds(name, baseline).values()
+    accuracies = [
+        [seed[m]["report"]["pairs"][folder]["per_file"] for seed in seeds] for m in (name, baseline)
+    ]
     return cluster_bootstrap(
         [
-            statistics.fmean(100 * (accuracies(a)[file] - accuracies(b)[file]) for a, b in rows)
-            for file in accuracies(rows[0][0])
+            statistics.fmean(100 * (one[file] - other[file]) for one, other in zip(*accuracies))
+            for file in accuracies[0][0]
         ]
     )
 
@@ -191,14 +181,14 @@ def finetuned_scores(study):
     if not every:
         return None
 
-    def conditions(run):
-        return [run[key] for key in ("files", "options", "tasks")]
+    def is_comparable(run):
+        return all(run[key] == every[0][key] for key in ("files", "options", "tasks"))
 
-    first, models = every[0], {}
+    tasks, models = every[0]["tasks"], {}
     for name in study.models:
         runs = [result["finetuned"] for result in study.results(name) if "finetuned" in result]
-        runs = [run for run in runs if conditions(run) == conditions(first)]
-        for task, details in first["tasks"].items() if runs else ():
+        runs = list(filter(is_comparable, runs))
+        for task, details in tasks.items() if runs else ():
             means = [run["scores"][task]["mean"] for run in runs]
             lowest = -1 if details["metric"] == "mcc" else 0
             models.setdefault(name, {})[task] = {
@@ -206,8 +196,7 @@ def finetuned_scores(study):
                 "deviation": statistics.stdev(means) if len(means) > 1 else None,
                 "interval": t_interval(means, lowest, 1) or runs[0]["scores"][task]["interval"],
             }
-    left_out = sum(conditions(run) != conditions(first) for run in every)
-    return {"tasks": first["tasks"], "models": models, "left_out": left_out}
+    return {"tasks": tasks, "models": models, "left_out": len(every) - sum(map(is_comparable, every))}
 
 
 # ---- verdicts
@@ -249,6 +238,6 @@ def verdict_of(study, name, baseline):
 def outperforms(study, name, baselines):
     """True if the verdict is HOLDS against each baseline; None if seeds or models are missing."""
     differences = [study.difference(name, baseline) for baseline in baselines]
-    if not all(d is not None and has_enough_seeds(d, study.least_seeds) for d in differences):
+    if not all(difference and has_enough_seeds(difference, study.least_seeds) for difference in differences):
         return None
     return all(verdict_of(study, name, baseline) == "HOLDS" for baseline in baselines)

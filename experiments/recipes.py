@@ -28,6 +28,7 @@ model, which gives all options that this one does not say), `title` (its name in
 or false counts as not given: so a table can undo an option of `like`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -59,6 +60,7 @@ FINETUNE_OPTIONS = ("settings", "head", "dropout", "only", "seeds", *finetune.OP
 SWITCHES_WITHOUT_DEFAULT = ("compile", "cuda_graph")  # false is not the same as not given
 # Options that reproduce.py sets itself or cannot use, and those of the table of a single model.
 RESERVED = {"data", "out", "resume", "seed", "device", "init", "stop_after", "dry_run", "shard"}
+MODEL = {"model": str, "teachers?": [str], "title": str, "seed_offset?": int}  # besides its options
 OF_ONE_MODEL = {"model", "teachers", "like", "title", "seed_offset"}
 
 
@@ -89,8 +91,9 @@ class ModelSpec:
 
     @property
     def teacher_or_ensemble(self):
-        """The name of its teacher, or of its teachers' ensemble; None without teachers."""
-        return ensemble_name(self.teachers, self.options.get("teacher_weights")) or None
+        """The name of its teacher, or of its teachers' ensemble: the members, and weights that differ."""
+        weights = self.options.get("teacher_weights") or ()
+        return "&".join(map(str, (*self.teachers, *(weights if len(set(weights)) > 1 else ()))))
 
     def network(self, vocabulary_size):
         """Its network on the meta device: with sizes, without weights."""
@@ -128,16 +131,10 @@ def _build_on_meta(shape):
         return models.build(shape)
 
 
-def ensemble_name(teachers, weights):
-    """The name of an ensemble: its members, and their weights if these differ."""
-    weights = weights if weights and len(set(weights)) > 1 else ()
-    return "&".join(map(str, (*teachers, *weights)))
-
-
 def arguments_of(options):
     """A dict of options as command-line arguments.
 
-    Raises `UserError` for a value that a command line would take for an option.
+    Raises `UserError` for a value that is no number or printable text, or that would be an option.
     """
     arguments = []
     for name, value in options.items():
@@ -148,12 +145,11 @@ def arguments_of(options):
             arguments.append(flag if value else flag.replace("--", "--no-"))
             continue
         values = value if isinstance(value, list) else [value]
-        for text in values:
-            if not has_form(text, (str, float)) or str(text) != printable(str(text)):
-                raise UserError(f"{name} cannot be {value!r}")
-            if isinstance(text, str) and text.startswith("-"):
-                raise UserError(f"{name} cannot be {text!r}: it would be an option of its own")
-        arguments += [flag, *map(str, values)]
+        texts = [str(element) for element in values if has_form(element, (str, float))]
+        is_option = any(str(element).startswith("-") for element in values if isinstance(element, str))
+        if len(texts) < len(values) or is_option or texts != list(map(printable, texts)):
+            raise UserError(f"{name} cannot be {value!r}")
+        arguments += [flag, *texts]
     return arguments
 
 
@@ -263,12 +259,11 @@ def _read_table(path, seen=()):
     for key, value in table.items():
         if key not in RECIPE_FIELDS:
             raise UserError(f"a recipe has no {key!r}: choose from {', '.join(RECIPE_FIELDS)}")
-        is_number = RECIPE_FIELDS[key] in (int, float)
-        least = 1 if RECIPE_FIELDS[key] is int else 0
-        if not has_form(value, RECIPE_FIELDS[key]) or (is_number and value < least):
-            raise UserError(f"{key} cannot be {value!r}")
-        if value not in CHOICES.get(key, (value,)):
-            raise UserError(f"{key} cannot be {value!r}: choose from {', '.join(CHOICES[key])}")
+        form, choices = RECIPE_FIELDS[key], CHOICES.get(key)
+        is_small = has_form(value, float) and value < (1 if form is int else 0)
+        if not has_form(value, form) or is_small or (choices and value not in choices):
+            hint = f": choose from {', '.join(choices)}" if choices else ""
+            raise UserError(f"{key} cannot be {value!r}{hint}")
     if (like := table.pop("like", None)) is None:
         return table
     if (base_path := _path(like)) in (path, *seen):
@@ -286,15 +281,15 @@ def _read_table(path, seen=()):
 def _experiment(name, table, vary):
     tables = dict(table["models"])
     for text in vary:
-        variations = _variations(tables, text)
-        if twice := variations.keys() & tables.keys():
-            raise UserError(f"--vary {text}: {sorted(twice)[0]} is there twice")
-        tables |= variations
+        for variation, entry in _variations(tables, text):
+            if variation in tables:
+                raise UserError(f"--vary {text}: {variation} is there twice")
+            tables[variation] = entry
     if wrong := OF_ONE_MODEL & table.get("options", {}).keys():
         raise UserError(f'"options" cannot have {sorted(wrong)[0]}: give it to single models')
     specs = {}
-    for key in tables:
-        specs[key] = _model_spec(key, tables, specs, table.get("options", {}))
+    for model in tables:
+        specs[model] = _model_spec(model, tables, specs, table.get("options", {}))
     fields = {key: table[key] for key in RECIPE_FIELDS if key in table and key not in ("options", "models")}
     for key in ("control", "student"):
         if fields.get(key) not in specs:
@@ -309,7 +304,7 @@ def _experiment(name, table, vary):
 
 
 def _variations(tables, text):
-    """{name: table} of the models that one --vary adds."""
+    """[(name, table)] of the models that one --vary adds."""
     target, _, values = text.partition("=")
     name, _, option = target.rpartition(".")
     if name not in tables or not option or not values:
@@ -317,43 +312,33 @@ def _variations(tables, text):
     if option == "shape" and not values.startswith("["):
         raise UserError(f"--vary {text}: a shape has commas itself: give a list in JSON")
     try:
-        parsed = json.loads(values) if values.startswith("[") else values.split(",")
+        choices = json.loads(values) if values.startswith("[") else values.split(",")
     except ValueError as error:
         raise UserError(f"--vary {text}: {values} is no list in JSON") from error
-    variations = {}
-    for value in parsed:
+    variations = []
+    for value in choices:
         label = value if isinstance(value, str) else json.dumps(value)
-        if label and f"{target}={label}" in variations:
-            raise UserError(f"--vary {text}: {label} is there twice")
-        value = _number_or_text(value) if isinstance(value, str) else value
-        variations[f"{target}={label}"] = {"like": name, option.replace("-", "_"): value}
+        with contextlib.suppress(ValueError):  # a number, true, false or null; else a text
+            value = json.loads(label)
+        variations.append((f"{target}={label}", {"like": name, option.replace("-", "_"): value}))
     return variations
-
-
-def _number_or_text(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _model_spec(name, tables, specs, shared_options):
     """The `ModelSpec` of a table; `specs` are those of the tables above it."""
-    table = _merged_table(name, tables)
-    title = tables[name].get("title", name)  # `like` does not give its title
-    table.pop("title", None)
-    preset, teachers = table.pop("model", None), table.pop("teachers", [])
-    offset = table.pop("seed_offset", 0)
     if not is_file_name(name) or "&" in name:
         raise UserError(f"{name!r} cannot be the name of a model: it names a folder, without &")
-    if not has_form(teachers, [str]) or not set(teachers) <= set(specs):
-        raise UserError(f"{name}: its teachers must be models above it in the table")
-    if len(set(teachers)) < len(teachers):
-        raise UserError(f"{name}: a teacher is there twice: use teacher_weights")
-    if not isinstance(preset, str):
-        raise UserError(f"{name}: model must be a preset: {', '.join(models.PRESETS)}")
-    if type(offset) is not int or not 0 <= offset < 1 << 62 or not isinstance(title, str):
-        raise UserError(f"{name}: seed_offset must be a whole number below 2^62, title a text")
+    table = _merged_table(name, tables)
+    table["title"] = tables[name].get("title", name)  # `like` does not give its title
+    if not has_form(table, MODEL) or table.get("seed_offset", 0) < 0:
+        raise UserError(
+            f"{name}: its model must be a preset ({', '.join(models.PRESETS)}), its teachers a list of "
+            "names, its title a text, its seed_offset a number of 0 or more"
+        )
+    preset, title = table.pop("model"), table.pop("title")
+    teachers, offset = table.pop("teachers", []), table.pop("seed_offset", 0)
+    if not set(teachers) <= set(specs) or len(set(teachers)) < len(teachers):
+        raise UserError(f"{name}: its teachers must be models above it in the table, each once")
     options = {**shared_options, **table}
     if wrong := RESERVED & set(options):
         raise UserError(f"{name}: a recipe cannot set {sorted(wrong)[0]}")
@@ -382,14 +367,12 @@ def _merged_table(name, tables):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The resources that the training of a model takes."""
+    """The size of a model and of its training."""
 
     parameters: int
     epochs: float
     tokens: int  # trained on
     flops: float
-    disk: int  # bytes of its folder
-    memory: int  # bytes of weights, moments, gradients and of its teachers, without activations
 
 
 def costs(experiment, num_tokens, words):
@@ -397,22 +380,19 @@ def costs(experiment, num_tokens, words):
 
     A pass over a token costs 6 FLOPs for each parameter that it meets in training (all but the
     embeddings), and 2 in a teacher (Kaplan et al., arXiv 2001.08361). A cached teacher's layers are
-    run once, its head at every step, and its states are kept in two bytes a value.
+    run once, its head at every step.
     """
-    result, networks, body, head = {}, {}, {}, {}  # body: the parameters of the layers
+    result, layers, head = {}, {}, {}  # parameters of the layers and of the head
     for name, spec in experiment.specs.items():
-        config, networks[name] = spec.config, spec.network(experiment.vocabulary_size)
-        parameters = models.count_parameters(networks[name])
-        body[name] = sum(p.numel() for block in networks[name].blocks for p in block.parameters())
-        head[name] = networks[name].head.numel()
+        config, network = spec.config, spec.network(experiment.vocabulary_size)
+        layers[name] = sum(p.numel() for block in network.blocks for p in block.parameters())
+        head[name] = network.head.numel()
         chunks = count_chunks(num_tokens, config.sequence_length, config.random_offset)
         plan = plan_run(config, max(chunks, 1), words)
         tokens = plan.tokens_seen(plan.steps)
         cached = getattr(config, "cache_teachers", "off") != "off"
         teacher_tokens = min(tokens, num_tokens) if cached else tokens
-        flops = 6 * (body[name] + head[name]) * tokens
-        flops += sum(2 * body[t] * teacher_tokens + 2 * head[t] * tokens for t in spec.teachers)
-        memory = 16 * parameters + sum(4 * result[t].parameters for t in spec.teachers)
-        memory += cached * 2 * num_tokens * sum(networks[t].config.hidden_size for t in spec.teachers)
-        result[name] = Cost(parameters, plan.epochs(plan.steps), tokens, flops, 40 * parameters, memory)
+        flops = 6 * (layers[name] + head[name]) * tokens
+        flops += sum(2 * layers[t] * teacher_tokens + 2 * head[t] * tokens for t in spec.teachers)
+        result[name] = Cost(models.count_parameters(network), plan.epochs(plan.steps), tokens, flops)
     return result

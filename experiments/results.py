@@ -13,8 +13,9 @@ from training.io import UserError, aligned, markdown, printable, sha256, write_t
 LOGGED_POINTS, LAST_LINES = 150, 10
 MAX_NUMBER = 1e15  # anything larger overflows in a sum or a picture
 
-# ---- forms of JSON: a type; (form, form) for either; [form] for a list; {key: form} for an object,
-# where "key?" may be missing, str stands for any key and other keys may be there
+# ---- forms of JSON: a type; (form, form) for either; [form] for a list, [form, form] for a list of
+# two; {key: form} for an object, where "key?" may be missing, str stands for any key and other keys
+# may be there
 
 TEXT_SCORES_FORM = {"cross_entropy": float, "weighted_cross_entropy?": float}
 PAIR_SCORES = {
@@ -34,7 +35,7 @@ FINETUNED_FORM = {
     "files": dict,
     "options": dict,
     "tasks": {str: TASK},
-    "scores": {str: {"mean": float, "interval": [float]}},
+    "scores": {str: {"mean": float, "interval": [float, float]}},
 }
 SETTINGS_FORM = {"preset?": str, "options?": dict, "conditions?": dict}
 SETTINGS_FORM["teachers?"] = [SETTINGS_FORM]
@@ -52,8 +53,8 @@ RESULT = SETTINGS_FORM | {
     "epochs?": float,
     "steps?": float,
     "train_cross_entropy?": (float, None),
-    "curve?": [[float]],
-    "training?": [[(float, None)]],
+    "curve?": [[float, float]],
+    "training?": [[float, float, (float, None)]],
     "weights?": (str, [float], None),
     "taught_by?": [str],
     "finetuned?": FINETUNED_FORM,
@@ -77,7 +78,8 @@ def has_form(value, form):
     if isinstance(form, tuple):
         return any(has_form(value, alternative) for alternative in form)
     if isinstance(form, list):
-        return isinstance(value, list) and all(has_form(element, form[0]) for element in value)
+        forms = form if len(form) > 1 else form * len(value if isinstance(value, list) else ())
+        return isinstance(value, list) and len(value) == len(forms) and all(map(has_form, value, forms))
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return False
@@ -92,6 +94,11 @@ def has_form(value, form):
     return value is None if form is None else type(value) is form
 
 
+def damaged(path):
+    """The error of a file that this program did not write."""
+    return UserError(f"{path} is damaged, or not from this program: move it away")
+
+
 def read_object(path, form=dict):
     """The JSON object in a file. Raises `UserError` unless it is one and has the form."""
     try:
@@ -99,16 +106,14 @@ def read_object(path, form=dict):
     except (ValueError, RecursionError):
         value = None
     if not has_form(value, form):
-        raise UserError(f"{path} is damaged, or not from this program: move it away")
+        raise damaged(path)
     return value
 
 
 def is_file_name(text):
     """True if a text can name a file or folder, and is no option of a command."""
     is_short = 0 < len(text.encode("utf-8", "replace")) < 200
-    return (
-        is_short and text == printable(text) and "/" not in text and text.strip(" ")[:1] not in (".", "-", "")
-    )
+    return is_short and text == printable(text) and "/" not in text and text.strip(" ")[:1] not in ".-"
 
 
 # ---- logs and results
@@ -157,20 +162,17 @@ def read_numbers(line):
 def read_result(path):
     """The result in a file, a dict as `findings` describes it. Raises `UserError` if it is none."""
     result = read_object(path, RESULT)
-    curve, training = result.get("curve", []), result.get("training", [])
+    has_curve = result.get("curve") or result.get("training")
     pairs = result.get("report", {}).get("pairs", {})
     tasks = result.get("finetuned", {"tasks": {}, "scores": {}})
     if (
-        all(len(point) == 2 for point in curve)
-        and all(len(point) == 3 and None not in point[:2] for point in training)
-        and (not curve + training or (result.get("steps", 0) >= 1 and "epochs" in result))
-        and all(is_file_name(folder) for folder in pairs)
-        and all(scores["per_file"] and scores["per_field"] for scores in pairs.values())
-        and tasks["tasks"].keys() == tasks["scores"].keys()
-        and all(len(score["interval"]) == 2 for score in tasks["scores"].values())
+        (has_curve and (result.get("steps", 0) < 1 or "epochs" not in result))
+        or not all(map(is_file_name, pairs))
+        or not all(scores["per_file"] and scores["per_field"] for scores in pairs.values())
+        or tasks["tasks"].keys() != tasks["scores"].keys()
     ):
-        return result
-    raise UserError(f"{path} is damaged, or not from this program: move it away")
+        raise damaged(path)
+    return result
 
 
 def trial_lines(results, seeds, shards):
@@ -242,24 +244,29 @@ def read_study(folder):
 
     Raises `UserError` if there is nothing to report, or results do not belong together.
     """
-    if not (folder / "experiment.json").exists():
+    path = folder / "experiment.json"
+    if not path.exists():
         raise UserError(f"{folder} is no folder of an experiment: it has no experiment.json")
-    fields = read_object(folder / "experiment.json", STUDY)
+    fields = read_object(path, STUDY)
     roles = {"control": fields["control"], "student": fields["student"]}
     names = {*fields["models"], *filter(None, roles.values())}
     if fields["teachers"].keys() != fields["ensembles"].keys() or not all(map(is_file_name, names)):
-        raise UserError(f"{folder / 'experiment.json'} is damaged: move it away")
-    seeds = {}
-    for seed, path in seed_folders(folder).items():
-        files = {name: path / f"{name}.json" for name in fields["models"]}
+        raise damaged(path)
+    seeds, facts = {}, {}
+    for seed, seed_folder in seed_folders(folder).items():
+        files = {name: seed_folder / f"{name}.json" for name in fields["models"]}
         results = {name: read_result(file) for name, file in files.items() if file.exists()}
         results = {name: result for name, result in results.items() if "report" in result}
+        for name, result in results.items():
+            if not has_losses(files[name], result):
+                raise UserError(
+                    f"the losses beside {files[name]} are gone or of another result: score it again"
+                )
+            check_facts(files[name], scored_on(result), facts)
         if results:
-            check_losses(path, results)
             seeds[seed] = results
     if not seeds:
         raise UserError(f"{folder} holds no result yet that could be reported")
-    check_same_text(folder, seeds)
     present = {name for results in seeds.values() for name in results}
     fields["models"] = {name: printable(title) for name, title in fields["models"].items() if name in present}
     fields |= {role: name if name in present else None for role, name in roles.items()}
@@ -267,12 +274,11 @@ def read_study(folder):
     return Study(**{key: fields[key] for key in known}, seeds=seeds, folder=folder)
 
 
-def check_losses(folder, results):
-    """Raises `UserError` if the losses beside a result are not those that were written with it."""
-    for name, result in results.items():
-        path = folder / f"{name}.losses.npz"
-        if "losses" in result and (not path.exists() or sha256(path.read_bytes()) != result["losses"]):
-            raise UserError(f"{path} was not written with {name}.json: move both away and score again")
+def has_losses(path, result):
+    """True if the losses beside the result in `path` are those that were written with it."""
+    losses = path.with_suffix(".losses.npz")
+    # Earlier versions kept no digest.
+    return losses.exists() and result.get("losses") in (None, sha256(losses.read_bytes()))
 
 
 def scored_on(result):
@@ -285,22 +291,15 @@ def scored_on(result):
     }
     for folder, scores in report["pairs"].items():
         facts[f"content of {folder}"] = scoring.get("pairs", {}).get(folder)
-        facts[f"list of files and fields in {folder}"] = [
-            sorted(scores["per_file"]),
-            sorted(scores["per_field"]),
-        ]
+        facts[f"list of files in {folder}"] = sorted(scores["per_file"])
+        facts[f"list of fields in {folder}"] = sorted(scores["per_field"])
     return facts
 
 
-def check_same_text(folder, seeds):
-    """Raises `UserError` unless all results are of the same text, pairs and scoring precision."""
-    first = {}
-    for seed, results in seeds.items():
-        for name, result in results.items():
-            path = folder / f"seed-{seed}" / f"{name}.json"
-            for fact, value in scored_on(result).items():
-                first_value, first_path = first.setdefault(fact, (value, path))
-                if first_value is None:
-                    first[fact] = (value, path)
-                elif value is not None and value != first_value:
-                    raise UserError(f"{path} has another {fact} than {first_path}: score both on the same")
+def check_facts(path, facts, known):
+    """Adds a result's facts to `known`, {fact: (value, path)}. Raises `UserError` for another value."""
+    for fact, value in facts.items():
+        if value is not None:
+            first_value, first_path = known.setdefault(fact, (value, path))
+            if value != first_value:
+                raise UserError(f"{path} has another {fact} than {first_path}: score both on the same")

@@ -158,13 +158,13 @@ def test_a_llama_can_be_given_longer_texts_and_a_gpt2_cannot(checkpoint, capsys)
     ours, saved = models.load_checkpoint(checkpoint)
     if saved["model"]["architecture"] == "gpt2":
         error = refused(capsys, checkpoint, "--out", checkpoint.parent / "long", "--positions", 512)
-        assert "only a LLaMA can have more" in error
+        assert "or more if it is a LLaMA" in error
         return
     out = export(checkpoint, "--positions", 512, out="long")
     card = (out / "README.md").read_text()
     assert "--sequence_length 512" in card and "Beyond 256 positions nothing" in card
     error = refused(capsys, checkpoint, "--out", checkpoint.parent / "short", "--positions", 64)
-    assert "give at least that many" in error
+    assert "give 256 for" in error
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 512
@@ -483,7 +483,6 @@ FAULTS = {
     "no head where it is not tied": (change_tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
     "a tensor more": (change_tensors(lambda t: t.update(x=torch.zeros(1))), "has not"),
     "a name of two lines": (change_tensors(lambda t: t.update({"a\nb": torch.zeros(1)})), "has not"),
-    "a tensor twice": (change_tensors(lambda t: t.update({"norm.weight": torch.zeros(96)})), "twice"),
     "integers": (change_tensors(lambda t: t.update({NORM: torch.zeros(96, dtype=torch.int32)})), "int32"),
     "not finite": (change_tensors(lambda t: t[NORM].fill_(math.nan)), "is no model that could be used"),
     "sharded": (shard, "several files"),

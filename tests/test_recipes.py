@@ -124,7 +124,6 @@ def test_the_costs_are_the_arithmetic(tmp_path):
     head = 1000 * 96
     expected = (6 * met_by_student + 2 * head) * student.tokens + 2 * (met - head) * 12_801
     assert cached.flops == expected
-    assert cached.memory - student.memory == 2 * 96 * 12_801
 
 
 @pytest.mark.parametrize(
@@ -151,12 +150,12 @@ def test_the_costs_are_the_arithmetic(tmp_path):
         ({"models": MODELS | {"-g": {"model": "llama-tiny"}}}, "cannot be the name"),
         ({"models": MODELS | {"a\0": {"model": "llama-tiny"}}}, "cannot be the name"),
         ({"models": MODELS | {"control": {"model": ["llama-tiny"]}}}, "must be a preset"),
-        ({"models": MODELS | {"x": {"model": "llama-tiny", "teachers": [1]}}}, "must be models above it"),
-        ({"models": MODELS | {"x": {"model": "llama-tiny", "teachers": ["teacher"] * 2}}}, "there twice"),
-        ({"models": MODELS | {"x": {"model": "llama-tiny", "seed_offset": 10**39}}}, "below 2"),
+        ({"models": MODELS | {"x": {"model": "llama-tiny", "teachers": [1]}}}, "teachers a list of names"),
+        ({"models": MODELS | {"x": {"model": "llama-tiny", "teachers": ["teacher"] * 2}}}, "each once"),
+        ({"models": MODELS | {"x": {"model": "llama-tiny", "seed_offset": 10**39}}}, "seed_offset a number"),
         ({"models": MODELS | {"x": {"model": "llama-tiny", "shard": True}}}, "cannot set shard"),
         ({"options": {"model": "gpt2-tiny"}}, "give it to single models"),
-        ({"options": {"save_at_words": ["1M", "--out", "x"]}}, "would be an option of its own"),
+        ({"options": {"save_at_words": ["1M", "--out", "x"]}}, "save_at_words cannot be"),
         ({"options": {"shape": "a\0"}}, "shape cannot be"),
         ({"control_gain": -5.0}, "control_gain cannot be"),
         ({"control_gain": math.inf}, "control_gain cannot be"),
