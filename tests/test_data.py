@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import train_tokenizer, write_shard_file, write_text
+from conftest import write_shard_file
 from data import BatchStream, TokenShard, count_chunks, dev_subset
 from tokenizer import Tokenizer
 from training.io import UserError
@@ -20,6 +20,11 @@ class Pieces:
 def shard_of(path, ids, vocabulary_size=1000):
     write_shard_file(path, [("text", ids, len(ids), 2 * len(ids))], Pieces(vocabulary_size))
     return TokenShard(path)
+
+
+def assert_same_batch(batch, expected):
+    for value, other in zip(vars(batch).values(), vars(expected).values(), strict=True):
+        assert torch.equal(torch.as_tensor(value).cpu(), torch.as_tensor(other))
 
 
 # ---- the order of batches
@@ -63,8 +68,7 @@ def test_a_shard_that_is_kept_on_the_device_gives_the_same_batches(train_shard, 
     mapped, on_device = (BatchStream(train_shard, 8, 32, 0, random_offset) for _ in range(2))
     on_device.load_to_device("cpu")
     for step in (0, 1, 65, 66, 200):  # some span two epochs
-        for a, b in zip(vars(mapped(step)).values(), vars(on_device(step)).values()):
-            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        assert_same_batch(on_device(step), mapped(step))
 
 
 @pytest.mark.parametrize("vocabulary_size", [65_536, 65_537])
@@ -75,21 +79,17 @@ def test_every_id_outlives_being_kept_in_as_few_bits_as_it_needs(tmp_path, vocab
     on_device.load_to_device("cpu")
     assert on_device.tokens_on_gpu.element_size() == shard.dtype.itemsize
     for step in range(8):
-        assert torch.equal(mapped(step).tokens, on_device(step).tokens)
-        assert torch.equal(mapped(step).targets, on_device(step).targets)
+        assert_same_batch(on_device(step), mapped(step))
 
 
 @pytest.mark.gpu
 def test_a_batch_that_is_gathered_on_a_gpu_is_the_same(train_shard):
-    mapped, on_device = (
-        BatchStream(train_shard, 8, 32, 0),
-        BatchStream(train_shard, 8, 32, 0, device="cuda"),
-    )
+    mapped = BatchStream(train_shard, 8, 32, 0)
+    on_device = BatchStream(train_shard, 8, 32, 0, device="cuda")
     for step in (0, 65, 200):
         batch = on_device(step)
         assert batch.tokens.is_cuda and batch.to(torch.device("cuda")).tokens is batch.tokens
-        assert torch.equal(mapped(step).tokens, batch.tokens.cpu())
-        assert torch.equal(mapped(step).targets, batch.targets.cpu())
+        assert_same_batch(batch, mapped(step))
 
 
 def test_the_last_chunk_is_used_as_far_as_it_goes():
@@ -120,11 +120,10 @@ def test_text_comes_back_as_it_was(tokenizer):
         assert min(tokenizer.encode(text), default=4) > 3
 
 
-def test_the_identity_is_that_of_the_pieces(tokenizer):
+def test_the_identity_is_that_of_the_pieces(tokenizer, other_tokenizer):
     assert Tokenizer(tokenizer.model_bytes).identity == tokenizer.identity
-    other = train_tokenizer(write_text(2000, seed=1).replace("dog", "fox"))
-    assert other.vocabulary_size == tokenizer.vocabulary_size
-    assert other.identity != tokenizer.identity
+    assert other_tokenizer.vocabulary_size == tokenizer.vocabulary_size
+    assert other_tokenizer.identity != tokenizer.identity
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):

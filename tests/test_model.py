@@ -20,25 +20,22 @@ SIZES = {
 }
 
 
-def tiny(name):
+def tiny(name, **changes):
     torch.manual_seed(0)
     if name == "gpt2":
-        return GPT2(GPT2Config(50, 16, 64, 2, 2, max_position_embeddings=32))
-    return Llama(LlamaConfig(50, 16, 40, 2, 2, max_position_embeddings=32))
+        return GPT2(GPT2Config(50, 16, 64, 2, 2, max_position_embeddings=32, **changes))
+    return Llama(LlamaConfig(50, 16, 40, 2, 2, max_position_embeddings=32, **changes))
 
 
 both = pytest.mark.parametrize("name", ["gpt2", "llama"])
 
 
-@pytest.mark.parametrize("name, parameters", SIZES.items())
-def test_presets_have_the_papers_parameter_counts(name, parameters):
+def test_presets_have_the_papers_parameter_counts_and_tiny_ones_a_million_at_most():
     with torch.device("meta"):
-        assert models.count_parameters(models.build_model(name)) == parameters
-
-
-@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
-def test_tiny_presets_have_a_million_parameters_or_less(name):
-    assert models.count_parameters(models.build_model(name, 2000)) <= 1_000_000
+        for name, parameters in SIZES.items():
+            assert models.count_parameters(models.build_model(name)) == parameters
+        for name in ("gpt2-tiny", "llama-tiny"):
+            assert models.count_parameters(models.build_model(name, 2000)) <= 1_000_000
 
 
 def test_an_unknown_preset_is_answered_with_the_list():
@@ -58,10 +55,12 @@ def test_future_tokens_do_not_change_the_past(name):
 
 
 @both
-def test_logits_are_the_head_applied_to_hidden_states(name):
-    model = tiny(name).eval()
+def test_logits_are_the_head_applied_to_hidden_states_and_dropout_acts_in_training_only(name):
+    model = tiny(name, dropout=0.5)
     tokens = torch.randint(50, (2, 5))
-    assert model(tokens).shape == (2, 5, 50)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert model(tokens).shape == (2, 5, 50) and torch.equal(model(tokens), model(tokens))
     torch.testing.assert_close(model(tokens), model.hidden_states(tokens) @ model.head.T)
 
 
@@ -71,14 +70,6 @@ def test_an_untrained_model_is_nearly_uniform(name):
         tiny(name).eval()(torch.randint(50, (4, 30))).flatten(0, 1), torch.randint(50, (120,))
     )
     assert abs(loss.item() - math.log(50)) < 0.1
-
-
-def test_dropout_acts_in_training_only():
-    model = tiny("gpt2")
-    tokens = torch.randint(50, (2, 9))
-    assert not torch.equal(model(tokens), model(tokens))
-    model.eval()
-    assert torch.equal(model(tokens), model(tokens))
 
 
 def test_rms_norm_is_its_formula():
