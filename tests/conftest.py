@@ -264,7 +264,7 @@ def refused(capsys):
 def faults_report():
     """Writes benchmarks/results/faults.md where all the long tests have run."""
     yield
-    names = ("kills at a stage", "kills at a call", "full disks", "flips", "fields")
+    names = ("kills at a call", "full disks", "flips", "fields")
     FIGURES.setdefault("full disks", ("disks that are full", "not tried: none can be mounted"))
     if set(names) <= FIGURES.keys():
         where = f"{datetime.date.today()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
