@@ -34,7 +34,6 @@ from training.device import choose_compute, choose_device
 from training.io import log, run_program
 from training.logger import exit_code
 from training.options import REQUIRED, option, parse
-from training.plan import plan_run
 from training.teacher_cache import open_cache
 
 
@@ -180,11 +179,10 @@ def cast_linears_to_bf16(model):
             module.to(torch.bfloat16)
 
 
-def open_teacher_cache(config, corpus, teachers, records, student):
+def open_teacher_cache(config, corpus, teachers, records):
     """The cache of --cache-teachers, or None. Raises `UserError` if it does not fit."""
     compute = choose_compute(config.device, config.precision)
     chunks = count_chunks(corpus.train.num_tokens, config.sequence_length)
-    plan = plan_run(config, chunks, corpus.train.words)
     digests = [record["digest"] for record in records]
     return open_cache(
         config.cache_teachers,
@@ -192,9 +190,7 @@ def open_teacher_cache(config, corpus, teachers, records, student):
         torch.bfloat16 if compute.precision == "bf16" else torch.float32,
         {"teachers": digests, "shard": corpus.train.digest},
         compute.device,
-        dry_run=config.dry_run,
-        out=config.out,
-        out_bytes=plan.bytes_to_write(models.count_parameters(student), config.out),
+        config.dry_run,
     )
 
 
@@ -217,7 +213,7 @@ def main(argv=None):
     effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
     log(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
     distributed.check_same_on_all_ranks({"set of teachers": [record["digest"] for record in records]})
-    cache = open_teacher_cache(config, corpus, teachers, records, student)
+    cache = open_teacher_cache(config, corpus, teachers, records)
     objective = OBJECTIVES[config.objective](student, teachers, config, cache)
     return exit_code(fit_corpus(objective, config, corpus, name, init_digest, records))
 

@@ -589,7 +589,7 @@ def check_models(context, seeds):
                 train.fit_corpus(train.CrossEntropyObjective(model), config, corpus, name)
                 if teachers:
                     check_weights(config.teacher_weights, len(teachers))
-                    distill.open_teacher_cache(config, corpus, list(teachers.values()), [], model)
+                    distill.open_teacher_cache(config, corpus, list(teachers.values()), [])
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
 

@@ -389,7 +389,7 @@ def test_teachers_are_compared_one_by_one():
     current = teacher | {"teachers": [teacher, teacher]}
     assert not changes(current, current)
     assert changes(teacher | {"teachers": [teacher, other]}, current) == [
-        "teachers[1].conditions.alpha: 0.25 -> 0.5"
+        "teachers.1.conditions.alpha: 0.25 -> 0.5"
     ]
 
 

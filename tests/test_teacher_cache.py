@@ -236,13 +236,6 @@ def test_a_cache_that_does_not_fit_is_refused_and_auto_goes_on_without(
     assert "cache      none" in capsys.readouterr().out
 
 
-def test_a_cache_leaves_room_for_the_checkpoints_on_its_disk(arguments, tmp_path, monkeypatch, refused):
-    """Asked before the cache takes its room: else the run would end when it saves."""
-    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda place, device: STATE_BYTES + 1000)
-    error = refused(distill, *arguments, "--out", tmp_path / "s", "--cache-teachers", tmp_path / "c.bin")
-    assert f"{STATE_BYTES + 1000} free" in error and list(tmp_path.iterdir()) == []
-
-
 def test_gpu_memory_needs_a_gpu(arguments, tmp_path, refused):
     error = refused(distill, *arguments, "--out", tmp_path / "s", "--cache-teachers", "gpu")
     assert "use host or a FILE" in error

@@ -48,14 +48,14 @@ def choose_precision(name, device):
 
     Matrix products have that precision; parameters and the residual stream stay in float32.
     """
-    native = {
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        "mps": lambda: False,
-    }
     if name != "auto":
         return name
-    return "bf16" if native[device.type]() else "fp32"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+        native = device.type == "cpu" and any(check() for check in checks)
+    return "bf16" if native else "fp32"
 
 
 def autocast_for(device, precision):

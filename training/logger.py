@@ -68,11 +68,9 @@ class StopSignal:
         self.deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
 
     def __enter__(self):
-        self.previous = {s: signal.getsignal(s) for s in STOPPING}
-        if self.previous[signal.SIGHUP] == signal.SIG_IGN:
-            del self.previous[signal.SIGHUP]
-        for number in self.previous:
-            signal.signal(number, self.receive)
+        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [s for s in STOPPING if s != signal.SIGHUP or not under_nohup]
+        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def receive(self, number, _frame):

@@ -12,7 +12,6 @@ from training.io import GIB, UserError, log, warn
 
 MILLION = 1_000_000
 UNITS = {"": 1, "k": 1000, "M": MILLION}
-SPARE_BYTES = 64 << 20  # room on the disk for the log and other small files, at most
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,6 @@ class Plan:
         """Returns whether dev is evaluated after that step."""
         epoch_ends = int(self.epochs(step)) > int(self.epochs(step - 1))
         return (self.eval_epochs and epoch_ends) or bool(self.eval_every and step % self.eval_every == 0)
-
-    def bytes_to_write(self, trained, out):
-        """Returns the bytes that the folder `out` will grow by, for `trained` trained parameters."""
-        # Two full states and a third while it is written; best.pt and the marks are weights alone.
-        needed = (3 * 12 + 4 * (1 + len(self.marks))) * trained
-        written = sum(path.stat().st_size for path in Path(out).glob("*.pt"))  # if the run continues
-        return max(0, needed + min(needed, SPARE_BYTES) - written)
 
     def marks_passed(self, step, since=None):
         """Returns the file names of the marks passed after step `since`, by default the one before."""
@@ -140,7 +132,10 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
 
 def check_disk(plan, out, trained):
     """Prints the bytes that a run with `trained` parameters writes. Raises `UserError` without room."""
-    needed, free = plan.bytes_to_write(trained, out), shutil.disk_usage(existing_folder(out)).free
+    # Two full states and a third while it is written; best.pt and the marks are weights alone.
+    total = (3 * 12 + 4 * (1 + len(plan.marks))) * trained
+    written = sum(path.stat().st_size for path in Path(out).glob("*.pt"))  # if the run continues
+    needed, free = max(0, total - written), shutil.disk_usage(existing_folder(out)).free
     log(f"disk       {needed / GIB:.2f} GiB in {out}, {free / GIB:.1f} GiB free")
     if needed > free:
         raise UserError(f"{out}: {needed} bytes needed, {free} free: choose another --out")

@@ -222,7 +222,7 @@ def start_or_resume(train_step, config, provenance, steps):
         _restore_random_state(None, train_step.nonfinite_steps.device, config.seed, 0)
         return progress
     restore(train_step, checkpoint, path)
-    has_best = (Path(config.out) / "best.pt").exists()
+    has_best = path.parent == Path(config.out) and (path.parent / "best.pt").exists()
     if is_finished(progress, config.patience):
         check_diverged(progress, config.out)
         log(f"{config.out} is finished at {progress['step']} steps; a new run needs another --out")
@@ -230,7 +230,7 @@ def start_or_resume(train_step, config, provenance, steps):
             warn(f"its best.pt is gone: {path} has the weights of the last step")
         return progress
     log(f"continuing after step {progress['step']} of {path}")
-    if not has_best:  # --resume PATH: the new folder gets a best.pt of its own
+    if not has_best:  # with --resume PATH the new folder gets one of its own
         progress |= {"best_dev_cross_entropy": math.inf, "best_step": 0}
         progress.pop("best_score", None)
     return progress

@@ -144,11 +144,11 @@ def _allocate(path, header, size):
             os.unlink(file.name)
 
 
-def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", out_bytes=0):
+def open_cache(place, shapes, dtype, made_from, device, dry_run=False):
     """Returns the cache of --cache-teachers off, auto, gpu, host or a file: None if there is none.
 
-    `shapes` are K × (N, T, C_k); the run will write `out_bytes` to the folder `out`. Prints place and
-    size. Raises `UserError` if the cache does not fit, or if several processes cannot share it.
+    `shapes` are K × (N, T, C_k). Prints place and size. Raises `UserError` if the cache does not fit,
+    or if several processes cannot share it.
     """
     if place == "off":
         return None
@@ -164,10 +164,8 @@ def open_cache(place, shapes, dtype, made_from, device, dry_run=False, out=".", 
         place = f"{place}.{distributed.node_rank()}"  # each machine has its own
     if in_file and not dry_run:
         remove_temporaries(Path(place).parent, [Path(place).name])
-    size = needed = sum(map(math.prod, shapes)) * dtype.itemsize
-    if in_file and existing_folder(place).stat().st_dev == existing_folder(out).stat().st_dev:
-        needed += out_bytes  # so that the cache leaves room for checkpoints
-    place, free = _choose_place(place, needed, device)
+    size = sum(map(math.prod, shapes)) * dtype.itemsize
+    place, free = _choose_place(place, size, device)
     distributed.all_gather(None)  # all ranks have looked before one takes the room
     states = f"{size / GIB:.2f} GiB of the teachers' hidden states"
     if place is None:
