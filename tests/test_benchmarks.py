@@ -19,10 +19,6 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {command for phases in suite.SUITES.values() for command in phases.values()}
 PROGRAMS = [p.stem for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
 COMMANDS |= {f"python -m benchmarks.{name}" for name in PROGRAMS}
-    f"python -m benchmarks.{path.stem}"
-    for path in ROOT.glob("benchmarks/*.py")
-    if "__main__" in path.read_text()
-}
 
 # Prints the id of a child that would outlive it, writes two results and the half of one, and hangs.
 HANGS = """
