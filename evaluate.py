@@ -23,8 +23,8 @@ count 12 fields, as BLiMP's tables do.
 import argparse
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -127,14 +127,13 @@ def check_outputs(args):
 # ---- models and text
 
 
-@dataclass(frozen=True)
-class ScoredModel:
-    """A model to score. `sequence_length` is that of its training, or the ensemble's shortest."""
+class ScoredModel(NamedTuple):
+    """A model to score."""
 
     path: str
     name: str
     model: nn.Module
-    sequence_length: int
+    sequence_length: int  # of its training; of an ensemble the shortest
     digest: str | None = None  # of the checkpoint
 
 
@@ -143,26 +142,21 @@ def load_models(args, device):
 
     Raises `UserError` unless all have the same tokenizer.
     """
-    scored, checkpoints = {}, {}
-    for path in dict.fromkeys(args.checkpoints + args.ensemble):
-        model, checkpoint = load_checkpoint(path)
-        length = checkpoint["config"]["sequence_length"]
-        scored[path] = ScoredModel(
-            path, checkpoint["model"]["name"], model.to(device), length, checkpoint["digest"]
-        )
-        checkpoints[path] = checkpoint
-    first, *others = checkpoints
-    for path in others:
-        if checkpoints[path]["tokenizer"]["identity"] != checkpoints[first]["tokenizer"]["identity"]:
+    loaded = {path: load_checkpoint(path) for path in dict.fromkeys(args.checkpoints + args.ensemble)}
+    first, (_, first_checkpoint) = next(iter(loaded.items()))
+    scored = {}
+    for path, (model, checkpoint) in loaded.items():
+        if checkpoint["tokenizer"]["identity"] != first_checkpoint["tokenizer"]["identity"]:
             raise UserError(f"{path} has another tokenizer than {first}: score them separately")
+        name, length = checkpoint["model"]["name"], checkpoint["config"]["sequence_length"]
+        scored[path] = ScoredModel(path, name, model.to(device), length, checkpoint["digest"])
     models = [scored[path] for path in args.checkpoints]
     if args.ensemble:
         members = [scored[path] for path in args.ensemble]
         ensemble = Ensemble([member.model for member in members], args.teacher_weights).eval()
         length = min(member.sequence_length for member in members)
         models.append(ScoredModel(" + ".join(args.ensemble), "ensemble", ensemble, length))
-    tokenizer = Tokenizer.of_checkpoint(checkpoints[first], first)
-    return models, tokenizer, checkpoints[first]["config"]
+    return models, Tokenizer.of_checkpoint(first_checkpoint, first), first_checkpoint["config"]
 
 
 def open_dev_text(args, tokenizer, config):
@@ -171,20 +165,20 @@ def open_dev_text(args, tokenizer, config):
     If it is missing or of another tokenizer, raises `UserError` if an option needs it; otherwise
     warns and returns None.
     """
-    folder = args.data or config.get("data") or "data/babylm"
+    path = Path(str(args.data or config.get("data") or "data/babylm")) / "dev.bin"
     try:
-        shard = TokenShard(Path(str(folder)) / "dev.bin")
-        if shard.tokenizer == tokenizer.identity:
-            return shard
-        raise UserError(
-            f"{shard.path} was made with another tokenizer than the checkpoint: encode the text with "
-            "tokenize_corpus.py --tokenizer FILE; export_hf.py writes that of a checkpoint"
-        )
+        shard = TokenShard(path)
+        if shard.tokenizer != tokenizer.identity:
+            raise UserError(
+                f"{path} was made with another tokenizer than the checkpoint: encode the text with "
+                "tokenize_corpus.py --tokenizer FILE; export_hf.py writes that of a checkpoint"
+            )
     except UserError as error:
         if not args.pairs or any((args.data, args.weight_by, args.temperature_scaled, args.losses)):
             raise UserError(f"{error}; --data DIR names the text to score") from error
         warn(f"{error}; only minimal pairs are scored")
         return None
+    return shard
 
 
 # ---- scores

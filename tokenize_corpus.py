@@ -35,7 +35,6 @@ from tokenizer import BOS, EOS, PAD, UNK, VOCABULARY_SIZE, Tokenizer
 from training.io import UserError, aligned, atomic_write, run_program, warn
 from training.options import Parser
 
-SMALLEST_VOCABULARY = 260  # 256 bytes; pad, bos, eos, unk
 TRAINING_BYTES = 64_000_000  # of text that the tokenizer is trained on: SentencePiece holds it all
 SAMPLE_SEED = 0
 MAX_TRAINING_BYTES = 4000  # SentencePiece silently skips training lines of more than 4192 bytes
@@ -86,7 +85,8 @@ class SourceText:
             encoded = block.encode()
             num_bytes += len(encoded)
             digest.update(encoded)
-            characters, unspaced = characters + len(block), unspaced + count_unspaced(block)
+            characters += len(block)
+            unspaced += count_unspaced(block)
         return TextStats(num_bytes, digest.hexdigest(), has_words=2 * unspaced < characters)
 
 
@@ -304,39 +304,24 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.tokenizer and args.vocab_size is not None:
         parser.error("--vocab-size has no effect with --tokenizer")
-    if args.vocab_size is not None and args.vocab_size <= SMALLEST_VOCABULARY:
-        parser.error(f"--vocab-size must exceed {SMALLEST_VOCABULARY}: bytes and special pieces")
+    if not args.train and not args.tokenizer:
+        parser.error("--train is missing: only with --tokenizer FILE is there nothing to train")
     return args
-
-
-def check_different(splits):
-    """Raises `UserError` if train and dev, of {split: list of SourceText}, have the same text."""
-    trained_on = {source.stats.digest for source in splits.get("train", [])}
-    if same := [source.name for source in splits["dev"] if source.stats.digest in trained_on]:
-        raise UserError(f"train and dev have the same text in {', '.join(same)}: give others")
-
-
-def check_fits(out, tokenizer):
-    """Raises `UserError` if `out` has a train.bin of another tokenizer, which would become useless."""
-    path = out / "train.bin"
-    if path.exists() and TokenShard(path).tokenizer != tokenizer.identity:
-        raise UserError(f"{path} was made with another tokenizer: give another --out, or --train too")
 
 
 def main(argv=None):
     """Reads, trains, encodes. Raises `UserError` before it has changed any corpus."""
     args = parse_arguments(argv)
     out = Path(args.out)
-    if not args.train and not args.tokenizer:
-        raise UserError("--train is missing: only with --tokenizer FILE is there nothing to train")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is not a folder: name another")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    if not args.train:
-        check_fits(out, tokenizer)
+    path = out / "train.bin"
+    if not args.train and path.exists() and TokenShard(path).tokenizer != tokenizer.identity:
+        raise UserError(f"{path} was made with another tokenizer: give another --out, or --train too")
     folders = {"train": args.train, "dev": args.dev}
     splits = {split: read_folder(d, args.clean, args.keep_cr) for split, d in folders.items() if d}
-    check_different(splits)
+    trained_on = {source.stats.digest for source in splits.get("train", [])}
+    if same := [source.name for source in splits["dev"] if source.stats.digest in trained_on]:
+        raise UserError(f"train and dev have the same text in {', '.join(same)}: give others")
     names = {source.name for sources in splits.values() for source in sources}
     unknown = names - CLEANERS[args.clean].keys()
     if unknown and args.clean != "none":
@@ -345,8 +330,7 @@ def main(argv=None):
         tokenizer = trained_tokenizer(splits["train"], args.vocab_size or VOCABULARY_SIZE)
     headers = write_corpus(out, splits, tokenizer)
     print_table(headers)
-    written = ", ".join([*(f"{split}.bin" for split in headers), "tokenizer.model"])
-    print(f"wrote {written} to {out}{os.sep}")
+    print(f"wrote {', '.join(f'{split}.bin' for split in headers)}, tokenizer.model to {out}{os.sep}")
 
 
 if __name__ == "__main__":

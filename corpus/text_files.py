@@ -96,7 +96,7 @@ def count_unspaced(text):
 
 
 def read_text(path):
-    """The whole text of a file; see `text_blocks`."""
+    """The whole text of a file, as `text_blocks` reads it."""
     return "".join(text_blocks(path))
 
 
@@ -104,24 +104,21 @@ def text_blocks(path, *, as_is=False, keep_cr=False, tell=True):
     """Yields the text of a file in blocks of whole lines.
 
     Unless `as_is`, a byte-order mark is left out, and carriage returns that end lines become
-    newlines (not with `keep_cr`). With `tell`, warns of both, of NULs and of U+2581. Raises
-    `UserError` if the file is empty, unreadable, not UTF-8 or damaged, or if a line of *.jsonl has
-    no text.
+    newlines (not with `keep_cr`). With `tell`, warns of both and of U+2581. Raises `UserError` if
+    the file is empty, unreadable, not UTF-8 or damaged, or if a line of *.jsonl has no text.
     """
-    carriage_returns, nuls, spaces, empty = False, False, 0, True
+    carriage_returns, spaces, empty = False, 0, True
     blocks = _decoded_blocks(path, as_is, tell)
     for block in _documents(path, blocks) if text_suffix(path) == ".jsonl" else blocks:
         if not as_is and not keep_cr and "\r" in block:
             carriage_returns, block = True, re.sub(r"\r+\n|\r", "\n", block)
-        nuls, spaces = nuls or "\0" in block, spaces + block.count(SPACE_PIECE)
+        spaces += block.count(SPACE_PIECE)
         empty = empty and not block
         yield block
     if empty:
         raise UserError(f"{path} is empty: remove it or fill it")
     if tell and carriage_returns:
         warn(f"{path}: its carriage returns, as Windows writes them, are read as newlines (--keep-cr)")
-    if tell and nuls:
-        warn(f"{path} holds NULs, as UTF-16 does: convert it with iconv -f utf-16le -t utf-8")
     if tell and spaces:
         warn(f"{path}: {spaces} characters U+2581 will become spaces")
 
@@ -142,7 +139,7 @@ def _documents(path, blocks):
                 raise UserError(
                     f'{path}, line {number}: not a JSON object with a string "text": mend it or remove it'
                 ) from error
-            texts.append(text if text.endswith("\n") or not text else text + "\n")
+            texts.append(text and text.removesuffix("\n") + "\n")
         yield "".join(texts)
 
 
@@ -160,10 +157,9 @@ def _decoded_blocks(path, as_is, tell):
             try:
                 yield block.decode("utf-8")
             except UnicodeDecodeError as error:
-                utf16 = not start and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                 raise UserError(
-                    f"{path} is not UTF-8 at byte {start + error.start}: convert it, "
-                    f"for example with iconv -f {'utf-16' if utf16 else 'latin1'} -t utf-8"
+                    f"{path} is not UTF-8 at byte {start + error.start}: convert it, for example "
+                    "with iconv -f utf-16 -t utf-8, or -f latin1"
                 ) from error
             start += len(block)
 

@@ -64,12 +64,9 @@ def make_tokenizer(**options):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(write_text(2000, seed=1).split("\n")),
         model_writer=buffer,
-        model_type="bpe",
-        vocab_size=300,
         hard_vocab_limit=False,
-        byte_fallback=True,
         minloglevel=2,
-        **options,
+        **{"model_type": "bpe", "vocab_size": 300, "byte_fallback": True} | options,
     )
     return Tokenizer(buffer.getvalue())
 

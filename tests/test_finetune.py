@@ -188,10 +188,7 @@ WSC = ('Does "B" refer to "A" in this passage?', "C")
         ({"question": "A", "passage": "B"}, ("A", "B")),  # BoolQ
         ({"paragraph": "C", "question": "A", "answer": "B"}, ("Question: A Answer: B", "C")),
         ({"text": "C", "span1_text": "A", "span2_text": "B", "span1_index": 1}, WSC),
-        (
-            {"text": "C", "target": {"span1_text": "A", "span2_text": "B", "span2_index": 1}},
-            WSC,
-        ),  # SuperGLUE's
+        ({"text": "C", "target": {"span1_text": "A", "span2_text": "B", "span2_index": 1}}, WSC),
         ({"sentence": "A", "linguistic_feature_type": "syntactic", "UID": "x"}, ("A",)),  # MSGS
         ({"text_a": "A", "text_b": "B"}, ("A", "B")),
         ({"text": "A {sentence}"}, ("A {sentence}",)),
@@ -586,16 +583,9 @@ def test_texts_that_are_cut_are_told(folder, checkpoints, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, value",
-    [
-        ("--seeds", "0"),
-        ("--max-length", "2"),
-        ("--batch-size", "0"),
-        ("--learning-rate", "nan"),
-        ("--head", "deep"),
-    ],
+    "option", ["--seeds=0", "--max-length=2", "--batch-size=0", "--learning-rate=nan", "--head=deep"]
 )
-def test_wrong_usage_exits_with_2(option, value):
+def test_wrong_usage_exits_with_2(option):
     with pytest.raises(SystemExit) as stop:
-        finetune.main(["best.pt", "--tasks", "x", option, value])
+        finetune.main(["best.pt", "--tasks", "x", option])
     assert stop.value.code == 2

@@ -1,17 +1,14 @@
 """Text from both architectures: seeded, sampled as asked, never longer than asked."""
 
-import io
 import os
 
 import pytest
-import sentencepiece
 import torch
 
 import generate as program
 import model as models
-from conftest import save_model, write_text
+from conftest import make_tokenizer, save_model
 from generate import complete, generate
-from tokenizer import Tokenizer
 from training.io import run_program
 
 
@@ -47,24 +44,10 @@ def test_excluded_ids_are_never_sampled(model):
     assert tokens.min() > 3 and tokens.max() < 60
 
 
-def other_numbering():
-    """A tokenizer as T5 numbers its special pieces: pad 0, eos 1, unk 2, no bos."""
-    model = io.BytesIO()
-    numbering = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(write_text(2000, seed=1).splitlines()),
-        model_writer=model,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **numbering,
-    )
-    return Tokenizer(model.getvalue())
-
-
 def test_special_ids_are_those_of_the_tokenizer():
     """Piece 3 is text and is sampled; logits without a piece are not, which could not be decoded."""
-    tokenizer = other_numbering()
+    as_t5 = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    tokenizer = make_tokenizer(vocab_size=40, byte_fallback=False, **as_t5)
     ids = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id
     assert ids == (0, None, 1, 2) and tokenizer.special_ids == {0, 1, 2}
     model = models.build_model("llama-tiny", tokenizer.vocabulary_size + 20).eval()

@@ -152,10 +152,6 @@ def test_odd_arrays_are_no_losses(losses, tmp_path, change):
     np.savez(tmp_path / "a.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(UserError, match=r"a\.npz holds no losses"):
         read_losses(tmp_path / "a.npz")
-
-
-@pytest.mark.parametrize("content", [b"", b"PK", b"\x93NUMPY"])
-def test_a_damaged_file_holds_no_losses(tmp_path, content):
-    (tmp_path / "a.npz").write_bytes(content)
+    (tmp_path / "a.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="holds no losses"):
         read_losses(tmp_path / "a.npz")

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -74,19 +75,10 @@ def test_each_line_of_jsonl_is_a_text_that_ends_its_line(tmp_path):
     assert read_text(path) == "one\ntwo\nlines\n"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "no json",
-        "[1]",
-        "3",
-        '{"txt": "a"}',
-        '{"text": 3}',
-        '{"text": null}',
-        '{"text": "\\ud800"}',
-        "[" * 99999,
-    ],
-)
+NO_TEXT = ["no json", "[1]", "3", '{"txt": "a"}', '{"text": 3}', '{"text": null}', '{"text": "\\ud800"}']
+
+
+@pytest.mark.parametrize("line", [*NO_TEXT, "[" * 99999])
 def test_a_line_without_text_is_named(tmp_path, monkeypatch, line):
     monkeypatch.setattr(text_files, "READ_BYTES", 30)
     path = tmp_path / "x.jsonl"
@@ -157,24 +149,12 @@ def test_all_that_is_not_read_is_named_once(folder, capsys):
     assert ".z.txt, README.md, more/, pipe.dev, x.json, y.txt.gz.gz (" in warning and warning.count("\n") == 1
 
 
-def unreadable(folder):
-    (folder / "g.txt").symlink_to("nothing")
-
-
-def without_utf_8(folder):
-    os.close(os.open(os.fsencode(folder) + b"/\xff.txt", os.O_CREAT))
-
-
-def of_one_name(folder):
-    (folder / "a.train.jsonl").write_text(lines_of_json("a"))
-
-
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (unreadable, r"g\.txt is a link to a file that does not exist"),
-        (without_utf_8, "its name is not UTF-8"),
-        (of_one_name, r"holds both a\.train\.jsonl and a\.txt, which are one sub-corpus"),
+        (lambda f: (f / "g.txt").symlink_to("nothing"), r"g\.txt is a link to a file that does not exist"),
+        (lambda f: (Path(os.fsdecode(os.fsencode(f) + b"/\xff.txt"))).touch(), "its name is not UTF-8"),
+        (lambda f: (f / "a.jsonl").touch(), r"holds both a\.jsonl and a\.txt, which are one sub-corpus"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_wherever_the_folder_is_read(folder, tmp_path, spoil, message):
