@@ -149,6 +149,7 @@ def _is_consistent(header):
         and [0, *(file.stop for file in files)] == [*(file.start for file in files), tokens]
         and header["largest_id"] < header["vocabulary_size"]
         and block_bytes % itemsize == 0
+        and isinstance(header["digests"], list)
         and len(header["digests"]) == -(-tokens * itemsize // block_bytes)
     )
 
