@@ -76,7 +76,17 @@ def gradients(objective, batch, device):
     return loss.item(), torch.cat([p.grad.flatten() for p in objective.model.parameters()])
 
 
-def compiled_and_eager(train_shard, device, student):
+@pytest.mark.parametrize(
+    "device, student",
+    [
+        # A compiler runs for half a minute.
+        pytest.param("cpu", "llama-tiny", marks=pytest.mark.faults),
+        pytest.param("cpu", "gpt2-tiny", marks=pytest.mark.faults),
+        pytest.param("cuda", "llama-tiny", marks=pytest.mark.gpu),
+    ],
+)
+def test_compiled_gradients_are_the_eager_ones(train_shard, device, student):
+    """Dropout's masks too."""
     torch.manual_seed(0)
     student = models.build_model(student, 300)
     objective = FusedDistillationObjective(student, ensemble(), config()).to(device).train()
@@ -86,18 +96,6 @@ def compiled_and_eager(train_shard, device, student):
     compiled = gradients(objective, batch, device)
     assert abs(compiled[0] - eager[0]) < 1e-3 * eager[0]
     assert (compiled[1] - eager[1]).norm() < 0.02 * eager[1].norm()
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("student", ["llama-tiny", "gpt2-tiny"])
-def test_compiled_gradients_are_the_eager_ones(train_shard, student):
-    """Dropout's masks too. Among the long tests, because a compiler runs for half a minute."""
-    compiled_and_eager(train_shard, "cpu", student)
-
-
-@pytest.mark.gpu
-def test_compiled_gradients_are_the_eager_ones_on_a_gpu(train_shard):
-    compiled_and_eager(train_shard, "cuda", "llama-tiny")
 
 
 # ---- the program
