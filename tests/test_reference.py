@@ -228,6 +228,9 @@ def test_the_distillation_step_is_the_originals(ensemble):
     assert norms[1] > 1  # clipping acts
     torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
     assert_equal_gradients(objective.model, student, 2e-5)
+    # The comparison can fail: the reduction that the formula suggests gives another loss.
+    objective.kl_reduction = "token"
+    assert objective(objective.prepare(batch))["loss"] < 0.9 * theirs
 
 
 def test_twenty_steps_of_distillation_are_the_originals(ensemble):
@@ -239,14 +242,6 @@ def test_twenty_steps_of_distillation_are_the_originals(ensemble):
     torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=0)
     torch.testing.assert_close(our_norms, their_norms, rtol=2e-3, atol=0)
     assert ours[-1] < 0.9 * ours[0]
-
-
-def test_a_mean_over_tokens_would_not_be_the_original(ensemble):
-    """The comparison above can fail: the reduction that the formula suggests gives another loss."""
-    objective, student, teachers = ensemble
-    objective.kl_reduction = "token"
-    batch = as_the_original_cuts(random_batches(1)[0])
-    assert objective(objective.prepare(batch))["loss"] < 0.9 * original_loss(student, teachers, batch.tokens)
 
 
 def test_hf_configs_state_both_generations():

@@ -262,14 +262,11 @@ def test_a_dry_run_prints_the_arithmetic_and_nothing_else_happens(data_folder, t
     printed = capsys.readouterr().out
     assert "4 sequences x 32 = 128 tokens" in printed and "12 steps" in printed
     assert "warm-up    1 steps, a tenth of the run, instead of 50" in printed
+    # Epochs decide the number of steps.
+    chunks = (len(TokenShard(data_folder / "train.bin").tokens) - 1) // 32
+    epochs = config_for(data_folder, tmp_path / "r", steps=None, epochs=2.5, dry_run=True)
+    assert trained(epochs)["steps"] == round(chunks * 2.5 / 4)
     assert not (tmp_path / "r").exists()
-
-
-def test_epochs_decide_the_number_of_steps(data_folder, tmp_path):
-    shard = TokenShard(data_folder / "train.bin")
-    chunks = (len(shard.tokens) - 1) // 32
-    config = config_for(data_folder, tmp_path / "r", steps=None, epochs=2.5, dry_run=True)
-    assert trained(config)["steps"] == round(chunks * 2.5 / 4)
 
 
 def test_stop_after_saves_and_stops(data_folder, tmp_path):
@@ -289,12 +286,6 @@ def test_bfloat16_is_near_float32(data_folder, tmp_path):
 # ---- the command line
 
 
-def test_each_option_has_its_own_help():
-    for config_class in (TrainConfig, DistillConfig):
-        helps = [f.metadata["help"] for f in dataclasses.fields(config_class)]
-        assert len(set(helps)) == len(helps) and min(map(len, helps)) > 5
-
-
 def test_help_lists_each_option_in_the_order_of_the_groups_and_then_the_presets(capsys):
     with pytest.raises(SystemExit) as stop:
         distill.main(["--help"])
@@ -304,8 +295,9 @@ def test_help_lists_each_option_in_the_order_of_the_groups_and_then_the_presets(
     assert all(f"\n{name} " in text for name in models.PRESETS)
     headings = [line[:-1] for line in text.splitlines() if line[:-1] in GROUPS]
     assert headings == [group for group in GROUPS if group in headings] and len(headings) > 3
-    for field in dataclasses.fields(DistillConfig):
-        assert f"\n  --{field.name.replace('_', '-')}" in text, field.name
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(DistillConfig)}
+    assert all(f"\n  --{name.replace('_', '-')}" in text for name in helps)
+    assert len({*helps.values()}) == len(helps) and min(map(len, helps.values())) > 5
 
 
 @pytest.mark.parametrize(
