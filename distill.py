@@ -33,7 +33,7 @@ from training.checkpoint import content_digest
 from training.device import choose_compute, choose_device
 from training.io import log, run_program
 from training.logger import exit_code
-from training.options import REQUIRED, option, parse
+from training.options import DISTILL, REQUIRED, option, parse
 from training.teacher_cache import open_cache
 
 
@@ -120,7 +120,7 @@ class FusedDistillationObjective(DistillationObjective):
 
 
 OBJECTIVES = {"fused": FusedDistillationObjective, "plain": DistillationObjective}
-distillation = functools.partial(option, group="distillation")
+distillation = functools.partial(option, group=DISTILL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,11 +160,11 @@ def load_teachers(config, corpus):
     for path in config.teachers:
         teacher, checkpoint = models.load_compatible(path, corpus)
         models.check_context(teacher, config.sequence_length, path)
-        teachers.append(teacher)
         digest = content_digest(checkpoint["weights"])
         records.append({"name": checkpoint["model"]["name"], "digest": digest})
         if precision == "bf16":
             cast_linears_to_bf16(teacher)
+        teachers.append(teacher)
     return teachers, records
 
 

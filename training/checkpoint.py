@@ -86,7 +86,7 @@ def make_checkpoint(
 def _check_types(checkpoint):
     """Raises TypeError, or another error for a missing field, unless all fields have their types."""
     config, progress, pieces = (checkpoint[key] for key in ("config", "progress", "tokenizer"))
-    texts = [checkpoint["model"]["name"], checkpoint["tokenizer"]["identity"]]
+    texts = [checkpoint["model"]["name"], pieces["identity"]]
     texts += [*checkpoint["weights"], *config, config.get("train_shard", ""), config.get("init") or ""]
     texts += [teacher[key] for teacher in checkpoint["teachers"] for key in ("name", "digest")]
     length, training = config["sequence_length"], checkpoint["training"]
@@ -102,10 +102,7 @@ def _check_types(checkpoint):
         and 0 < length < 1 << 20
         and isinstance(training, (dict, type(None)))
     ):
-        raise TypeError(
-            "a checkpoint holds float32 weights, whole and fractional numbers as progress, and "
-            "primitives as config: something here is of another type"
-        )
+        raise TypeError("a checkpoint holds float32 weights, numbers as progress, primitives as config")
 
 
 def write_checkpoint(path, previous=None, **fields):
