@@ -1,11 +1,11 @@
-"""Draw two pictures of an ablation: the gain of distillation by words of text, and by teachers.
+"""Draw the gain of distillation by the number of words of the training text.
 
-    python -m benchmarks.ablations --words 65000=DIR 130000=DIR --teachers DIR --out FOLDER
+    python -m benchmarks.ablations --fixed N=DIR ... --chosen N=DIR,STUDENT,CONTROL ... --out FILE.png
 
-DIR is the folder of results of `reproduce.py`. `65000=DIR,STUDENT,CONTROL` takes two of its models by
-name. A gain is the control's cross-entropy on the reported dev text minus the student's, in nats per
-token: above 0 the student is better. Bars are intervals of 95 % over blocks of text, for the seeds that
-were trained. Writes gain-words.png and gain-teachers.png. Needs matplotlib.
+N is the number of words. DIR is a folder of results of `reproduce.py`, whose student and control are
+compared, or the two that are named. A gain is the control's cross-entropy on the reported dev text
+minus the student's, in nats per token: above 0 the student is better. --fixed has models with the same
+options at each size, --chosen models with options that were chosen for the size. Needs matplotlib.
 """
 
 import argparse
@@ -13,88 +13,76 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from experiments.plots import CONTROL, STUDENT, picture
+from experiments.plots import CONTROL, NOTE, STUDENT, WIDTH, picture
 from experiments.results import read_study
 from training.io import UserError, atomic_write, run_program
 
+SERIES = {"fixed": "the same options at each size", "chosen": "weight decay chosen for each size"}
 
-def gains(folder, **roles):
-    """Returns {title: (number of teachers, gain, low, high)} of an experiment's students, its own first.
 
-    Others have the same options and other teachers. `roles` are a `student` and a `control` by name.
+def gain(words, folder, *names):
+    """A point of the picture: (words, gain, low, high, number of seeds), in nats per token.
+
+    The 95 % interval is over seeds, or over text with one seed. Raises `UserError` without both models.
     """
-    study = dataclasses.replace(read_study(Path(folder)), **roles)
-    student, control = study.student, study.control
-    if (student, control) not in study.comparisons:
-        names = f"{control or 'control'} and {student or 'student'}"
-        raise UserError(f"{folder} has no seed with {names}: train both")
-    options = study.results(student)[0].get("conditions")
-    result = {}
-    for name in sorted(study.students, key=lambda name: name != student):
-        comparison = study.comparisons.get((name, control))
-        if comparison and study.results(name)[0].get("conditions") == options:
-            difference = next(iter(comparison.values()))
-            low, high = difference.over_text
-            count = len(study.teachers[name])
-            result[study.models[name]] = (count, -difference.mean, -high, -low)
-    return result
+    study = read_study(Path(folder))
+    if names:
+        study = dataclasses.replace(study, student=names[0], control=names[1])
+    difference = study.difference(study.student, study.control)
+    if difference is None:
+        raise UserError(f"{folder} has no seed with {study.student} and {study.control}: train both")
+    low, high = difference.over_seeds or difference.over_text
+    return int(words), -difference.mean, -high, -low, len(difference.per_seed)
 
 
-def draw(points, label, logarithmic=False):
-    """Returns the PNG of points (x, title, gain, low, high), or None without matplotlib."""
-
-    def paint(figure):
-        axes = figure.subplots()
-        largest = max(x for x, *_ in points)
-        for x, title, gain, low, high in points:
-            axes.errorbar(x, gain, yerr=[[gain - low], [high - gain]], fmt="o", color=STUDENT, capsize=4)
-            shift, side = (7, "left") if x < largest else (-7, "right")
-            axes.annotate(title, (x, gain), (shift, 0), textcoords="offset points", ha=side, size=8)
-        axes.axhline(0, color=CONTROL, linestyle=":")
-        if logarithmic:
-            axes.set_xscale("log")
-        ticks = sorted({x for x, *_ in points})
-        axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
-        axes.minorticks_off()
-        axes.margins(x=0.25)
-        axes.set_xlabel(label)
-        axes.set_ylabel("gain over the control (nats per token)")
-
-    return picture(6, 3.6, paint)
+def paint(figure, series):
+    """Draws {name of a series: its points} over words, on a logarithmic scale."""
+    axes, colours = figure.subplots(), {"fixed": "#777777", "chosen": STUDENT}
+    for name, points in series.items():
+        style = {"color": colours[name], "linestyle": "--" if name == "fixed" else "-"}
+        axes.plot(
+            [x for x, *_ in points], [y for _, y, *_ in points], linewidth=2, label=SERIES[name], **style
+        )
+        for x, y, low, high, seeds in points:
+            bars, marker = [[y - low], [high - y]], "s" if seeds > 1 else "o"
+            axes.errorbar(x, y, yerr=bars, fmt=marker, markersize=7, capsize=4, color=colours[name])
+    axes.axhline(0, color=CONTROL, linewidth=2)
+    axes.set_xscale("log")
+    ticks = sorted({x for points in series.values() for x, *_ in points})
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("words of training text")
+    axes.set_ylabel("gain over the control (nats per token)")
+    axes.legend(frameon=False)
+    note = "95 % intervals. Dot: one seed, interval over text. Square: several seeds, interval over seeds."
+    figure.supxlabel(note, **NOTE)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, text = parser.add_argument, "words of training text, and the results on them"
-    add("--words", nargs="+", default=[], metavar="N=DIR[,STUDENT,CONTROL]", help=text)
-    add("--teachers", metavar="DIR", help="results of students of other teachers")
-    add("--out", required=True, type=Path, metavar="FOLDER", help="folder of the pictures")
+    for name, text in SERIES.items():
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="N=DIR[,STUDENT,CONTROL]", help=text)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the picture, a PNG")
     args = parser.parse_args(argv)
-    if not args.words and not args.teachers:
-        parser.error("nothing to draw: give --words or --teachers")
-    pictures = {"gain-words": [], "gain-teachers": []}
-    for text in args.words:
-        words, _, value = text.partition("=")
-        folder, *names = value.split(",")
-        if not words.isdecimal() or not folder or len(names) not in (0, 2):
-            parser.error(f"--words {text}: give N=DIR or N=DIR,STUDENT,CONTROL")
-        _, *gain = next(iter(gains(folder, **dict(zip(("student", "control"), names))).values()))
-        pictures["gain-words"].append((int(words), names[0] if names else "", *gain))
-    if args.teachers:
-        for title, (count, *gain) in gains(args.teachers).items():
-            pictures["gain-teachers"].append((count, title, *gain))
-    labels = {"gain-words": "words of training text", "gain-teachers": "teachers"}
-    for name, points in pictures.items():
-        for x, title, gain, low, high in points:
-            print(f"{name}  {x:>9,}  {gain:+.4f} [{low:+.4f}, {high:+.4f}]  {title}")
-        if points:
-            image = draw(points, labels[name], logarithmic=name == "gain-words")
-            if image is None:
-                raise UserError("the pictures need matplotlib: pip install matplotlib")
-            with atomic_write(args.out / f"{name}.png") as file:
-                file.write(image)
+    series = {}
+    for name in SERIES:
+        for text in getattr(args, name):
+            words, _, value = text.partition("=")
+            folder, *names = value.split(",")
+            if not words.isdecimal() or not folder or len(names) not in (0, 2):
+                parser.error(f"--{name} {text}: give N=DIR or N=DIR,STUDENT,CONTROL")
+            point = gain(words, folder, *names)
+            series.setdefault(name, []).append(point)
+            print("{}  {:>9,}  {:+.4f} [{:+.4f}, {:+.4f}]  seeds: {}".format(name, *point))
+    if not series:
+        parser.error("nothing to draw: give --fixed or --chosen")
+    image = picture(WIDTH, 4.6, lambda figure: paint(figure, series))
+    if image is None:
+        raise UserError("the picture needs matplotlib: pip install matplotlib")
+    with atomic_write(args.out) as file:
+        file.write(image)
     return 0
 
 

@@ -48,33 +48,28 @@ def report_blocks(study, command):
     The content of a picture is (name, title, PNG bytes or None).
     """
     num_seeds = len(study.seeds)
-    blocks = [("heading", f"Recipe {study.name}, {num_seeds} seed{'s' * (num_seeds > 1)}")]
+    title = f"Language models compared: recipe {study.name}, {num_seeds} seed{'s' * (num_seeds > 1)}"
+    blocks = [("heading", title)]
+    blocks.append(("picture", ("differences", "Cross-entropy minus the control's", plots.differences(study))))
     blocks += [("text", line) for line in (study.about, *caveats(study)) if line]
     blocks.append(("table", tables.conclusion_rows(study)))
-    blocks.append(("picture", ("differences", "Cross-entropy minus the control's", plots.differences(study))))
     blocks.append(("table", tables.result_rows(study)))
     blocks += [("text", RESULTS.format(text=study.text)), ("text", provenance(study, command))]
     blocks += section("Differences", tables.difference_rows(study), DIFFERENCES)
     blocks += section("Differences in minimal pairs", tables.pair_difference_rows(study), PAIR_DIFFERENCES)
     blocks += section("Lead and gap", tables.lead_rows(study), LEAD_AND_GAP)
-    if curves := plots.learning_curves(study):
-        image = plots.picture(7.2, 4.2, lambda figure: plots.paint_curves(figure, study, curves))
+    if plots.drawn_models(study):
+        image = plots.picture(plots.WIDTH, 3.8, lambda figure: plots.paint_curves(figure, study))
         title = "Cross-entropy on validation text by epochs of training"
         blocks += [("heading", "Learning curves"), ("picture", ("curves", title, image))]
-    training = plots.training_curves(study)
-    if any(training):
-        image = plots.picture(9.5, 3.8, lambda figure: plots.paint_training(figure, study, *training))
-        blocks.append(("picture", ("training", "Cross-entropy and KL on the training text", image)))
     blocks += section("By sub-corpus", tables.sub_corpus_rows(study))
     for folder in pair_folders(study):
-        image = plots.picture(11, 4, lambda figure, f=folder: plots.paint_fields(figure, study, f))
         blocks.append(("heading", f"Minimal pairs of {folder}, by field"))
-        blocks.append(("picture", (f"fields-{folder}", f"{folder} by field", image)))
+        blocks.append(("picture", (f"fields-{folder}", f"{folder} by field", plots.fields(study, folder))))
         blocks.append(("table", tables.field_rows(study, folder)))
     if scores := finetuned_scores(study):
         blocks += section("Fine-tuned", task_rows(scores, study.models), FINETUNED)
-        width = min(11, 4 + 1.4 * len(scores["tasks"]))
-        image = plots.picture(width, 4, lambda figure: plots.paint_tasks(figure, study, scores))
+        image = plots.picture(plots.WIDTH, 4, lambda figure: plots.paint_tasks(figure, study, scores))
         blocks.append(("picture", ("finetuned", "Scores of the fine-tuned models", image)))
     return [*blocks, *sample_blocks(study)]
 
@@ -155,7 +150,8 @@ def as_markdown(blocks, out):
 
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem }}
 table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}

@@ -3,7 +3,8 @@
 import io
 import statistics
 
-from experiments.findings import verdict_of
+from evaluation.statistics import t_interval
+from experiments.findings import cross_entropy_of, verdict_of
 from experiments.tables import with_minus
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito); the student and its control
@@ -21,6 +22,8 @@ STYLE = {
     "grid.color": "#E6E6E6",
     "text.parse_math": False,  # a title may hold dollar signs
 }
+NOTE = {"fontsize": 8.5, "color": "#555555", "x": 0.01, "ha": "left"}  # of a line below a picture
+WIDTH = 8.5  # inches: 830 pixels of a page on GitHub, where the smallest text has then 11 pixels
 
 
 def picture(width, height, paint):
@@ -57,7 +60,7 @@ def differences(study):
     if not rows:
         return None
     height = 1.9 + 0.42 * len(rows)
-    return picture(8.5, height, lambda figure: paint_differences(figure, study, rows))
+    return picture(WIDTH, height, lambda figure: paint_differences(figure, study, rows))
 
 
 def paint_differences(figure, study, names):
@@ -100,7 +103,7 @@ def paint_differences(figure, study, names):
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("cross-entropy on test text minus the control's (nats per token; left is better)")
-    figure.supxlabel(explanation(study), fontsize=8.5, color="#555555", x=0.01, ha="left")
+    figure.supxlabel(explanation(study), **NOTE)
 
 
 def explanation(study):
@@ -117,17 +120,23 @@ def explanation(study):
 # ---- curves
 
 
-def learning_curves(study):
-    """{name: [curve of each seed]}, where each seed of a model has one.
+def drawn_models(study):
+    """The names of the models whose curves are drawn: the control, the student, its best teacher.
 
-    A curve is [(epoch, cross-entropy on validation text)].
+    Without a control or a student, all models that are trained.
     """
-    curves = {}
-    for name in study.models:
-        runs = study.results(name)
-        if all(run.get("curve") for run in runs):
-            curves[name] = [over_epochs(run, run["curve"]) for run in runs]
-    return curves
+    results = {name: study.results(name) for name in study.models}
+    trained = {name: runs for name, runs in results.items() if runs and all(r.get("curve") for r in runs)}
+    if not {study.control, study.student} <= trained.keys():
+        return list(trained)
+    teachers = [name for name in study.teachers[study.student] if name in trained]
+    best = min(teachers, key=lambda name: cross_entropy_of(trained[name][0]), default=None)
+    return [name for name in trained if name in (study.control, study.student, best)]
+
+
+def over_epochs(run, curve):
+    """[(epoch, value)], in order, of a run's [(step, value)]."""
+    return sorted((round(step * run["epochs"] / run["steps"], 6), value) for step, value in curve)
 
 
 def mean_curve(curves):
@@ -135,11 +144,6 @@ def mean_curve(curves):
     by_epoch = [dict(curve) for curve in curves]
     common = sorted(set.intersection(*map(set, by_epoch)))
     return [(epoch, statistics.fmean(values[epoch] for values in by_epoch)) for epoch in common]
-
-
-def over_epochs(run, curve):
-    """[(epoch, value)], in order, of a run's [(step, value)]."""
-    return sorted((round(step * run["epochs"] / run["steps"], 6), value) for step, value in curve)
 
 
 def value_range(curves):
@@ -153,51 +157,59 @@ def value_range(curves):
     return low - margin, high + margin
 
 
-def paint_curves(figure, study, curves):
-    """Draws the learning curves over epochs: thick for the mean, thin for single seeds."""
-    axes, colour = figure.subplots(), colours(study)
-    for name, singles in curves.items():
-        for single in singles if len(singles) > 1 else ():
-            axes.plot(*zip(*single), color=colour[name], linewidth=0.7, alpha=0.45)
-        if mean := mean_curve(singles):
-            style = "-" if name in (study.student, study.control) else "--"
-            axes.plot(*zip(*mean), style, color=colour[name], linewidth=2, label=study.models[name])
-    axes.set_ylim(value_range([single for singles in curves.values() for single in singles]))
-    axes.legend(frameon=False, fontsize=8.5)
+def paint_curves(figure, study):
+    """Draws cross-entropy on validation text over epochs: thick for the mean, thin for single seeds."""
+    axes, colour, every_curve = figure.subplots(), colours(study), []
+    for name in drawn_models(study):
+        curves = [over_epochs(run, run["curve"]) for run in study.results(name)]
+        every_curve += curves
+        for curve in curves if len(curves) > 1 else ():
+            axes.plot(*zip(*curve), color=colour[name], linewidth=0.7, alpha=0.45)
+        if mean := mean_curve(curves):
+            axes.plot(*zip(*mean), color=colour[name], linewidth=2, label=study.models[name])
+    axes.set_ylim(value_range(every_curve))
+    axes.legend(frameon=False)
     axes.set_xlim(left=0)
     axes.set_xlabel("epochs of training")
     axes.set_ylabel("cross-entropy on validation text\n(nats per token, lower is better)")
 
 
-def training_curves(study):
-    """The curves of cross-entropy and of KL on training text, each {name: curve of the first seed}."""
-    curves = {}, {}
-    for name in study.models:
-        for run in study.results(name)[:1]:
-            for by_name, column in zip(curves, (1, 2)):
-                points = [(point[0], point[column]) for point in run.get("training", ())]
-                if points := [point for point in points if point[1] is not None]:
-                    by_name[name] = over_epochs(run, points)
-    return curves
+# ---- minimal pairs
 
 
-def paint_training(figure, study, cross_entropies, divergences):
-    """Draws cross-entropy and KL on the training text over epochs, in a panel each."""
-    colour, panels = (
-        colours(study),
-        [(cross_entropies, "cross-entropy on the training text\n(nats per token)")],
-    )
-    if divergences:
-        panels.append((divergences, "KL to the teachers, as the loss has it"))
-    for i, (curves, label) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), i + 1)
-        for name, curve in curves.items():
-            axes.plot(*zip(*curve), color=colour[name], linewidth=1.2, label=study.models[name])
-        axes.set_xlabel("epochs of training")
-        axes.set_xlim(left=0)
-        axes.set_ylim(value_range(list(curves.values())))
-        axes.set_ylabel(label)
-    figure.axes[0].legend(frameon=False, fontsize=8.5)
+def fields(study, folder):
+    """The picture of the student minus the control in each field of minimal pairs. None without both."""
+    if not study.shared_seeds(study.student, study.control):
+        return None
+    height = 1.4 + 0.3 * len(study.every_result()[0]["report"]["pairs"][folder]["per_field"])
+    return picture(WIDTH, height, lambda figure: paint_fields(figure, study, folder))
+
+
+def paint_fields(figure, study, folder):
+    """Draws the student's accuracy minus the control's in each field of a folder of minimal pairs.
+
+    A dot is the mean over seeds, a line its 95 % interval over seeds, where there are several.
+    """
+    seeds = study.shared_seeds(study.student, study.control).values()
+    accuracies = [
+        [seed[name]["report"]["pairs"][folder]["per_field"] for seed in seeds]
+        for name in (study.student, study.control)
+    ]
+    fields = list(accuracies[0][0])
+    axes = figure.subplots()
+    for height, field in enumerate(fields):
+        gains = [100 * (student[field] - control[field]) for student, control in zip(*accuracies)]
+        if interval := t_interval(gains):
+            axes.plot(interval, [height, height], color=STUDENT, linewidth=2.2)
+        axes.plot([statistics.fmean(gains)], [height], "o", color=STUDENT, markersize=8)
+    axes.axvline(0, color=CONTROL, linewidth=2)
+    axes.set_yticks(range(len(fields)), [field.replace("_", " ") for field in fields])
+    axes.set_ylim(len(fields) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{folder}: points of accuracy, {study.models[study.student]} minus the control")
+    count = len(seeds)
+    note = f"Mean of {count} seeds, 95 % interval over seeds." if count > 1 else "One seed: no interval."
+    figure.supxlabel(f"{note} Right of the line the student is better.", **NOTE)
 
 
 # ---- bars
@@ -222,22 +234,6 @@ def paint_bars(axes, study, groups, values, errors=None):
         )
     axes.set_xticks(range(len(groups)), groups, fontsize=7.5)
     axes.grid(axis="x", visible=False)
-
-
-def paint_fields(figure, study, folder):
-    """Draws a group of bars for each field of a folder's minimal pairs."""
-    axes, fields = figure.subplots(), study.every_result()[0]["report"]["pairs"][folder]["per_field"]
-
-    def accuracy(name, field):
-        runs = study.results(name)
-        return statistics.fmean(100 * r["report"]["pairs"][folder]["per_field"][field] for r in runs)
-
-    values = {name: [accuracy(name, field) for field in fields] for name in study.models}
-    paint_bars(axes, study, [field.replace("_", "\n") for field in fields], values)
-    axes.axhline(50, color="#888888", linewidth=1, linestyle=":")
-    axes.set_ylabel(f"{folder}, pairs judged right (%)")
-    axes.set_ylim(bottom=0, top=100)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
 def paint_tasks(figure, study, scores):

@@ -133,8 +133,12 @@ def one_seed(study):
 
 def test_the_report_begins_with_the_verdicts_and_shows_the_curves(study, figure):
     text, screen = write(study)
-    assert text.startswith("# Recipe demo, 2 seeds\n\nAbout.\n\n| conclusion | test CE | verdict |")
-    for name in ("differences", "curves", "training", f"fields-{FOLDER}"):
+    title, image, about, conclusions = text.split("\n\n")[:4]
+    assert title == "# Language models compared: recipe demo, 2 seeds" and about == "About."
+    assert image.endswith("(differences.png)") and conclusions.startswith(
+        "| conclusion | test CE | verdict |"
+    )
+    for name in ("differences", "curves", f"fields-{FOLDER}"):
         assert f"({name}.png)" in text
         assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Report: python x.py, commit " in text
@@ -147,7 +151,7 @@ def test_the_report_begins_with_the_verdicts_and_shows_the_curves(study, figure)
 def test_the_page_needs_no_other_file(study, figure):
     write(study)
     page = (study.folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == 4
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 3
     assert not re.search(r"https?://|<script|<link", page)
 
 
@@ -361,7 +365,7 @@ def test_pairs_are_left_out_where_some_model_has_none(study):
 
 def test_a_single_seed_has_no_spread(study, figure):
     text, _ = write(one_seed(study))
-    assert text.startswith("# Recipe demo, 1 seed\n") and "0.150 ±" not in text
+    assert text.startswith("# Language models compared: recipe demo, 1 seed\n") and "0.150 ±" not in text
     assert "| UNDECIDED (1 of 2 seeds) |" in text
 
 
@@ -371,33 +375,27 @@ def test_a_model_that_some_seeds_lack_is_compared_in_the_others(study):
     assert "| student (distilled) | 1,000 | 4 | 60 | 1.550 | 1.550 |" in text
 
 
-def test_a_curve_is_the_mean_over_seeds_by_epochs(study):
-    study.seeds[1]["student"]["curve"] = [[10, 4.55], [20, 1.75], [40, 1.65]]  # a damaged line
-    curves = plots.learning_curves(study)
-    assert list(curves) == ["gpt2-teacher", "llama-teacher", "control", "student"]
-    singles = curves["student"]
-    mean = plots.mean_curve(singles)
+def test_a_curve_is_the_mean_over_seeds_by_epochs():
+    mean = plots.mean_curve([[(1, 5.0), (2, 1.75), (3, 1.65), (4, 1.5)], [(1, 4.5), (2, 1.25), (4, 1.7)]])
     assert [epoch for epoch, _ in mean] == [1, 2, 4]
-    assert [value for _, value in mean] == pytest.approx([5.55, 1.75, 1.6])
-    assert singles[0][2] == (3, pytest.approx(1.65)) and singles[1][-1] == (4, 1.65)
+    assert [value for _, value in mean] == pytest.approx([4.75, 1.5, 1.6])
 
 
-def test_curves_are_drawn_over_epochs_without_their_steep_start(study, figure):
-    plots.paint_curves(figure, study, plots.learning_curves(study))
+def test_curves_of_the_control_the_student_and_its_best_teacher_are_drawn_over_epochs(study, figure):
+    plots.paint_curves(figure, study)
     (axes,) = figure.axes
-    lines = {line.get_label(): line for line in axes.lines}
+    lines = {line.get_label(): line for line in axes.lines if line.get_linewidth() > 1}
+    assert list(lines) == ["GPT-2 teacher", "control (alone)", "student (distilled)"]
     assert lines["student (distilled)"].get_xdata()[-1] == 4
     assert lines["control (alone)"].get_ydata()[-1] == pytest.approx(1.71)
-    thin = [line for line in axes.lines if line.get_linewidth() < 1]
-    assert len(thin) == 8 and len(axes.lines) == 12
+    assert len(axes.lines) == 9  # three means, and three models with two seeds
     low, high = axes.get_ylim()
-    assert 1.4 < low < 1.5 and 1.92 < high < 2.0
+    assert 1.4 < low < 1.5 and 1.92 < high < 2.0  # without the steep start
 
 
-def test_cross_entropy_and_kl_are_drawn_apart(study, figure):
-    plots.paint_training(figure, study, *plots.training_curves(study))
-    assert [len(axes.lines) for axes in figure.axes] == [4, 1]
-    assert list(figure.axes[1].lines[0].get_ydata()) == [0.5] * 4
+def test_without_a_control_every_model_has_its_curve(study):
+    names = plots.drawn_models(dataclasses.replace(study, control=None))
+    assert names == [name for name in study.models if name != ENSEMBLE]
 
 
 def test_logs_without_curves_do_not_stop_the_report(study):
@@ -407,8 +405,19 @@ def test_logs_without_curves_do_not_stop_the_report(study):
     assert "| student (distilled) |" in text and "curves.png" not in text
 
 
-def test_one_value_for_all_can_be_drawn(study, figure):
-    plots.paint_curves(figure, study, {"student": [[(0.5, 2.0)]]})
+def test_minimal_pairs_are_drawn_as_the_students_gain_in_each_field(study, figure):
+    plots.paint_fields(figure, study, FOLDER)
+    (axes,) = figure.axes
+    fields = study.every_result()[0]["report"]["pairs"][FOLDER]["per_field"]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    for field, dot in zip(fields, dots, strict=True):
+        gains = [
+            100 * (s["student"]["report"]["pairs"][FOLDER]["per_field"][field])
+            - 100 * (s["control"]["report"]["pairs"][FOLDER]["per_field"][field])
+            for s in study.seeds.values()
+        ]
+        assert list(dot.get_xdata()) == pytest.approx([sum(gains) / len(gains)])
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f.replace("_", " ") for f in fields]
 
 
 def test_the_limits_of_an_axis_hold_a_curve_that_rises_again():
@@ -587,32 +596,20 @@ def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
     assert read_log(tmp_path / "log.jsonl")["curve"] == []  # nothing tells the length of an epoch
 
 
-def test_an_ablation_is_drawn_from_the_folders_of_results(study, figure, capsys):
-    """The student of other teachers is shown beside the student; one of other options is not."""
+def test_the_gain_by_words_is_drawn_from_the_folders_of_results(study, figure, capsys):
     add_student(study, "alone", "of the LLaMA", ["llama-teacher"], CROSS_ENTROPY[ENSEMBLE])
-    add_student(study, "longer", "with more epochs", TEACHERS, CROSS_ENTROPY["student"])
-    for results in study.seeds.values():
-        results["longer"]["conditions"] = {"epochs": 8}
-    path = str(store(study))
-    words = [f"65000={path}", f"65000={path},alone,control"]
-    assert ablations.main(["--words", *words, "--teachers", path, "--out", path]) == 0
+    path, picture = str(store(study)), study.folder / "words.png"
+    points = ["--fixed", f"65000={path}", "--chosen", f"65000={path},alone,control", "--out", str(picture)]
+    assert ablations.main(points) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:3] for line in lines] == [
-        ["gain-words", "65,000", "+0.1600"],
-        ["gain-words", "65,000", "+0.2850"],
-        ["gain-teachers", "2", "+0.1600"],
-        ["gain-teachers", "1", "+0.2850"],
-    ]
-    for name in ("gain-words", "gain-teachers"):
-        assert (study.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    for seed in study.seeds:
-        (study.folder / f"seed-{seed}" / "control.json").unlink()
-    with pytest.raises(UserError, match="no seed with control and student"):
-        ablations.main(["--teachers", path, "--out", path])
+    assert [line[:3] for line in lines] == [["fixed", "65,000", "+0.1600"], ["chosen", "65,000", "+0.2850"]]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="no seed with student and nobody"):
+        ablations.main(["--fixed", f"65000={path},student,nobody", "--out", str(picture)])
     for given, message in [
-        ([], "give --words or --teachers"),
-        (["--words", f"65000={path},alone"], "give N=DIR or N=DIR,STUDENT,CONTROL"),
+        ([], "give --fixed or --chosen"),
+        (["--chosen", f"65000={path},alone"], "give N=DIR or N=DIR,STUDENT,CONTROL"),
     ]:
         with pytest.raises(SystemExit):
-            ablations.main([*given, "--out", path])
+            ablations.main([*given, "--out", str(picture)])
         assert message in capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_what_was_scored_for_tuning_is_not_reported(recipe, tmp_path, capsys):
     assert run("--report", out) == 1  # no experiment yet
     assert run(*arguments, "--models", "control") == 0
     assert run(*arguments) == 0
-    assert (out / "report.md").read_text().startswith("# Recipe short, 1 seed\n")
+    assert (out / "report.md").read_text().startswith("# Language models compared: recipe short, 1 seed\n")
 
 
 def test_a_seed_can_be_anothers(recipe, tmp_path):
