@@ -80,16 +80,11 @@ def write_task(folder, seed):
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    parser.add_argument(
-        "--words",
-        type=int,
-        default=200_000,
-        metavar="N",
-        help="number of words of training text; the dev split gets a tenth of it, and at least "
-        f"{LEAST_DEV_WORDS} (default: 200000)",
-    )
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="folder to write into")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    words_help = f"words of training text; dev text has a tenth, at least {LEAST_DEV_WORDS} (default: 200000)"
+    add("--words", type=int, default=200_000, metavar="N", help=words_help)
     args = parser.parse_args(argv)
     out = Path(args.out)
     write_split(out / "train", "train", args.words, args.seed)

@@ -276,31 +276,17 @@ def print_table(headers):
 
 def parse_arguments(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", metavar="DIR", help="training text; needed without --tokenizer")
-    parser.add_argument("--dev", metavar="DIR", required=True, help="validation text")
-    parser.add_argument(
-        "--out", metavar="DIR", default="data/babylm", help="folder to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help=f"pieces of the tokenizer (default: {VOCABULARY_SIZE})",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="encode with this tokenizer instead of training one"
-    )
-    parser.add_argument(
-        "--clean",
-        choices=CLEANERS,
-        default="light",
-        help="light: remove markup and credits; paper: exactly the original's cleaning, which also joins "
-        "lines; none: keep every character (default: light)",
-    )
-    parser.add_argument("--keep-cr", action="store_true", help="keep carriage returns that end lines")
-    parser.add_argument(
-        "--no-clean", action="store_const", const="none", dest="clean", help="same as --clean none"
-    )
+    add = parser.add_argument
+    add("--train", metavar="DIR", help="training text; needed without --tokenizer")
+    add("--dev", metavar="DIR", required=True, help="validation text")
+    add("--out", metavar="DIR", default="data/babylm", help="folder to write (default: %(default)s)")
+    add("--vocab-size", type=int, metavar="N", help=f"pieces of the tokenizer (default: {VOCABULARY_SIZE})")
+    add("--tokenizer", metavar="FILE", help="encode with this tokenizer instead of training one")
+    clean_help = "light: remove markup and credits; paper: exactly the original's cleaning, which also joins "
+    clean_help += "lines; none: keep every character (default: light)"
+    add("--clean", choices=CLEANERS, default="light", help=clean_help)
+    add("--keep-cr", action="store_true", help="keep carriage returns that end lines")
+    add("--no-clean", action="store_const", const="none", dest="clean", help="same as --clean none")
     args = parser.parse_args(argv)
     if args.tokenizer and args.vocab_size is not None:
         parser.error("--vocab-size has no effect with --tokenizer")

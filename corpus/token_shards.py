@@ -30,15 +30,12 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One text of a shard: its token span, and the words and UTF-8 bytes of its cleaned text.
-
-    It has 0 words if blanks do not separate them.
-    """
+    """One text of a shard: its token span, and the words and UTF-8 bytes of its cleaned text."""
 
     name: str
     start: int
     stop: int
-    words: int
+    words: int  # 0 if blanks do not separate them
     bytes: int
 
 

@@ -40,25 +40,18 @@ LOSS_ARRAYS = {  # in a file of losses: kind of dtype as numpy names it, and the
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of one model on a dev shard, summed by piece.
-
-    A piece is a chunk, or the part of a chunk that lies in one file. Of each piece (N,): `file_of`
-    is the number of its file, `targets` its predicted tokens, `nats` the sum of their losses,
-    `scaled_nats` the same at a fitted temperature, or None. Of each file (F,): `files` is its name,
-    `words_per_token` a number, and `shares` its share of the training text, or None. `text` is the
-    digest of the shard, `precision` that of the matrix products, "" in a file that does not say it.
-    """
+    """The losses of one model on a dev shard, summed by piece: a chunk, or its part in one file."""
 
     path: str
-    text: str
-    precision: str
-    files: np.ndarray
-    words_per_token: np.ndarray
-    file_of: np.ndarray
-    targets: np.ndarray
-    nats: np.ndarray
-    shares: np.ndarray | None = None
-    scaled_nats: np.ndarray | None = None
+    text: str  # digest of the shard
+    precision: str  # of the matrix products; "" in a file that does not say it
+    files: np.ndarray  # name of each file (F,)
+    words_per_token: np.ndarray  # (F,)
+    file_of: np.ndarray  # number of the file of each piece (N,)
+    targets: np.ndarray  # predicted tokens of each piece (N,)
+    nats: np.ndarray  # the sum of their losses (N,)
+    shares: np.ndarray | None = None  # each file's share of the training text (F,)
+    scaled_nats: np.ndarray | None = None  # nats at a fitted temperature (N,)
 
     def same_pieces(self, other):
         """True if both describe the same pieces of the same text, with the same shares."""

@@ -396,19 +396,6 @@ def test_hardly_a_token_is_padding(stream):
     assert real == stream.num_tokens and padded < 1.15 * real
 
 
-@kinds
-def test_what_is_padded_changes_nothing(kind):
-    torch.manual_seed(0)
-    model = classifier.as_classifier(language_model(kind), 2).eval()
-    generator = random.Random(0)
-    ids = [[generator.randint(4, V - 1) for _ in range(n)] for n in (40, 3, 1, 22)]
-    examples = tasks.EncodedExamples(ids, torch.zeros(4, dtype=int), 0, 0)
-    together = finetune.predict(model, examples, torch.autocast("cpu", enabled=False))
-    for i, row in enumerate(ids):
-        alone = classifier.class_logits(model, torch.tensor([row]), torch.tensor([len(row) - 1]))
-        assert torch.allclose(together[i], alone[0], atol=1e-5)
-
-
 # ---- the program
 
 
@@ -461,11 +448,13 @@ def test_a_signal_in_the_last_step_of_a_run_ends_the_command_too(folder, checkpo
 
 
 def test_results_of_other_runs_are_refused_before_anything_is_trained(
-    folder, checkpoints, tmp_path, capsys, monkeypatch
+    checkpoints, tmp_path, capsys, monkeypatch
 ):
-    arguments = [checkpoints["llama"], "--tasks", folder, "--out", tmp_path, "--precision", "fp32"]
-    assert finetuned(*arguments, "--only", "single") == 0
-    (path,) = tmp_path.glob("*/*/*.json")
+    arguments = [checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path, "--precision", "fp32"]
+    write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 2))
+    assert finetuned(*arguments) == 0
+    path = tmp_path / "llama" / "t" / "seed-0.json"
+    result = json.loads(path.read_text())
     monkeypatch.setattr(finetune, "fit", None)
     for option, message in (
         ("--keep", "was made without it: move it away"),
@@ -474,11 +463,14 @@ def test_results_of_other_runs_are_refused_before_anything_is_trained(
     ):
         assert finetuned(*arguments, option) == 1
         assert message in capsys.readouterr().err
-    result = json.loads(path.read_text())
-    for edited in (result | {"predictions": 0}, result | {"predictions": {"single": "0 7"}}, []):
+    for edited in (result | {"predictions": 0}, result | {"predictions": {"t": "0 7"}}, []):
         path.write_text(json.dumps(edited))
         assert finetuned(*arguments) == 1
         assert f"{path} is no result of this program" in capsys.readouterr().err
+    path.write_text(json.dumps(result))
+    write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 3))  # other text under the same name
+    assert finetuned(*arguments) == 1
+    assert "is of another run (files.t changed): choose another" in capsys.readouterr().err
 
 
 def test_a_finished_run_removes_its_own_files_alone(folder, checkpoints, tmp_path, monkeypatch):
@@ -507,15 +499,6 @@ def test_what_was_kept_stays_when_the_command_is_repeated_without_keep(folder, c
         result = json.loads(path.read_text())
         result.pop("kept", None)  # results of earlier versions do not say it
         path.write_text(json.dumps(result))
-
-
-def test_other_text_under_the_same_name_is_another_run(checkpoints, tmp_path, capsys):
-    arguments = [checkpoints["llama"], "--tasks", tmp_path / "in", "--out", tmp_path / "out"]
-    write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 2))
-    assert finetuned(*arguments) == 0
-    write_task(tmp_path / "in", "t", drawn(20, 1), drawn(8, 3))
-    assert finetuned(*arguments) == 1
-    assert "is of another run (files.t changed): choose another" in capsys.readouterr().err
 
 
 def test_patience_ends_a_run_and_the_best_score_is_kept(folder, checkpoints, tmp_path):
