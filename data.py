@@ -92,11 +92,6 @@ class Batch:
         """(B, T, num_sequences, num_targets)."""
         return (*self.tokens.shape, self.num_sequences, self.num_targets)
 
-    def clone(self):
-        """A copy with tensors of its own."""
-        tokens, targets, *states = (tensor.clone() for tensor in self.tensors())
-        return replace(self, tokens=tokens, targets=targets, teacher_states=tuple(states))
-
     def to(self, device):
         """The batch with tokens and targets on `device`; the CPU does not wait for a copy to CUDA."""
 

@@ -1,5 +1,6 @@
 """Devices, precision, compiled and recomputed layers, and a training step as one CUDA graph."""
 
+import copy
 import functools
 import math
 
@@ -198,7 +199,7 @@ class Replaying(GraphedStep):
             raise RuntimeError("operation not permitted when stream is capturing\nand a trace")
         micro_batches = self.micro_batches
         if self.fault == "stale":  # reads the input of the capture
-            micro_batches = [micro_batch.clone() for micro_batch in micro_batches]
+            micro_batches = copy.deepcopy(micro_batches)
 
         def replay():
             self.replays += 1

@@ -1,6 +1,7 @@
 """A training step as one CUDA graph."""
 
 import contextlib
+import copy
 
 import torch
 
@@ -57,7 +58,7 @@ class GraphedStep:
         """Copies a step's input to the tensors that `update` reads."""
         micro_batches = self.train_step.prepare(batch)
         if self.micro_batches is None:
-            self.micro_batches = [micro_batch.clone() for micro_batch in micro_batches]
+            self.micro_batches = copy.deepcopy(micro_batches)
         for target, source in zip(self.micro_batches, micro_batches, strict=True):
             if target.counts() != source.counts():
                 raise ValueError(f"a batch of {source.counts()} after one of {target.counts()}")
