@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import make_toy_corpus
 import tokenize_corpus
-from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser
 from evaluation.minimal_pairs import read_pairs, sentence_scores
 from model import PRESETS, build_model
 from tokenizer import Tokenizer
@@ -77,8 +77,7 @@ def main(argv=None):
         difference = (scores[name] - scores["by length"]).abs().max().item()
         results.add(name, {"seconds": seconds[name], "ratio": ratio, "difference": difference})
         rows.append([name, f"{seconds[name]:.2f}", f"{ratio:.2f}", f"{difference:.1e}"])
-    print_table(rows)
-    results.finish()
+    results.finish(rows)
 
 
 if __name__ == "__main__":

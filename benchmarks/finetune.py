@@ -19,7 +19,7 @@ import tempfile
 
 import torch
 
-from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser
 from benchmarks.steps import our_train_step
 from benchmarks.workers import time_variants
 from export_hf import hf_config, hf_weights
@@ -132,8 +132,7 @@ def main(argv=None):
     for variant, result in by_variant.items():
         if "error" not in result:
             rows.append([variant, f"{result['examples_per_second']:.1f}", f"{result['peak_gb']:.2f}"])
-    print_table(rows)
-    results.finish()
+    results.finish(rows)
 
 
 if __name__ == "__main__":

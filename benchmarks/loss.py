@@ -20,7 +20,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser
 from benchmarks.workers import time_variants
 from loss import Coefficients, distillation_loss, join_heads, plain_distillation_loss
 from training.device import autocast_for, choose_device, choose_precision
@@ -104,8 +104,7 @@ def main(argv=None):
                 memory = f"{result['own_gb'] / by_variant['plain']['own_gb']:.0%}"
             row = [variant, f"{tokens:,}", f"{result['ms']:,.1f}", f"{result['own_gb']:.3f}", speed, memory]
             rows.append(row)
-    print_table(rows)
-    results.finish()
+    results.finish(rows)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,10 @@ class Results:
             with open(self.args.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"name": name, **result}) + "\n")
 
-    def finish(self):
-        """Prints a line for each result that is an error, and with --json all results."""
+    def finish(self, rows=()):
+        """Prints a table of rows, a line for each result that is an error, and with --json all results."""
+        if rows:
+            print_table(rows)
         for name, result in self.values.items():
             if "error" in result:
                 print(f"{name} failed: {result['error']}", flush=True)

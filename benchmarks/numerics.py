@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser
 from benchmarks.steps import random_batches
 from distill import DistillationObjective, DistillConfig, FusedDistillationObjective
 from loss import plain_distillation_loss
@@ -84,8 +84,7 @@ def main(argv=None):
             error = ((gradients - exact_gradients).norm() / exact_gradients.norm()).item()
             results.add(f"{precision}, {name}", {"loss": loss_error, "gradients": error})
             rows.append([f"{precision}, {name}", f"{loss_error:.1e}", f"{error:.1e}"])
-    print_table(rows)
-    results.finish()
+    results.finish(rows)
 
 
 if __name__ == "__main__":

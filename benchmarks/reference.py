@@ -36,21 +36,20 @@ def hugging_face_model(model, weights=True, device="cpu"):
 
 
 @torch.no_grad()
-def hugging_face_class_logits(path, examples, max_length, device, batch_size=32):
-    """Returns the logits (N, classes) of a classifier's checkpoint, exported and read by transformers."""
+def hugging_face_class_logits(path, texts, max_length):
+    """Returns the logits (N, classes) of a classifier's checkpoint, exported and read by transformers.
+
+    `texts` has N tuples of one or two texts.
+    """
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "hf"
         export_hf.export(path, exported)
         tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(exported).eval().to(device)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(exported).eval()
     options = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
-    logits = []
-    for start in range(0, len(examples.texts), batch_size):
-        columns = map(list, zip(*examples.texts[start : start + batch_size]))
-        logits.append(model(**tokenizer(*columns, **options).to(device)).logits.cpu())
-    return torch.cat(logits)
+    return model(**tokenizer(*map(list, zip(*texts)), **options)).logits
 
 
 def original_loss(student, teachers, ids, alpha=0.5, temperature=2.0):

@@ -18,7 +18,7 @@ import torch
 
 import make_toy_corpus
 import tokenize_corpus
-from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser
 from benchmarks.workers import synchronize
 from data import TokenShard
 from evaluation.minimal_pairs import sentence_scores
@@ -95,8 +95,7 @@ def main(argv=None):
         corpora = [corpus_seconds(Path(folder) / str(words), words, device) for words in WORDS]
     for name in corpora[0]:
         add(name, WORDS, [seconds[name] for seconds in corpora])
-    print_table(rows)
-    results.finish()
+    results.finish(rows)
 
 
 if __name__ == "__main__":

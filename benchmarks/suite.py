@@ -6,8 +6,8 @@
     python -m benchmarks.suite gpu --phase steps     one phase again
 
 A list has phases. A phase is one command of at most 8 minutes. OUT/SUITE.json has what each phase
-printed and its results, OUT/SUITE.md is a page of them. Both are written while a phase runs, so that
-a phase that is cut off leaves the results that it had. The processes of a phase end with it.
+printed and its results, OUT/SUITE.md is a page of what was printed. Both are written while a phase
+runs, so that one that is cut off leaves the results that it had. The processes of a phase end with it.
 
 The same command continues where an earlier one stopped: it leaves out the phases that were completed
 at this commit. Without a commit (files have changed since, or git is missing) it repeats all. Where
@@ -108,18 +108,11 @@ class Record:
 
 
 def page_lines(entry):
-    """Returns an entry in Markdown: command, printed lines, and the results of one that is not complete."""
+    """Returns an entry in Markdown: its command and printed lines, and why it is not complete."""
     lines = [f"`{entry['command']}`, {entry['date']}", "", "```", *entry["printed"], "```"]
     if entry["state"] == "complete":
         return lines
-    lines += ["", f"Not complete: {entry['problem'] or 'it is running, or the suite was killed'}."]
-    if entry["results"]:
-        lines += ["Results until then:", "", "```"]
-        for name, result in entry["results"].items():
-            numbers = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
-            lines.append(f"{name}: {', '.join(numbers)}")
-        lines.append("```")
-    return lines
+    return [*lines, "", f"Not complete: {entry['problem'] or 'it is running, or the suite was killed'}."]
 
 
 # ---- a phase

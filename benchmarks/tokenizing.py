@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measurement import Results, benchmark_parser, print_table
+from benchmarks.measurement import Results, benchmark_parser
 from corpus.text_files import sub_corpora
 from training.io import UserError, run_program
 
@@ -105,8 +105,7 @@ def main(argv=None):
             result = measure(train, dev, args)
         results.add(f"{size:.0f} MB", {"megabytes": size} | result)
         rows.append([f"{size:.0f}", f"{result['peak_bytes'] / MIB:.0f}", f"{result['seconds']:.0f}"])
-    print_table(rows)
-    results.finish()
+    results.finish(rows)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,6 @@ def test_a_phase_that_hangs_or_fails_keeps_its_results_and_does_not_stop_the_oth
     assert phases["hangs"]["results"] == {"first": {"ms": 12.5}, "second": {"error": "no memory"}}
     wait_until(lambda: not is_running(phases["hangs"]["printed"][0]))
     assert "Not complete: stopped after 2 seconds." in text
-    assert "first: ms 12.5\nsecond: error no memory\n" in text
     assert phases["fails"]["problem"] == "exit code 1: `it broke`"
     assert "half" in text and "Not complete: exit code 1: `it broke`." in text
     assert phases["completes"]["state"] == "complete" and "the figures" in text
@@ -132,7 +131,7 @@ def test_a_suite_that_is_killed_ends_its_phase_and_leaves_its_results(tmp_path, 
         f"sys.exit(run_program(lambda: suite.main(['fake', '--out', {str(tmp_path / 'out')!r}])))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    wait_until(lambda: (tmp_path / "out" / "fake.md").exists() and "12.5" in page(tmp_path))
+    wait_until(lambda: (tmp_path / "out" / "fake.md").exists() and entries(tmp_path)["hangs"]["results"])
     assert "Not complete: it is running, or the suite was killed." in page(tmp_path)
     process.send_signal(number)
     assert process.wait(30) == (130 if number == signal.SIGTERM else -number)

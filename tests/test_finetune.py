@@ -146,7 +146,7 @@ def test_the_exported_folder_predicts_what_finetune_reported(kind, folder, check
     assert finetuned(checkpoints[kind], "--tasks", folder, "--out", out, "--keep", "--max-length", 12) == 0
     for task in read_tasks(folder):
         best = out / kind / task.name / "seed-0" / "best.pt"
-        logits = hugging_face_class_logits(best, task.valid[task.name], 12, torch.device("cpu"))
+        logits = hugging_face_class_logits(best, task.valid[task.name].texts, 12)
         predictions = logits.argmax(1).tolist()
         result = results(out)[f"{kind}/{task.name}/seed-0.json"]
         assert " ".join(map(str, predictions)) == result["predictions"][task.name]

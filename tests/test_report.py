@@ -21,7 +21,7 @@ from experiments.results import read_log, read_study
 from experiments.tables import conclusion_rows
 from training.io import UserError, aligned, markdown, write_json
 
-FOLDER = "blimp_filtered"
+FOLDER, MINUS = "blimp_filtered", "\N{MINUS SIGN}"
 TITLES = {
     "gpt2-teacher": "GPT-2 teacher",
     "llama-teacher": "LLaMA teacher",
@@ -86,34 +86,31 @@ def result(role, seed):
     }
 
 
+def rewrite(folder, role, values, scaled=None):
+    """Gives a model other losses: `values`, one for each seed."""
+    for seed, value in enumerate(values):
+        write_losses(
+            folder / f"seed-{seed}" / f"{role}.losses.npz",
+            "digest",
+            [("novels", 40, 0.5), ("letters", 60, 0.5)],
+            [value] * 60,
+            20,
+            scaled=None if scaled is None else [scaled[seed]] * 60,
+            shares={"novels": 0.9, "letters": 0.1},
+        )
+
+
 @pytest.fixture
 def study(tmp_path):
     """Two seeds, with losses kept of three pieces of text in two files."""
     seeds = {seed: {role: result(role, seed) for role in TITLES} for seed in range(2)}
     for seed in seeds:
         (tmp_path / f"seed-{seed}").mkdir()
-        for role, values in CROSS_ENTROPY.items():
-            write_losses(
-                tmp_path / f"seed-{seed}" / f"{role}.losses.npz",
-                "digest",
-                [("novels", 40, 0.5), ("letters", 60, 0.5)],
-                [values[seed]] * 60,
-                20,
-                shares={"novels": 0.9, "letters": 0.1},
-            )
-    teachers, ensembles = {"student": TEACHERS}, {"student": ENSEMBLE}
-    return Study(
-        "demo",
-        "About.",
-        "the second halves",
-        dict(TITLES),
-        teachers,
-        ensembles,
-        "control",
-        "student",
-        seeds,
-        tmp_path,
-    )
+    for role, values in CROSS_ENTROPY.items():
+        rewrite(tmp_path, role, values)
+    roles = {"teachers": {"student": TEACHERS}, "ensembles": {"student": ENSEMBLE}}
+    roles |= {"control": "control", "student": "student"}
+    return Study("demo", "About.", "the second halves", dict(TITLES), **roles, seeds=seeds, folder=tmp_path)
 
 
 @pytest.fixture
@@ -182,36 +179,19 @@ def test_without_matplotlib_the_report_has_no_pictures_and_says_so(study, monkey
     assert "pip install matplotlib" in screen
 
 
-def test_sub_corpora_and_fields_have_tables_of_their_own(study):
+def test_the_tables_have_sub_corpora_fields_pairs_lead_and_gap(study):
     text, _ = write(study)
     assert "| novels | 1.550 ± 0.071 |" in text and "| letters | 2.550 ± 0.071 |" in text
     assert f"## Minimal pairs of {FOLDER}, by field" in text and "| island | 60.5 ± 0.7 |" in text
-
-
-def test_lead_and_gap_add_up(study):
-    text, _ = write(study)
-    m = "\N{MINUS SIGN}"
-    assert f"| student (distilled) | 0 | +0.300 | +0.150 | {m}0.150 |" in text
-    assert f"| student (distilled) | 1 | +0.270 | +0.100 | {m}0.170 |" in text
-
-
-def rewrite(study, role, values, scaled=None):
-    """Gives a model other losses: `values`, one for each seed."""
-    for seed, value in enumerate(values):
-        write_losses(
-            study.folder / f"seed-{seed}" / f"{role}.losses.npz",
-            "digest",
-            [("novels", 40, 0.5), ("letters", 60, 0.5)],
-            [value] * 60,
-            20,
-            scaled=None if scaled is None else [scaled[seed]] * 60,
-            shares={"novels": 0.9, "letters": 0.1},
-        )
+    assert pair_difference(study, "student", "control", FOLDER)[0] == pytest.approx(1.0)
+    assert "| student (distilled) minus control (alone) | +1.0 [+1.0, +1.0] |" in text
+    assert f"| student (distilled) | 0 | +0.300 | +0.150 | {MINUS}0.150 |" in text
+    assert f"| student (distilled) | 1 | +0.270 | +0.100 | {MINUS}0.170 |" in text
 
 
 def test_a_gain_that_goes_away_with_the_temperature_is_called_calibration(study):
-    rewrite(study, "student", (1.55, 1.55), scaled=(1.5, 1.5))
-    rewrite(study, "control", (1.7, 1.72), scaled=(1.5, 1.48))
+    rewrite(study.folder, "student", (1.55, 1.55), scaled=(1.5, 1.5))
+    rewrite(study.folder, "control", (1.7, 1.72), scaled=(1.5, 1.48))
     assert verdict_of(study, "student", "control") == "CALIBRATION"
 
 
@@ -222,7 +202,7 @@ def add_student(study, name, title, teachers, values, seeds=(0, 1)):
     for seed in seeds:
         study.seeds[seed][name] = copy.deepcopy(study.seeds[seed]["student"])
         study.seeds[seed][name]["taught_by"] = [f"{teacher} {seed}" for teacher in teachers]
-    rewrite(study, name, values)
+    rewrite(study.folder, name, values)
 
 
 def verdicts(study):
@@ -254,10 +234,9 @@ def test_students_of_ensembles_or_with_other_options_are_no_single_teacher_stude
 
 def test_the_gain_of_a_better_control_is_taken_off_each_students_lead(study):
     lead = "student (distilled) minus control (alone)"
-    m = "\N{MINUS SIGN}"
-    assert [lead, f"{m}0.160", "HOLDS"] in conclusion_rows(study)
+    assert [lead, f"{MINUS}0.160", "HOLDS"] in conclusion_rows(study)
     changed = dataclasses.replace(study, control_gain=0.15)
-    assert [lead, f"{m}0.010", "UNDECIDED"] in conclusion_rows(changed)
+    assert [lead, f"{MINUS}0.010", "UNDECIDED"] in conclusion_rows(changed)
     assert "gains 0.1500 nats: they are taken off" in write(changed)[0]
     teacher = ("student", "gpt2-teacher")
     assert changed.comparisons[teacher] == study.comparisons[teacher]
@@ -277,7 +256,7 @@ def test_a_student_outperforms_its_teachers_if_it_is_better_than_each(study):
     for title in ("student (distilled)", "the paper's loss"):
         assert verdicts(study)[f"{title} is better than each of its teachers"] == "not shown"
     for teacher in TEACHERS:
-        rewrite(study, teacher, (1.6, 1.6))
+        rewrite(study.folder, teacher, (1.6, 1.6))
     assert outperforms(dataclasses.replace(study), "student", TEACHERS) is True
     assert outperforms(study, "student", ["nobody"]) is None
 
@@ -286,7 +265,7 @@ def test_other_students_are_exploratory_unless_the_studys_own_is_shown(study):
     add_student(study, "P", "the paper's loss", TEACHERS, (1.55, 1.55))
     lead = "the paper's loss minus control (alone)"
     assert verdicts(study)[lead] == "HOLDS"
-    rewrite(study, "student", (1.7, 1.73))
+    rewrite(study.folder, "student", (1.7, 1.73))
     assert verdicts(dataclasses.replace(study))[lead] == "HOLDS, exploratory"
 
 
@@ -308,20 +287,13 @@ def test_teachers_that_were_trained_again_are_named(study):
 
 def test_the_checkpoint_that_taught_counts_for_lead_and_gap(study):
     study.seeds[0][ENSEMBLE]["teaching"] = {"cross_entropy": 1.0}
-    text, _ = write(study)
-    m = "\N{MINUS SIGN}"
-    assert f"| student (distilled) | 0 | +0.700 | +0.550 | {m}0.150 |" in text
+    assert f"| student (distilled) | 0 | +0.700 | +0.550 | {MINUS}0.150 |" in write(study)[0]
 
 
 def test_missing_losses_are_an_error(study):
     (study.folder / "seed-1" / "control.losses.npz").unlink()
     with pytest.raises(UserError, match=r"control\.losses\.npz does not exist"):
         write(study)
-
-
-def test_minimal_pairs_are_compared_with_an_interval_over_their_files(study):
-    assert pair_difference(study, "student", "control", FOLDER)[0] == pytest.approx(1.0)
-    assert "| student (distilled) minus control (alone) | +1.0 [+1.0, +1.0] |" in write(study)[0]
 
 
 @pytest.mark.parametrize(
@@ -348,13 +320,10 @@ def test_the_first_picture_shows_the_differences_to_the_control_that_the_tables_
     (axes,) = figure.axes
     texts = [text.get_text().strip() for text in axes.texts]
     for name in names:
-        expected = f"{study.difference(name, study.control).mean:+.3f}".replace("-", "\N{MINUS SIGN}")
+        expected = f"{study.difference(name, study.control).mean:+.3f}".replace("-", MINUS)
         assert expected in texts, name
     low, high = axes.get_xlim()
     assert low < study.difference("student", study.control).mean < 0 < high
-
-
-def test_a_study_without_a_control_has_no_first_picture(study):
     assert plots.differences(dataclasses.replace(study, control=None)) is None
 
 
@@ -420,7 +389,9 @@ def test_minimal_pairs_are_drawn_as_the_students_gain_in_each_field(study, figur
     assert [t.get_text() for t in axes.get_yticklabels()] == [f.replace("_", " ") for f in fields]
 
 
-def test_the_limits_of_an_axis_hold_a_curve_that_rises_again():
+def test_the_limits_of_an_axis_hold_one_value_and_a_curve_that_rises_again():
+    low, high = plots.value_range([[(0.5, 2.0)]])
+    assert low < 2.0 < high
     low, high = plots.value_range([[(1, 3.0), (2, 1.0), (3, 1.5), (4, 2.0)]])
     assert low < 1.0 and 2.0 < high < 3.0
 
@@ -461,24 +432,20 @@ def test_a_folder_of_results_is_read_as_it_was_written(study, folder):
 
 
 @pytest.mark.parametrize(
-    "name, change, message",
+    "change, message",
     [
-        ("control", lambda r: r.update(losses="0" * 64), "control.json are gone or of another"),
-        ("control", lambda r: r.update(shards={"report": "x"}), None),  # the others do not tell theirs
-        ("control", lambda r: r["report"]["per_file"].pop("novels"), "another list of sub-corpora"),
-        ("control", lambda r: r["report"]["pairs"][FOLDER]["per_file"].pop("a"), "another list of files"),
-        ("control", lambda r: r["report"].update(cross_entropy=math.nan), "damaged"),
-        ("control", lambda r: r["report"].update(parameters="1"), "damaged"),
-        ("control", lambda r: r.update(steps=0), "damaged"),
-        (
-            "control",
-            lambda r: r["report"]["pairs"].update({"/../x": r["report"]["pairs"][FOLDER]}),
-            "damaged",
-        ),
+        (lambda r: r.update(losses="0" * 64), "losses beside .*control.json are gone or of another"),
+        (lambda r: r.update(shards={"report": "x"}), None),  # the others do not tell theirs
+        (lambda r: r["report"]["per_file"].pop("novels"), "another list of sub-corpora"),
+        (lambda r: r["report"]["pairs"][FOLDER]["per_file"].pop("a"), "another list of files"),
+        (lambda r: r["report"].update(cross_entropy=math.nan), "damaged"),
+        (lambda r: r["report"].update(parameters="1"), "damaged"),
+        (lambda r: r.update(steps=0), "damaged"),
+        (lambda r: r["report"].update(pairs={"/../x": r["report"]["pairs"][FOLDER]}), "damaged"),
     ],
 )
-def test_results_that_do_not_belong_together_are_refused(folder, name, change, message):
-    edit(folder / f"seed-0/{name}.json", change)
+def test_results_that_do_not_belong_together_are_refused(folder, change, message):
+    edit(folder / "seed-0/control.json", change)
     with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
         read_study(folder)
 
@@ -572,20 +539,10 @@ def test_a_log_tells_seconds_epochs_and_the_curve(tmp_path):
 
 
 def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
-    damage = [
-        b'{"step": 6, "dev_cross_en',
-        b"\xff\x00\xfe",
-        b"[1, 2]",
-        b"7",
-        b"null",
-        b"[" * 100_000,
-        b'{"step": 7, "dev_cross_entropy": null}',
-        b'{"step": "7", "dev_cross_entropy": 1}',
-        b'{"step": 8, "dev_cross_entropy": NaN}',
-        b'{"dev_cross_entropy": 1}',
-        b'{"step": 9, "tokens_per_second": 4.0}',
-        b'{"step": 1' + b"0" * 5000 + b"}",
-    ]
+    damage = [b'{"step": 6, "dev_cross_en', b"\xff\x00\xfe", b"[1, 2]", b"7", b"null", b"[" * 100_000]
+    damage += [b'{"step": 7, "dev_cross_entropy": null}', b'{"step": "7", "dev_cross_entropy": 1}']
+    damage += [b'{"step": 8, "dev_cross_entropy": NaN}', b'{"dev_cross_entropy": 1}']
+    damage += [b'{"step": 9, "tokens_per_second": 4.0}', b'{"step": 1' + b"0" * 5000 + b"}"]
     intact = [training_line(5), b'{"step": 5, "dev_cross_entropy": 3.5}', training_line(10)]
     lines = [line for good in intact for line in (*damage, good)]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines + damage))
