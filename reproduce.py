@@ -42,11 +42,13 @@ from evaluation.scoring import context_length
 from experiments import recipes
 from experiments.pages import write_report
 from experiments.results import (
+    check_facts,
     has_losses,
     read_log,
     read_object,
     read_result,
     read_study,
+    scored_on,
     seed_folders,
     study_fields,
     trial_lines,
@@ -372,14 +374,9 @@ def check_results(context):
 
 def check_scoring(context, path, result):
     """Raises `UserError` if a result was scored in another precision or on other minimal pairs."""
-    saved, current = result.get("scoring", {}), context.scoring  # earlier versions kept no such record
-    changed = ["precision"] if saved.get("precision", current["precision"]) != current["precision"] else []
-    digests = saved.get("pairs", {})
-    changed += [name for name, digest in current["pairs"].items() if digests.get(name, digest) != digest]
-    if changed:
-        raise UserError(
-            f"{path} was scored with another {', '.join(changed)}: move it away, and it is scored again"
-        )
+    current = {"scoring precision": context.scoring["precision"]}
+    current |= {f"content of {folder}": digest for folder, digest in context.scoring["pairs"].items()}
+    check_facts(path, scored_on(result), {fact: (value, "this command") for fact, value in current.items()})
 
 
 def is_done(context, path, settings):

@@ -297,9 +297,9 @@ def scored_on(result):
 
 
 def check_facts(path, facts, known):
-    """Adds a result's facts to `known`, {fact: (value, path)}. Raises `UserError` for another value."""
+    """Adds a result's facts to `known`, {fact: (value, origin)}. Raises `UserError` for another value."""
     for fact, value in facts.items():
         if value is not None:
-            first_value, first_path = known.setdefault(fact, (value, path))
+            first_value, origin = known.setdefault(fact, (value, path))
             if value != first_value:
-                raise UserError(f"{path} has another {fact} than {first_path}: score both on the same")
+                raise UserError(f"{path} has another {fact} than {origin}: move it away and score it again")

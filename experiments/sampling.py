@@ -109,21 +109,20 @@ def write_dev_halves(folder, targets, words=None, train_folder=None):
     With `words`, each half is a sample of at most about that many. Its files have the shares that
     their sub-corpora have of the text in `train_folder`, as far as the text suffices.
     """
-    shares = {}
-    if words is not None:
-        counts = {sub_corpus(path): count_words(text) for path, text in read_words(train_folder).items()}
-        shares = {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
+    train_texts = {} if words is None else read_words(train_folder)
+    in_train = {sub_corpus(path): count_words(text) for path, text in train_texts.items()}
     warn_of_ignored_files(folder)
     counts = dict.fromkeys(targets, 0)
     for name, path in sub_corpora(folder).items():
-        if words is not None and not shares.get(name):
+        if words is not None and not in_train.get(name):
             warn(f"{path} is left out: {train_folder} has no sub-corpus {name}")
             continue
         for target, half in zip(targets, halves(read_text(path))):
             if not half.split():
                 raise UserError(f"{path} cannot be cut in two halves: it has too few words")
             if words is not None:
-                half = sample_lines(half, min(1.0, words * shares[name] / count_words(half)))
+                share = in_train[name] / sum(in_train.values())
+                half = sample_lines(half, min(1.0, words * share / count_words(half)))
             write_text(target / plain_name(path), half)
             counts[target] += count_words(half)
     if words is not None:

@@ -128,34 +128,30 @@ def lead_rows(study):
     return rows
 
 
-def detail_rows(study, title, names, value, digits):
-    """Heading and one row for each of `names`; `value(result, name)` is the number of a cell."""
+def detail_rows(study, title, values, digits):
+    """Heading and one row for each name in `values(result)`, {name: number}: its mean for each model."""
     rows = [[title, *study.models.values()]]
-    for name in names:
-        cells = [mean_and_deviation([value(r, name) for r in study.results(m)], digits) for m in study.models]
-        rows.append([name, *cells])
+    for name in values(study.every_result()[0]):
+        numbers = [[values(result)[name] for result in study.results(model)] for model in study.models]
+        rows.append([name, *(mean_and_deviation(of_model, digits) for of_model in numbers)])
     return rows
 
 
 def sub_corpus_rows(study):
     """Cross-entropy by sub-corpus."""
-    first = study.every_result()[0]
-    return detail_rows(
-        study,
-        "sub-corpus",
-        first["report"]["per_file"],
-        lambda result, name: result["report"]["per_file"][name]["cross_entropy"],
-        digits=3,
-    )
+
+    def values(result):
+        per_file = result["report"]["per_file"]
+        return {name: scores["cross_entropy"] for name, scores in per_file.items()}
+
+    return detail_rows(study, "sub-corpus", values, digits=3)
 
 
 def field_rows(study, folder):
     """Accuracy by field of minimal pairs, in percent."""
-    first = study.every_result()[0]
-    return detail_rows(
-        study,
-        f"{folder} (%)",
-        first["report"]["pairs"][folder]["per_field"],
-        lambda result, name: 100 * result["report"]["pairs"][folder]["per_field"][name],
-        digits=1,
-    )
+
+    def values(result):
+        per_field = result["report"]["pairs"][folder]["per_field"]
+        return {name: 100 * accuracy for name, accuracy in per_field.items()}
+
+    return detail_rows(study, f"{folder} (%)", values, digits=1)

@@ -27,33 +27,10 @@ from training.io import run_program
 from training.options import may_change
 
 V = 300
-NASTY = [
-    "the old dog",
-    " leading",
-    "trailing ",
-    "two  blanks   three",
-    "\ttab\tand\nline\r\nend",
-    "\n\n\n",
-    " ",
-    "",
-]
-NASTY += [
-    "naïve café e\u0301",
-    "emoji 👩‍👩‍👧 🇫🇷",
-    "\u2028 and \u2029 and \u0085",
-    "nul\x00byte",
-    "\u00a0no-break\u200b",
-]
-NASTY += [
-    "ﬁ ½ ①",
-    "مرحبا بالعالم",
-    "日本語",
-    "x" * 3000,
-    "dog" * 500,
-    "<0x0A> and ▂",
-    "\ufeffbom",
-    'don\'t -- "stop"...',
-]
+NASTY = ["the old dog", " leading", "trailing ", "two  blanks   three", "\ttab\tand\nline\r\nend", "\n\n\n"]
+NASTY += [" ", "", "naïve café e\u0301", "emoji 👩‍👩‍👧 🇫🇷", "\u2028 and \u2029 and \u0085", "nul\x00byte"]
+NASTY += ["\u00a0no-break\u200b", "ﬁ ½ ①", "مرحبا بالعالم", "日本語", "x" * 3000, "dog" * 500]
+NASTY += ["<0x0A> and ▂", "\ufeffbom", 'don\'t -- "stop"...']
 one_kind = pytest.mark.parametrize("checkpoint", ["llama-tiny"], indirect=True)
 
 
@@ -197,16 +174,9 @@ def test_the_card_names_a_licence_and_languages_only_where_they_are_given(checkp
 
 def test_the_card_states_what_the_checkpoint_knows(checkpoint):
     card = (export(checkpoint) / "README.md").read_text(encoding="utf-8")
-    facts = [
-        "steps taken | 7",
-        "words seen | 1,234",
-        "4.5000",
-        "abc123",
-        "learning rate | 0.003",
-        "gpt2-tiny",
-        "300 pieces",
-    ]
-    assert all(fact in card for fact in [*facts, "dropout | 0.", "as initialised"])
+    facts = ["steps taken | 7", "words seen | 1,234", "4.5000", "abc123", "learning rate | 0.003"]
+    facts += ["gpt2-tiny", "300 pieces", "dropout | 0.", "as initialised"]
+    assert [fact for fact in facts if fact not in card] == []
 
 
 def test_the_card_has_every_option_that_makes_the_model_what_it_is():
@@ -252,11 +222,8 @@ def test_without_the_extras_packages_one_line_says_what_to_install(checkpoint, p
 def test_a_start_token_can_take_the_newlines_place(checkpoint, tokenizer, capsys):
     ours, saved = models.load_checkpoint(checkpoint)
     if saved["model"]["architecture"] == "gpt2":
-        out = checkpoint.parent / "no"
-        assert "leave out --start-token" in refused(
-            capsys, checkpoint, "--out", out, "--start-token", "newline"
-        )
-        assert not out.exists()
+        error = refused(capsys, checkpoint, "--out", checkpoint.parent / "no", "--start-token", "newline")
+        assert "leave out --start-token" in error and not (checkpoint.parent / "no").exists()
         return
     folder = export(checkpoint, "--start-token", "newline")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -300,23 +267,16 @@ def test_a_folder_that_transformers_wrote_is_read(checkpoint, tmp_path, tokenize
 
 
 def test_what_was_imported_can_teach_and_be_trained_further(checkpoint, tmp_path, data_folder):
-    before = import_back(export(checkpoint), tmp_path / "back.pt")
-    arguments = ["--teachers", str(tmp_path / "back.pt"), "--model", "llama-tiny-student"]
-    arguments += ["--init", str(tmp_path / "back.pt"), "--data", str(data_folder)]
-    arguments += ["--out", str(tmp_path / "run"), "--steps", "1", "--learning-rate", "0"]
+    before, back = import_back(export(checkpoint), tmp_path / "back.pt"), tmp_path / "back.pt"
+    arguments = ["--teachers", back, "--init", back, "--model", "llama-tiny-student", "--data", data_folder]
+    arguments += ["--out", tmp_path / "run", "--steps", "1", "--learning-rate", "0"]
     arguments += ["--batch-size", "4", "--sequence-length", "32", "--device", "cpu"]
-    assert distill.main(arguments) == 0
+    assert distill.main(list(map(str, arguments))) == 0
     after = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert all(torch.equal(weight, after["weights"][name]) for name, weight in before["weights"].items())
     card = (export(tmp_path / "run" / "best.pt", out="trained") / "README.md").read_text()
-    for fact in (
-        "cleaning | none",
-        "initialised from | ",
-        "alpha | 0.5",
-        "clip | 1.0",
-        "teachers | exported",
-    ):
-        assert fact in card, fact
+    facts = ("cleaning | none", "initialised from | ", "alpha | 0.5", "clip | 1.0", "teachers | exported")
+    assert [fact for fact in facts if fact not in card] == []
     if "dropout" not in before["model"]["shape"]:
         log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
         assert abs(json.loads(log[1])["kl"]) < 1e-3  # it is its own teacher
@@ -359,22 +319,21 @@ def test_pairs_are_scored_as_the_official_pipelines_do(checkpoint, tmp_path, con
 # ---- what is refused
 
 
-def change_tensors(change):
-    def rewrite(folder):
-        path = folder / "model.safetensors"
-        tensors = safetensors.torch.load_file(path)
-        change(tensors)
-        safetensors.torch.save_file(tensors, path, {"format": "pt"})
-
-    return rewrite
-
-
 def change_bytes(change):
     def rewrite(folder):
         path = folder / "model.safetensors"
         path.write_bytes(change(path.read_bytes()))
 
     return rewrite
+
+
+def change_tensors(change):
+    def changed(data):
+        tensors = safetensors.torch.load(data)
+        change(tensors)
+        return safetensors.torch.save(tensors, {"format": "pt"})
+
+    return change_bytes(changed)
 
 
 def shard(folder):

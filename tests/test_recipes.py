@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from experiments import recipes
 from experiments.recipes import costs, read_experiment, recipe_names
 from training.io import UserError
 
@@ -36,14 +35,8 @@ def test_a_model_takes_from_another_what_it_does_not_say_itself(tmp_path):
     assert student.options == {"log_every": 7, "weight_decay": 0.5, "alpha": 0.25}
     config = student.config
     assert (config.alpha, config.weight_decay, config.epochs) == (0.25, 0.5, 14)
-    assert recipe.specs["control"].arguments() == [
-        "--model",
-        "llama-tiny-student",
-        "--log-every",
-        "7",
-        "--weight-decay",
-        "0.5",
-    ]
+    arguments = " ".join(recipe.specs["control"].arguments())
+    assert arguments == "--model llama-tiny-student --log-every 7 --weight-decay 0.5"
 
 
 def test_the_papers_steps_are_those_of_the_original():
@@ -100,10 +93,7 @@ def test_a_list_is_varied_in_json(tmp_path):
 
 
 def test_some_models_bring_their_teachers_along(tmp_path):
-    assert list(read_experiment(written(tmp_path)).only(["student"]).specs) == [
-        "teacher",
-        "student",
-    ]
+    assert list(read_experiment(written(tmp_path)).only(["student"]).specs) == ["teacher", "student"]
 
 
 def test_the_costs_are_the_arithmetic(tmp_path):
@@ -190,11 +180,6 @@ def test_what_would_be_replaced_or_split_in_silence_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"models": {', '"models": {"control": {"model": "gpt2-tiny"}, '))
     with pytest.raises(UserError, match="'control' is there twice"):
         read_experiment(path)
-
-
-def test_names_of_recipes_are_those_of_their_files():
-    assert {"demo", "paper", "repository"} <= set(recipe_names())
-    assert recipes.FOLDER.is_dir()
 
 
 def test_a_recipe_takes_from_another_what_it_does_not_say_itself(tmp_path):

@@ -22,34 +22,21 @@ from experiments.tables import conclusion_rows
 from training.io import UserError, aligned, markdown, write_json
 
 FOLDER, MINUS = "blimp_filtered", "\N{MINUS SIGN}"
-TITLES = {
-    "gpt2-teacher": "GPT-2 teacher",
-    "llama-teacher": "LLaMA teacher",
-    "gpt2-teacher&llama-teacher": "ensemble",
-    "control": "control (alone)",
-    "student": "student (distilled)",
-}
 TEACHERS = ["gpt2-teacher", "llama-teacher"]
 ENSEMBLE = "gpt2-teacher&llama-teacher"
-CROSS_ENTROPY = {
-    "gpt2-teacher": (1.5, 1.6),
-    "llama-teacher": (1.6, 1.5),
-    ENSEMBLE: (1.4, 1.45),
-    "control": (1.7, 1.72),
-    "student": (1.55, 1.55),
-}
-ACCURACY = {
-    "gpt2-teacher": (0.60, 0.61),
-    "llama-teacher": (0.61, 0.62),
-    ENSEMBLE: (0.66, 0.64),
-    "control": (0.64, 0.65),
-    "student": (0.63, 0.68),
+MODELS = {  # title; cross-entropy and accuracy of two seeds
+    "gpt2-teacher": ("GPT-2 teacher", (1.5, 1.6), (0.60, 0.61)),
+    "llama-teacher": ("LLaMA teacher", (1.6, 1.5), (0.61, 0.62)),
+    ENSEMBLE: ("ensemble", (1.4, 1.45), (0.66, 0.64)),
+    "control": ("control (alone)", (1.7, 1.72), (0.64, 0.65)),
+    "student": ("student (distilled)", (1.55, 1.55), (0.63, 0.68)),
 }
 
 
 def result(role, seed):
     """What reproduce.py hands over for a role and a seed: four epochs of ten steps each."""
-    value, accuracy = CROSS_ENTROPY[role][seed], ACCURACY[role][seed]
+    _, values, accuracies = MODELS[role]
+    value, accuracy = values[seed], accuracies[seed]
     pairs = {
         "accuracy_over_files": accuracy,
         "accuracy_over_fields": accuracy + 0.1,
@@ -103,14 +90,15 @@ def rewrite(folder, role, values, scaled=None):
 @pytest.fixture
 def study(tmp_path):
     """Two seeds, with losses kept of three pieces of text in two files."""
-    seeds = {seed: {role: result(role, seed) for role in TITLES} for seed in range(2)}
+    seeds = {seed: {role: result(role, seed) for role in MODELS} for seed in range(2)}
     for seed in seeds:
         (tmp_path / f"seed-{seed}").mkdir()
-    for role, values in CROSS_ENTROPY.items():
+    for role, (_, values, _) in MODELS.items():
         rewrite(tmp_path, role, values)
+    titles = {role: title for role, (title, _, _) in MODELS.items()}
     roles = {"teachers": {"student": TEACHERS}, "ensembles": {"student": ENSEMBLE}}
     roles |= {"control": "control", "student": "student"}
-    return Study("demo", "About.", "the second halves", dict(TITLES), **roles, seeds=seeds, folder=tmp_path)
+    return Study("demo", "About.", "the second halves", titles, **roles, seeds=seeds, folder=tmp_path)
 
 
 @pytest.fixture
@@ -368,7 +356,7 @@ def test_without_a_control_every_model_has_its_curve(study):
 
 
 def test_logs_without_curves_do_not_stop_the_report(study):
-    for role in CROSS_ENTROPY.keys() - {ENSEMBLE}:
+    for role in MODELS.keys() - {ENSEMBLE}:
         study.seeds[0][role] |= {"curve": [], "epochs": 0.0, "steps": 0, "training": []}
     text, _ = write(study)
     assert "| student (distilled) |" in text and "curves.png" not in text
@@ -554,7 +542,7 @@ def test_damaged_lines_of_a_log_are_passed_over(tmp_path):
 
 
 def test_the_gain_by_words_is_drawn_from_the_folders_of_results(study, figure, capsys):
-    add_student(study, "alone", "of the LLaMA", ["llama-teacher"], CROSS_ENTROPY[ENSEMBLE])
+    add_student(study, "alone", "of the LLaMA", ["llama-teacher"], (1.4, 1.45))
     path, picture = str(store(study)), study.folder / "words.png"
     points = ["--fixed", f"65000={path}", "--chosen", f"65000={path},alone,control", "--out", str(picture)]
     assert ablations.main(points) == 0
