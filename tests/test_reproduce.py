@@ -56,6 +56,21 @@ def run(*arguments):
     return run_program(lambda: reproduce.main([*map(str, arguments), "--device", "cpu"]))
 
 
+def refused(capsys, *arguments):
+    """What a command that is refused writes to standard error."""
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def given_text(tmp_path):
+    """Options that name a small text for training and dev."""
+    for split in ("train", "dev"):
+        write_file(tmp_path / split / f"qed.{split}", write_text(6000, seed=len(split)))
+    return ["--train", tmp_path / "train", "--dev", tmp_path / "dev"]
+
+
 def trained(out):
     return {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
 
@@ -92,10 +107,9 @@ def test_an_experiment_ends_with_a_report_and_is_not_done_twice(recipe, tmp_path
     assert row in (out / "report.md").read_text() and "$ python train" not in capsys.readouterr().out
     assert run("--report", out, "--out", tmp_path / "elsewhere") == 0
     assert row in (tmp_path / "elsewhere/report.md").read_text()
-    assert run("--report", out / "seed-0" / "control") == 1
-    assert "is no folder of an experiment" in capsys.readouterr().err
-    assert run("--report", out, out, "--out", tmp_path / "elsewhere") == 1
-    assert "several folders have a report each" in capsys.readouterr().err
+    assert "is no folder of an experiment" in refused(capsys, "--report", out / "seed-0" / "control")
+    error = refused(capsys, "--report", out, out, "--out", tmp_path / "elsewhere")
+    assert "several folders have a report each" in error
 
 
 def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, capsys):
@@ -113,9 +127,8 @@ def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, c
     # The report of another recipe stays what it is, whatever models the two share.
     report = (results / "report.md").read_bytes()
     other = shutil.copy(path, tmp_path / "other.json")
-    capsys.readouterr()
-    assert run("--recipe", other, "--out", tmp_path / "b", "--results", results) == 1
-    assert "is of recipe short, not other: choose another --results" in capsys.readouterr().err
+    error = refused(capsys, "--recipe", other, *arguments[2:])
+    assert "is of recipe short, not other: choose another --results" in error
     assert (results / "report.md").read_bytes() == report
     # Scores are added, and none is lost; a folder that was moved away is no seed.
     assert run(*arguments) == 0
@@ -123,19 +136,15 @@ def test_results_elsewhere_are_enough_to_train_nothing_again(recipe, tmp_path, c
     scores["report"]["pairs"]["others"] = scores["report"]["pairs"]["pairs"]
     (results / "seed-0/control.json").write_text(json.dumps(scores))
     (results / "seed-0-old").mkdir()
-    capsys.readouterr()
     assert run(*arguments) == 0
     del scores["report"]["pairs"]["pairs"]
     (results / "seed-0/control.json").write_text(json.dumps(scores))
-    assert run(*arguments) == 1
-    assert "would lose its scores in others: add these to --pairs" in capsys.readouterr().err
+    assert "would lose its scores in others: add these to --pairs" in refused(capsys, *arguments)
     (results / "seed-0/control.json").unlink()
     # A result of other options is refused, and not mixed in, by whichever models are asked for.
     recipe(corpus="toy", words=1500, options=OPTIONS | {"steps": 5})
-    capsys.readouterr()
     for more in (["--first-seed", 0], ["--first-seed", 1], ["--models", "control"]):
-        assert run(*arguments, *more) == 1
-        assert "conditions.steps: 4 -> 5" in capsys.readouterr().err
+        assert "conditions.steps: 4 -> 5" in refused(capsys, *arguments, *more)
 
 
 def test_tuning_never_reads_what_is_reported(recipe, tmp_path, capsys):
@@ -178,14 +187,9 @@ def test_a_seed_can_be_anothers(recipe, tmp_path):
     assert student["taught_by"] == [twin["weights"]]
 
 
-def test_a_given_corpus_is_sampled_and_resumed(recipe, tmp_path, monkeypatch, capsys):
-    for split in ("train", "dev"):
-        (tmp_path / split).mkdir()
-        text = write_text(6000, seed=len(split))
-        (tmp_path / split / f"qed.{split}").write_text(text)
+def test_a_given_corpus_is_sampled_and_resumed(recipe, given_text, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    arguments = ["--recipe", recipe(words=3000, dev_words=1500), "--out", out]
-    arguments += ["--train", tmp_path / "train", "--dev", tmp_path / "dev"]
+    arguments = ["--recipe", recipe(words=3000, dev_words=1500), "--out", out, *given_text]
     assert run(*arguments, "--dry-run") == 0
     assert not trained(out)
     assert run(*arguments, "--stop-after", "0") == 0
@@ -202,8 +206,7 @@ def test_a_given_corpus_is_sampled_and_resumed(recipe, tmp_path, monkeypatch, ca
     ]
     assert 2000 < words[0] < 4000 and 1000 < words[1] < 2000 and 1000 < words[2] < 2000
     assert "| student" in (out / "report.md").read_text()
-    assert run(*arguments, "--words", "2000") == 1
-    assert "choose another --out" in capsys.readouterr().err
+    assert "choose another --out" in refused(capsys, *arguments, "--words", "2000")
     # The shards alone, elsewhere: all results are there, so that nothing is trained.
     data, elsewhere = out / "data", tmp_path / "elsewhere"
     shutil.rmtree(out / "corpus")
@@ -211,26 +214,17 @@ def test_a_given_corpus_is_sampled_and_resumed(recipe, tmp_path, monkeypatch, ca
     assert run(*arguments, "--data", data, "--results", out) == 0 and not trained(elsewhere)
     assert run(*arguments[:1], recipe(), *arguments[2:], "--data", data, "--dry-run") == 0
     wrong = ["--recipe", recipe(vocabulary_size=500), "--out", elsewhere, "--data", data]
-    assert run(*wrong) == 1 and "400 pieces" in capsys.readouterr().err
+    assert "400 pieces" in refused(capsys, *wrong)
     (data / "report" / "dev.bin").unlink()
-    assert run(*arguments, "--data", data) == 1 and "report" in capsys.readouterr().err
-
-
-@pytest.fixture
-def given_text(tmp_path):
-    """Options that name a small text for training and dev."""
-    for split in ("train", "dev"):
-        write_file(tmp_path / split / f"qed.{split}", write_text(3000, seed=len(split)))
-    return ["--train", tmp_path / "train", "--dev", tmp_path / "dev"]
+    assert "report" in refused(capsys, *arguments, "--data", data)
 
 
 def test_nothing_of_the_users_is_deleted(recipe, given_text, tmp_path, capsys):
     out = tmp_path / "out"
     (out / "corpus").mkdir(parents=True)
     (out / "corpus/notes.txt").write_text("years of work")
-    arguments = ["--recipe", recipe(), "--out", out, "--dry-run"]
-    assert run(*arguments, *given_text) == 1
-    assert "holds files that are not from this command" in capsys.readouterr().err
+    error = refused(capsys, "--recipe", recipe(), "--out", out, "--dry-run", *given_text)
+    assert "holds files that are not from this command" in error
     assert [path.name for path in out.rglob("*")] == ["corpus", "notes.txt"]
 
 
@@ -241,12 +235,11 @@ def test_an_attempt_that_was_stopped_is_made_again_from_the_same_text_alone(
     with monkeypatch.context() as patch:
         patch.setattr(reproduce.tokenize_corpus, "main", lambda _: 130)
         assert run(*arguments) == 130
-    changed = [*arguments, "--words", "2000"]
-    assert run(*changed) == 1 and "words differ" in capsys.readouterr().err
+    assert "words differ" in refused(capsys, *arguments, "--words", "2000")
     assert run(*arguments) == 0
     path = tmp_path / "train/qed.train"
     path.write_text(path.read_text().replace("a", "b"))  # of the same size
-    assert run(*arguments) == 1 and "train differ" in capsys.readouterr().err
+    assert "train differ" in refused(capsys, *arguments)
 
 
 def test_scores_of_other_pairs_are_not_reported(recipe, given_text, tmp_path, capsys):
@@ -261,9 +254,7 @@ def test_scores_of_other_pairs_are_not_reported(recipe, given_text, tmp_path, ca
     (tmp_path / "out/seed-0/control.losses.npz").unlink()
     assert run(*arguments) == 0 and trained(tmp_path / "out") == before
     write_file(tmp_path / "pairs/a.jsonl", json.dumps(pair | {"sentence_bad": "a cat"}))
-    capsys.readouterr()
-    assert run(*arguments) == 1
-    assert "has another content of pairs than this command: move it away" in capsys.readouterr().err
+    assert "has another content of pairs than this command: move it away" in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -288,17 +279,16 @@ def test_what_a_later_model_cannot_do_is_told_before_the_first_is_trained(
     size = Tokenizer.load(data / "tokenizer.model").vocabulary_size
     models = MODELS | {"student": MODELS["student"] | options}
     path = recipe(models=models, vocabulary_size=size)
-    assert run("--recipe", path, "--data", data, "--out", tmp_path / "out") == 1
-    assert re.search(f"error: student: .*{message}", capsys.readouterr().err)
+    error = refused(capsys, "--recipe", path, "--data", data, "--out", tmp_path / "out")
+    assert re.search(f"error: student: .*{message}", error)
     assert not trained(tmp_path / "out")
 
 
 def test_pairs_that_cannot_be_scored_are_told_before_training(recipe, given_text, tmp_path, capsys):
-    arguments = ["--recipe", recipe(), "--out", tmp_path / "out", *given_text]
+    arguments = ["--recipe", recipe(), "--out", tmp_path / "out", *given_text, "--pairs", tmp_path / "pairs"]
     pair = {"sentence_good": "the cat " * 300, "sentence_bad": "cat the"}
     write_file(tmp_path / "pairs/a.jsonl", json.dumps(pair))
-    assert run(*arguments, "--pairs", tmp_path / "pairs") == 1
-    assert "tokens is longer than the context of" in capsys.readouterr().err
+    assert "tokens is longer than the context of" in refused(capsys, *arguments)
     assert not trained(tmp_path)
 
 
@@ -335,9 +325,8 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 def test_pairs_are_read_before_anything_is_trained(tmp_path, capsys):
-    arguments = ["--recipe", "paper", "--train", "a", "--dev", "b", "--pairs", str(tmp_path)]
-    assert run_program(lambda: reproduce.main(arguments)) == 1
-    assert "minimal pairs" in capsys.readouterr().err
+    arguments = ["--recipe", "paper", "--train", "a", "--dev", "b", "--pairs", tmp_path]
+    assert "minimal pairs" in refused(capsys, *arguments)
 
 
 def test_a_sample_is_made_of_runs_of_lines_from_all_over():
@@ -424,8 +413,7 @@ def test_the_models_of_a_seed_have_one_precision_and_another_seed_may_have_anoth
 
 def test_dev_text_of_other_sub_corpora_is_refused_before_training(recipe, tmp_path, capsys):
     for name in ("train/essays.txt", "dev/letters.txt"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(f"{name} " + write_text(4000, seed=len(name)))
+        write_file(tmp_path / name, f"{name} " + write_text(4000, seed=len(name)))
     folders = ["--train", tmp_path / "train", "--dev", tmp_path / "dev", "--out", tmp_path / "out"]
-    assert run("--recipe", recipe(vocabulary_size=300), *folders, "--dry-run") == 1
-    assert "have no sub-corpus in common" in capsys.readouterr().err
+    error = refused(capsys, "--recipe", recipe(vocabulary_size=300), *folders, "--dry-run")
+    assert "have no sub-corpus in common" in error
