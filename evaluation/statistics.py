@@ -99,7 +99,8 @@ def read_losses(path):
         with np.load(path, allow_pickle=False) as archive:
             text, precision = str(archive["text"]), str(archive.get("precision", ""))
             arrays = {name: _checked(archive, name) for name in LOSS_ARRAYS if name in archive}
-        if arrays["file_of"].max() >= len(arrays["files"]) or arrays["targets"].min() < 1:
+        num_files, file_of = len(arrays["files"]), arrays["file_of"]
+        if not 0 <= file_of.min() <= file_of.max() < num_files or arrays["targets"].min() < 1:
             raise ValueError("a piece has an impossible file or length")
         shares = arrays.pop("share", None)
         return Losses(path=str(path), text=text, precision=precision, shares=shares, **arrays)
