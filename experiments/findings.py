@@ -6,7 +6,6 @@ A `Study` has one result for each model and seed, a dict that reproduce.py write
     teaching          the same for a teacher's best.pt, which taught, if another checkpoint is scored
     seconds, epochs, steps, train_cross_entropy       of its training, unless it is an ensemble
     curve             [(step, cross-entropy on validation text)]
-    training          [(step, cross-entropy, KL or None)] on training text
     samples           {prompt: continuation}
     finetuned         {"tasks", "scores", "files", "options"} of finetune.py, for this model alone
     weights, taught_by       digests of its best.pt, and of the best.pt of its teachers

@@ -10,7 +10,7 @@ import statistics
 from experiments.findings import Study, cross_entropy_of
 from training.io import UserError, aligned, markdown, printable, sha256, write_text
 
-LOGGED_POINTS, LAST_LINES = 150, 10
+LAST_LINES = 10  # of a log, whose mean is the loss on training text
 MAX_NUMBER = 1e15  # anything larger overflows in a sum or a picture
 
 # ---- forms of JSON: a type; (form, form) for either; [form] for a list, [form, form] for a list of
@@ -54,7 +54,6 @@ RESULT = SETTINGS_FORM | {
     "steps?": float,
     "train_cross_entropy?": (float, None),
     "curve?": [[float, float]],
-    "training?": [[float, float, (float, None)]],
     "weights?": (str, [float], None),
     "taught_by?": [str],
     "finetuned?": FINETUNED_FORM,
@@ -123,12 +122,12 @@ def read_log(path):
     """A dict of what a run's log says about its training.
 
     "seconds", "epochs" and "steps" of the last training line; "curve": [(step, cross-entropy on
-    validation text)]; "training": [(step, cross-entropy, KL or None)], at most `LOGGED_POINTS`;
-    "train_cross_entropy": the mean of the last `LAST_LINES` of it. Damaged lines are passed over.
-    Without a training line the lists are empty, as nothing tells the length of an epoch.
+    validation text)]; "train_cross_entropy": the mean of the last `LAST_LINES` on training text, or
+    None. Damaged lines are passed over. Without a training line nothing tells the length of an
+    epoch, and the curve is empty.
     """
     log = {"seconds": 0.0, "epochs": 0.0, "steps": 0, "curve": []}
-    tokens, training = 0, []
+    tokens, losses = 0, []
     for line in path.read_bytes().split(b"\n"):
         entry = read_numbers(line)
         if {"step", "epoch", "tokens", "tokens_per_second"} <= entry.keys():
@@ -137,14 +136,12 @@ def read_log(path):
             tokens = entry["tokens"]
             log |= {"epochs": entry["epoch"], "steps": entry["step"]}
             if "cross_entropy" in entry:
-                training.append((entry["step"], entry["cross_entropy"], entry.get("kl")))
+                losses.append(entry["cross_entropy"])
         elif {"step", "dev_cross_entropy"} <= entry.keys():
             log["curve"].append((entry["step"], entry["dev_cross_entropy"]))
     if log["steps"] < 1:
-        log["curve"], training = [], []
-    last = [cross_entropy for _, cross_entropy, _ in training[-LAST_LINES:]]
-    log["train_cross_entropy"] = statistics.fmean(last) if last else None
-    log["training"] = training[:: 1 + len(training) // LOGGED_POINTS]
+        log["curve"], losses = [], []
+    log["train_cross_entropy"] = statistics.fmean(losses[-LAST_LINES:]) if losses else None
     return log
 
 
@@ -162,11 +159,10 @@ def read_numbers(line):
 def read_result(path):
     """The result in a file, a dict as `findings` describes it. Raises `UserError` if it is none."""
     result = read_object(path, RESULT)
-    has_curve = result.get("curve") or result.get("training")
     pairs = result.get("report", {}).get("pairs", {})
     tasks = result.get("finetuned", {"tasks": {}, "scores": {}})
     if (
-        (has_curve and (result.get("steps", 0) < 1 or "epochs" not in result))
+        (result.get("curve") and (result.get("steps", 0) < 1 or "epochs" not in result))
         or not all(map(is_file_name, pairs))
         or not all(scores["per_file"] and scores["per_field"] for scores in pairs.values())
         or tasks["tasks"].keys() != tasks["scores"].keys()

@@ -54,7 +54,6 @@ def result(role, seed):
     if role == ENSEMBLE:
         return {"name": role, "report": scores, "commit": "abc"}
     curve = [[10, value + 5], [20, value + 0.2], [30, value + 0.1], [40, value]]
-    training = [[step, value, 0.5 if role == "student" else None] for step in (10, 20, 30, 40)]
     return {
         "commit": "abc",
         "machine": "a large one",
@@ -67,7 +66,6 @@ def result(role, seed):
         "epochs": 4.0,
         "steps": 40,
         "curve": curve,
-        "training": training,
         "train_cross_entropy": value,
         "samples": {"The cat": "sat | on <b>it</b>"},
     }
@@ -357,7 +355,7 @@ def test_without_a_control_every_model_has_its_curve(study):
 
 def test_logs_without_curves_do_not_stop_the_report(study):
     for role in MODELS.keys() - {ENSEMBLE}:
-        study.seeds[0][role] |= {"curve": [], "epochs": 0.0, "steps": 0, "training": []}
+        study.seeds[0][role] |= {"curve": [], "epochs": 0.0, "steps": 0}
     text, _ = write(study)
     assert "| student (distilled) |" in text and "curves.png" not in text
 
@@ -521,7 +519,6 @@ def test_a_log_tells_seconds_epochs_and_the_curve(tmp_path):
         "epochs": 2.0,
         "steps": 10,
         "curve": [(5, 3.5), (10, 3.25)],
-        "training": [(5, 4.5, None), (10, 4.0, None)],
         "train_cross_entropy": 4.25,
     }
 
