@@ -32,7 +32,8 @@ RESULTS = (
     "CE: cross-entropy in nats per token. Test CE is of {text}, weighted by sub-corpus as in the "
     "training text; plain, every token counts alike. Train CE: the last that training logged, on text "
     "it has seen, with dropout where there is any. Seconds: training alone. Temperature: what suits "
-    "the model best on the validation text. An ensemble is the mean of its members' logits."
+    "the model best on the validation text. An ensemble is the mean of its members' logits. Minimal "
+    "pairs: accuracy, the mean over files."
 )
 FINETUNED = (
     "Each model with a classification head, trained on each task (finetune.py). In percent on the "
@@ -53,8 +54,8 @@ def report_blocks(study, command):
     blocks.append(("picture", ("differences", "Cross-entropy minus the control's", plots.differences(study))))
     blocks += [("text", line) for line in (study.about, *caveats(study)) if line]
     blocks.append(("table", tables.conclusion_rows(study)))
-    blocks.append(("table", tables.result_rows(study)))
-    blocks += [("text", RESULTS.format(text=study.text)), ("text", provenance(study, command))]
+    blocks += section("Models", tables.result_rows(study), RESULTS.format(text=study.text))
+    blocks.append(("text", provenance(study, command)))
     blocks += section("Differences", tables.difference_rows(study), DIFFERENCES)
     blocks += section("Differences in minimal pairs", tables.pair_difference_rows(study), PAIR_DIFFERENCES)
     blocks += section("Lead and gap", tables.lead_rows(study), LEAD_AND_GAP)
@@ -155,8 +156,9 @@ PAGE = """<!DOCTYPE html>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem }}
 table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
-th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
+td {{ padding: .3rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right }}
+td:first-child {{ text-align: left }}
+tr:first-child {{ font-weight: 600 }}
 img {{ max-width: 100% }}
 </style></head><body>
 {body}

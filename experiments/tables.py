@@ -64,7 +64,7 @@ def result_rows(study):
     """Heading and rows of the main table: one row for each model, over all seeds."""
     folders = pair_folders(study)
     heading = ["model", "parameters", "epochs", "seconds", "train CE", "test CE", "plain", "temperature"]
-    rows = [heading + [f"{f}, {kind} (%)" for f in folders for kind in ("files", "fields")]]
+    rows = [heading + [f"{folder} (%)" for folder in folders]]
     for name, title in study.models.items():
         runs = study.results(name)
         row = [title, f"{runs[0]['report']['parameters']:,}"]
@@ -77,8 +77,8 @@ def result_rows(study):
         scaled = [report["temperature_scaled"] for report in reports if "temperature_scaled" in report]
         row.append(mean_and_deviation([scores["temperature"] for scores in scaled], 3))
         for folder in folders:
-            for key in ("accuracy_over_files", "accuracy_over_fields"):
-                row.append(mean_and_deviation([100 * report["pairs"][folder][key] for report in reports], 1))
+            accuracies = [100 * report["pairs"][folder]["accuracy_over_files"] for report in reports]
+            row.append(mean_and_deviation(accuracies, 1))
         rows.append(row)
     return rows
 
@@ -148,10 +148,11 @@ def sub_corpus_rows(study):
 
 
 def field_rows(study, folder):
-    """Accuracy by field of minimal pairs, in percent."""
+    """Accuracy by field of minimal pairs, and its mean over fields, in percent."""
 
     def values(result):
-        per_field = result["report"]["pairs"][folder]["per_field"]
-        return {name: 100 * accuracy for name, accuracy in per_field.items()}
+        scores = result["report"]["pairs"][folder]
+        accuracies = scores["per_field"] | {"mean over fields": scores["accuracy_over_fields"]}
+        return {name: 100 * accuracy for name, accuracy in accuracies.items()}
 
     return detail_rows(study, f"{folder} (%)", values, digits=1)

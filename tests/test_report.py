@@ -169,6 +169,7 @@ def test_the_tables_have_sub_corpora_fields_pairs_lead_and_gap(study):
     text, _ = write(study)
     assert "| novels | 1.550 ± 0.071 |" in text and "| letters | 2.550 ± 0.071 |" in text
     assert f"## Minimal pairs of {FOLDER}, by field" in text and "| island | 60.5 ± 0.7 |" in text
+    assert "| mean over fields | " in text
     assert pair_difference(study, "student", "control", FOLDER)[0] == pytest.approx(1.0)
     assert "| student (distilled) minus control (alone) | +1.0 [+1.0, +1.0] |" in text
     assert f"| student (distilled) | 0 | +0.300 | +0.150 | {MINUS}0.150 |" in text
