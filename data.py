@@ -1,7 +1,7 @@
 """Batches of a tokenised corpus and their order.
 
-A batch is a function of (seed, step) and of nothing else. To resume, or to ask which text step 1234
-saw, the number of the step is enough. corpus/token_shards.py has the format of the files.
+A chunk is `sequence_length` consecutive tokens of a shard, with the next token of each as target. A
+batch depends on (seed, step) alone: the number of a step says which text it saw.
 """
 
 import functools
@@ -16,7 +16,7 @@ from tokenizer import Tokenizer
 from training.io import UserError
 
 GPU_FRACTION = 1 / 8  # of a GPU's free memory that the training tokens may take
-DEV_SUBSET_SEED = 2023  # the original's: every model is compared on the same dev chunks
+DEV_SUBSET_SEED = 2023  # as in the paper's code: every model is compared on the same dev chunks
 
 
 # ---- a corpus
@@ -104,7 +104,7 @@ class Batch:
 
 
 def count_chunks(num_tokens, sequence_length, random_offset=False):
-    """Chunks of T inputs and T targets; with a random offset the last one may start T - 1 later."""
+    """The number of chunks; a random offset of up to T - 1 tokens needs room behind the last one."""
     if random_offset:
         return max(num_tokens // sequence_length - 1, 0)
     return max((num_tokens - 1) // sequence_length, 0)
@@ -127,12 +127,12 @@ def epoch_order(seed, epoch, num_chunks, sequence_length, random_offset):
 
 
 class BatchStream:
-    """`stream(step)` is the batch of a step: consecutive positions of the epochs' permutations.
+    """`stream(step)` is the batch of a step: the next chunks in the order of epochs 0, 1, 2, ...
 
     Every chunk is seen once an epoch, all batches have the same size, and a batch may span two
     epochs. `num_chunks`, `num_tokens` and `words` are those of an epoch. On CUDA all tokens are
     copied to the GPU if they fit in `GPU_FRACTION` of its free memory, and batches are gathered
-    there. Raises `UserError` if the shard is shorter than one batch.
+    there. Raises `UserError` if the shard has fewer chunks than one batch.
     """
 
     def __init__(self, shard, batch_size, sequence_length, seed, random_offset=False, device="cpu"):
@@ -156,7 +156,7 @@ class BatchStream:
         parts = []
         for epoch in range(first // N, (stop - 1) // N + 1):
             order = epoch_order(self.seed, epoch, N, self.sequence_length, self.random_offset)
-            parts.append([ids[max(0, first - epoch * N) : stop - epoch * N] for ids in order])
+            parts.append([column[max(0, first - epoch * N) : stop - epoch * N] for column in order])
         chunk_ids, starts = map(torch.cat, zip(*parts))  # (B,)
         if self.tokens_on_gpu is None:
             tokens, targets = self.shard.chunks(starts.numpy(), self.sequence_length)
@@ -166,7 +166,7 @@ class BatchStream:
         return Batch(chunk_ids, tokens, targets, len(tokens), targets.numel())
 
     def load_to_device(self, device):
-        """Copies all tokens of the shard to `device`, in as many bytes a token as the shard has."""
+        """Copies all tokens of the shard to `device`, with as many bytes per token as in the shard."""
         # As signed integers of the same size: torch cannot index uint16 on all devices.
         ids = self.shard.tokens.view(f"int{8 * self.shard.dtype.itemsize}")
         self.tokens_on_gpu = torch.from_numpy(ids.copy()).to(device)

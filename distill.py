@@ -4,9 +4,9 @@
 
     loss = alpha · CE + (1 - alpha) · tau² · KL(teachers ‖ student)
 
-The KL is summed over the positions of a sequence and averaged over sequences (--kl-reduction
-sequence). The paper's numbers were made so: the original's `batchmean` divides by the batch size
-alone. --kl-reduction token is the mean over tokens, as the formula is usually written.
+--kl-reduction sequence sums the KL over the positions of a sequence and averages over sequences, as
+the paper's code does: its `batchmean` divides by the batch size alone. --kl-reduction token averages
+over tokens, as the formula is usually written.
 """
 
 import dataclasses
@@ -59,11 +59,11 @@ class DistillationObjective(Objective):
 
     @torch.no_grad()
     def prepare(self, batch):
-        """The batch with the teachers' final hidden states, K × (B, T, C_k), in the products' dtype.
+        """The batch with the teachers' final hidden states, K × (B, T, C_k), in the dtype of products.
 
         They come from the cache if it has all of them. If one is missing, all are computed: a
-        product of another shape could round differently, and then the cache would depend on the
-        order in which it was filled.
+        smaller batch could round differently, and then the cache would depend on the order in
+        which it was filled.
         """
         # --micro-batch-size auto tries a step without chunk ids, and so without the cache.
         cache = None if batch.chunk_ids is None else self.cache
@@ -78,8 +78,10 @@ class DistillationObjective(Objective):
 
     def coefficients(self, batch):
         """The loss's coefficients for a step; the counts are those of the whole step."""
-        positions = batch.tokens.shape[1] if self.kl_reduction == "token" else 1
-        return Coefficients(self.alpha, self.tau, batch.num_targets, batch.num_sequences * positions)
+        kl_denominator = batch.num_sequences
+        if self.kl_reduction == "token":
+            kl_denominator *= batch.tokens.shape[1]
+        return Coefficients(self.alpha, self.tau, batch.num_targets, kl_denominator)
 
     @torch.no_grad()
     def teacher_logits(self, batch):
@@ -100,7 +102,7 @@ class DistillationObjective(Objective):
 class FusedDistillationObjective(DistillationObjective):
     """The same loss, fused: no logits are kept, and all teachers are one matrix product."""
 
-    joined_head = None
+    joined_head = None  # of all teachers, made in the first step
 
     def forward(self, batch):
         hidden = self.model.hidden_states(batch.tokens)  # (B, T, C)
@@ -180,7 +182,7 @@ def cast_linears_to_bf16(model):
 
 
 def open_teacher_cache(config, corpus, teachers, records):
-    """The cache of --cache-teachers, or None. Raises `UserError` if it does not fit."""
+    """The cache of --cache-teachers, or None. Raises `UserError` as `open_cache` does."""
     compute = choose_compute(config.device, config.precision)
     chunks = count_chunks(corpus.train.num_tokens, config.sequence_length)
     digests = [record["digest"] for record in records]
@@ -195,7 +197,7 @@ def open_teacher_cache(config, corpus, teachers, records):
 
 
 def check_cache(config):
-    """The problem with --cache-teachers, or None."""
+    """An error message for a --cache-teachers that cannot be used, or None."""
     if config.random_offset and config.cache_teachers != "off":
         return "--cache-teachers needs chunks that stay the same: leave out --random-offset"
     return None
@@ -209,8 +211,8 @@ def main(argv=None):
     corpus = open_corpus(config.data)
     teachers, records = load_teachers(config, corpus)
     student, name, init_digest = models.initial_model(config, corpus)
-    positions = config.sequence_length if config.kl_reduction == "sequence" else 1
-    effective = config.alpha / (config.alpha + (1 - config.alpha) * positions)
+    summed_positions = config.sequence_length if config.kl_reduction == "sequence" else 1
+    effective = config.alpha / (config.alpha + (1 - config.alpha) * summed_positions)
     log(f"alpha      {config.alpha} as given, {effective:.4g} per token ({config.kl_reduction})")
     distributed.check_same_on_all_ranks({"set of teachers": [record["digest"] for record in records]})
     cache = open_teacher_cache(config, corpus, teachers, records)

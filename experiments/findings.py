@@ -3,7 +3,7 @@
 A `Study` has one result for each model and seed, a dict that reproduce.py writes:
 
     report            scores on the reported (test) text: an entry of evaluate.py's JSON
-    teaching          the same for a teacher's best.pt, which taught, if another checkpoint is scored
+    teaching          the same for a teacher's best.pt, if `report` scores another of its checkpoints
     seconds, epochs, steps, train_cross_entropy       of its training, unless it is an ensemble
     curve             [(step, cross-entropy on validation text)]
     samples           {prompt: continuation}
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from evaluation.statistics import cluster_bootstrap, compare_variants, read_losses, t_interval
 
-LEAST_GAIN = 0.02  # nats: a student's gain on the control below this is not called an effect
+LEAST_EFFECT = 0.02  # nats: a smaller gain of a student on the control is not called an effect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Study:
     """All results of an experiment.
 
     `models` is {name: title} in order, `teachers` {student: names of its teachers}, `ensembles`
-    {student: name of its teacher, or of their ensemble}. `text` describes the reported text.
-    `seeds` is {seed: {name: result}}; a seed may lack models. The losses of each model are in
-    `folder`/seed-N/NAME.losses.npz. Verdicts need `least_seeds` seeds. `control_gain` (nats) is the
-    gain of a better tuned control, found later: it is taken off each student's lead on the control.
+    {student: name of its teacher, or of their ensemble}. `control` learns without teachers, and the
+    experiment asks about `student`. `text` describes the reported text. `seeds` is {seed: {name:
+    result}}; a seed may lack models. The losses of each model are in `folder`/seed-N/NAME.losses.npz.
+    Verdicts need `least_seeds` seeds. `control_gain` (nats) is what better options gained for the
+    control after the experiment: it is subtracted from each student's gain on the control.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Study:
 
     @property
     def single_teacher_students(self):
-        """The students of one teacher that have the options of the study's own student."""
+        """The students with a single teacher and, besides it, the options of `self.student`."""
         own_teachers = self.teachers[self.student]
         own_conditions = self.results(self.student)[0].get("conditions")
         return [
@@ -75,11 +76,11 @@ class Study:
             if all(result.get("conditions") == own_conditions for result in self.results(name))
         ]
 
-    def compared_pairs(self):
-        """[(model, baseline)]: the pairs of models that the report compares.
+    def compared_models(self):
+        """[(model, baseline)]: the models that the report compares.
 
-        Each student with the control, its teachers and their ensemble; the study's own student with
-        the other students; each teacher and ensemble with the control.
+        Each student with the control, its teachers and their ensemble; `self.student` with the
+        other students; each teacher and ensemble with the control.
         """
         pairs, teaching = [], []
         for name in self.students:
@@ -102,14 +103,14 @@ class Study:
         seed are missing.
         """
         comparisons = {}
-        for name, baseline in self.compared_pairs():
+        for name, baseline in self.compared_models():
             if seeds := self.shared_seeds(name, baseline):
                 losses = [
                     [read_losses(self.folder / f"seed-{seed}" / f"{model}.losses.npz") for seed in seeds]
                     for model in (name, baseline)
                 ]
-                is_lead = name in self.teachers and baseline == self.control
-                shift = self.control_gain if is_lead else 0.0
+                is_gain_on_control = name in self.teachers and baseline == self.control
+                shift = self.control_gain if is_gain_on_control else 0.0
                 comparisons[name, baseline] = {
                     variant: difference.shifted(shift)
                     for variant, difference in compare_variants(*losses).items()
@@ -117,11 +118,11 @@ class Study:
         return comparisons
 
     def difference(self, name, baseline):
-        """The main `Difference` of a compared pair, or None."""
+        """The main `Difference` of two models, or None if they are not compared."""
         return next(iter(self.comparisons.get((name, baseline), {}).values()), None)
 
     def mismatched_teachers(self):
-        """[(student, seed)]: its teachers here are not the instances that it learned from.
+        """[(student, seed)]: students that learned from other weights than those of the teachers here.
 
         A teacher that is trained again on another machine becomes a slightly different model.
         """
@@ -206,30 +207,30 @@ def has_enough_seeds(difference, least_seeds):
     return len(difference.per_seed) >= max(least_seeds, 2)
 
 
-def verdict(difference, least_gain=LEAST_GAIN, least_seeds=2):
-    """HOLDS, REVERSED or UNDECIDED, from a `Difference` in nats.
+def verdict(difference, least_effect=LEAST_EFFECT, least_seeds=2):
+    """HOLDS, REVERSED or UNDECIDED: whether a model is better, from its `Difference` in nats.
 
-    HOLDS: below 0 with every seed, by `least_gain` or more on average, and both 95 % intervals
+    HOLDS: below 0 with every seed, by `least_effect` or more on average, and both 95 % intervals
     below 0. REVERSED: both intervals above 0. UNDECIDED otherwise, and with too few seeds.
     """
     if not has_enough_seeds(difference, least_seeds):
         return f"UNDECIDED ({len(difference.per_seed)} of {max(least_seeds, 2)} seeds)"
     intervals = (difference.over_seeds, difference.over_text)
     below = all(value < 0 for value in difference.per_seed)
-    if below and difference.mean <= -least_gain and all(high < 0 for _, high in intervals):
+    if below and difference.mean <= -least_effect and all(high < 0 for _, high in intervals):
         return "HOLDS"
     return "REVERSED" if all(low > 0 for low, _ in intervals) else "UNDECIDED"
 
 
 def verdict_of(study, name, baseline):
-    """The verdict on a compared pair. Only a student's gain on the control must be `LEAST_GAIN`.
+    """The verdict on two models. Only a student's gain on the control must reach `LEAST_EFFECT`.
 
     CALIBRATION: HOLDS, but not if each model is scored at the temperature that suits it best.
     """
     scaled = study.comparisons[name, baseline].get("temperature-scaled")
-    least_gain = LEAST_GAIN if baseline == study.control and name in study.teachers else 0.0
-    result = verdict(study.difference(name, baseline), least_gain, study.least_seeds)
-    if result == "HOLDS" and scaled is not None and verdict(scaled, least_gain) != "HOLDS":
+    least_effect = LEAST_EFFECT if baseline == study.control and name in study.teachers else 0.0
+    result = verdict(study.difference(name, baseline), least_effect, study.least_seeds)
+    if result == "HOLDS" and scaled is not None and verdict(scaled, least_effect) != "HOLDS":
         return "CALIBRATION"
     return result
 
