@@ -148,8 +148,9 @@ def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS):
     config |= {theirs: shape[ours] for ours, theirs in HF_FIELDS[architecture].items()}
     config |= FIXED[architecture] | special_ids
     if architecture == "llama":
-        head_size = shape["hidden_size"] // shape["num_attention_heads"]
-        config |= {"num_key_value_heads": shape["num_attention_heads"], "head_dim": head_size}
+        heads = shape["num_attention_heads"]
+        config["num_key_value_heads"] = shape["num_key_value_heads"] or heads
+        config["head_dim"] = shape["head_dim"] or shape["hidden_size"] // heads
         rope = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
         config |= {"rope_scaling": None, "rope_parameters": rope}
     else:
@@ -447,7 +448,10 @@ def read_config(folder):
     """Returns architecture and our config of a folder's config.json; `UserError` for another model."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a folder that save_pretrained wrote")
+        remedy = "give a folder that save_pretrained wrote"
+        if not folder.exists():
+            remedy = f"download the model first, such as: hf download {folder} --local-dir {folder.name}"
+        raise UserError(f"{path} does not exist: {remedy}")
     try:
         theirs = json.loads(path.read_bytes())
         kind = theirs["model_type"]
@@ -456,9 +460,10 @@ def read_config(folder):
         check_rope(path, theirs)
         theirs = {HF_FIELDS[kind]["max_position_embeddings"]: DEFAULT_POSITIONS[kind]} | theirs
         fixed = dict(FIXED[kind])
-        if kind == "llama":
+        if kind == "llama":  # what is as usual is left out, as in our presets
             heads = theirs["num_attention_heads"]
-            fixed |= {"num_key_value_heads": heads, "head_dim": theirs["hidden_size"] // heads}
+            usual = {"num_key_value_heads": heads, "head_dim": theirs["hidden_size"] / heads}
+            theirs |= {key: None for key, value in usual.items() if theirs.get(key) == value}
         else:
             theirs["n_inner"] = theirs.get("n_inner") or 4 * theirs["n_embd"]
             fixed |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), theirs.get("resid_pdrop", 0.1))
@@ -484,32 +489,44 @@ def check_rope(path, theirs):
             theirs["rope_theta"] = rope["rope_theta"]
 
 
-def read_safetensors(path):
-    """Returns {name: float32 tensor}. Raises `UserError` for a damaged file or another type."""
-    load_file = import_extra("safetensors.torch").load_file
+def weight_files(folder):
+    """Returns the files of a folder's weights: safetensors if there are any, else pytorch_model.bin."""
+    patterns = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+    for pattern in patterns:
+        if paths := sorted(folder.glob(pattern)):
+            return paths
+    raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin: download the whole model")
+
+
+def read_tensors(path):
+    """Returns {name: float32 tensor}. Raises `UserError` for a damaged file or another type.
+
+    No code that a pickled file may hold is run.
+    """
     try:
-        tensors = load_file(path)
-    except (import_extra("safetensors").SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(
-                f"{path}: {name!r} is {tensor.dtype}: only float32, float16 and bfloat16 are read"
-            )
+        if path.suffix == ".safetensors":
+            tensors = import_extra("safetensors.torch").load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        types = {name: tensor.dtype for name, tensor in tensors.items()}
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:  # both libraries raise errors of many types for bytes that they did not write
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+    for name, dtype in types.items():
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{path}: {name!r} is {dtype}: only float32, float16 and bfloat16 are read")
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def read_weights(folder, architecture, config):
-    """Returns our state dict out of model.safetensors; `UserError` unless it is exactly this model's."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        sharded = (folder / "model.safetensors.index.json").exists()
-        why = "the weights are in several files" if sharded else f"{path} does not exist"
-        raise UserError(f"{why}: save it again with save_pretrained(..., max_shard_size='100GB')")
+    """Returns our state dict out of a folder's weights; `UserError` unless it is exactly this model's."""
     theirs = {}
-    for name, tensor in read_safetensors(path).items():
-        if not name.endswith(BUFFERS):
-            theirs[name.removeprefix(PREFIXES[architecture])] = tensor
+    for path in weight_files(folder):
+        for name, tensor in read_tensors(path).items():
+            if not name.endswith(BUFFERS):
+                theirs[name.removeprefix(PREFIXES[architecture])] = tensor
     if architecture == "llama":  # its tables of positions are no weights, and may be large
         config = dataclasses.replace(config, max_position_embeddings=1)
     with torch.device("meta"):
@@ -517,19 +534,19 @@ def read_weights(folder, architecture, config):
     weights = {}
     for name, ours in expected.items():
         if name not in theirs:
-            raise UserError(f"{path} lacks {hf_name(architecture, name)}")
+            raise UserError(f"{folder} lacks {hf_name(architecture, name)}")
         tensor = theirs.pop(name)
         if is_transposed(architecture, name) and tensor.dim() == 2:
             tensor = tensor.T.contiguous()
         if tensor.shape != ours.shape:
             shapes = tuple(tensor.shape), tuple(ours.shape)
-            raise UserError(f"{path}: {name} is {shapes[0]} where config.json implies {shapes[1]}")
+            raise UserError(f"{folder}: {name} is {shapes[0]} where config.json implies {shapes[1]}")
         weights[name] = tensor
     head = theirs.pop(HEAD, None)
     if head is not None and not torch.equal(head, weights[EMBEDDING[architecture]]):
-        raise UserError(f"{path}: {HEAD} is a head of its own where config.json says it is tied")
+        raise UserError(f"{folder}: {HEAD} is a head of its own where config.json says it is tied")
     if theirs:
-        raise UserError(f"{path} holds what this architecture has not: {min(theirs)!r}")
+        raise UserError(f"{folder} holds what this architecture has not: {min(theirs)!r}")
     return weights
 
 

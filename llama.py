@@ -1,10 +1,12 @@
 """LLaMA (Touvron et al. 2023), the whole architecture: Baby Llama's other teacher, and its student.
 
 RMSNorm before each sublayer (Zhang and Sennrich 2019), rotary positions (Su et al. 2021) by halves
-as in Hugging Face's weights, SwiGLU (Shazeer 2020), no biases, and a head of its own.
+as in Hugging Face's weights, SwiGLU (Shazeer 2020), no biases, and a head of its own. Published models
+may have fewer keys and values than queries: each is read by a group of heads (Ainslie et al. 2023).
 Attribute names are those of the reference state dict.
 
-Dimensions: B sequences, T positions, C hidden, H heads, D head size, I inner, V vocabulary.
+Dimensions: B sequences, T positions, C hidden, H heads, G groups of heads, D head size, I inner,
+V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    num_key_value_heads: int | None = None  # G; None: one for each head
+    head_dim: int | None = None  # D; None: hidden_size / heads
     dropout: float = 0.0  # on embeddings, attention weights and both residual branches, as in GPT-2
 
 
@@ -41,9 +45,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def head_size(config):
+    """D, the size of a head."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
 def rope_tables(config):
     """cos and sin (positions, D) of position p times frequency theta^(-2i/D), the D/2 values twice."""
-    D = config.hidden_size // config.num_attention_heads
+    D = head_size(config)
     # On the CPU, because `load_checkpoint` builds models on "meta" and loads only their parameters.
     frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device="cpu").float() / D)  # (D/2,)
     positions = torch.arange(config.max_position_embeddings, device="cpu").float()
@@ -67,22 +76,28 @@ def joined_product(x, *projections):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        C, D, H = config.hidden_size, head_size(config), config.num_attention_heads
+        G = config.num_key_value_heads or H
+        self.head_size = D
+        self.is_grouped = G < H
         self.dropout = config.dropout
-        self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, C, bias=False)
-        self.v_proj = nn.Linear(C, C, bias=False)
-        self.o_proj = nn.Linear(C, C, bias=False)
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, G * D, bias=False)
+        self.v_proj = nn.Linear(C, G * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def forward(self, x, cos, sin):
-        B, T, C = x.shape
-        q, k, v = joined_product(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, C)
-        q, k, v = (s.view(B, T, self.num_heads, -1).transpose(1, 2) for s in (q, k, v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = self.o_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        B, T, _ = x.shape
+        q, k, v = joined_product(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, H·D or G·D)
+        q, k, v = (s.view(B, T, -1, self.head_size).transpose(1, 2) for s in (q, k, v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D), (B, G, T, D)
+        y = F.scaled_dot_product_attention(
+            *(q, k, v),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            enable_gqa=self.is_grouped,
+        )
+        y = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
 

@@ -144,17 +144,22 @@ def check_shape(shape):
             valid = type(value) is int and 0 < value < LARGEST_SIZE
         elif field.type is float:
             valid = type(value) in (int, float) and 0 <= value < math.inf
+        elif field.type == int | None:
+            valid = value is None or (type(value) is int and 0 < value < LARGEST_SIZE)
         else:
             valid = type(value) is field.type
         if not valid or (field.name == "dropout" and value >= 1):
             raise ValueError(f"{field.name} cannot be {value!r}")
     hidden_size, heads = shape.hidden_size, shape.num_attention_heads
-    if hidden_size % heads:
+    groups = getattr(shape, "num_key_value_heads", None) or heads
+    size = getattr(shape, "head_dim", None)
+    if size is None and hidden_size % heads:
         raise ValueError(f"{heads} attention heads do not divide hidden_size {hidden_size}")
-    if isinstance(shape, LlamaConfig) and (hidden_size // heads % 2 or shape.rope_theta <= 0):
-        raise ValueError(
-            f"rotary positions need heads of an even size, here {hidden_size // heads}, and a theta above 0"
-        )
+    if heads % groups:
+        raise ValueError(f"{groups} key-value heads do not divide {heads} attention heads")
+    size = size or hidden_size // heads
+    if isinstance(shape, LlamaConfig) and (size % 2 or shape.rope_theta <= 0):
+        raise ValueError(f"rotary positions need heads of an even size, here {size}, and a theta above 0")
 
 
 def architecture(shape):

@@ -336,11 +336,6 @@ def change_tensors(change):
     return change_bytes(changed)
 
 
-def shard(folder):
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text("{}")
-
-
 LOSSLESS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 LOSSLESS |= {"add_dummy_prefix": False, "character_coverage": 1.0}
 
@@ -400,8 +395,10 @@ LLAMA_CONFIGS = [
     ({"num_hidden_layers": 4}, "lacks"),
     ({"num_hidden_layers": 2}, "has not"),
     ({"max_position_embeddings": 1 << 40}, "does not describe"),
-    ({"num_key_value_heads": 2}, "num_key_value_heads"),
+    ({"num_key_value_heads": 2}, "implies"),
+    ({"num_key_value_heads": 3}, "do not divide"),
     ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_act": "x\nTraceback"}, "hidden_act"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope scaling"),
@@ -444,8 +441,7 @@ FAULTS = {
     "a name of two lines": (change_tensors(lambda t: t.update({"a\nb": torch.zeros(1)})), "has not"),
     "integers": (change_tensors(lambda t: t.update({NORM: torch.zeros(96, dtype=torch.int32)})), "int32"),
     "not finite": (change_tensors(lambda t: t[NORM].fill_(math.nan)), "is no model that could be used"),
-    "sharded": (shard, "several files"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "does not exist"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "download the whole model"),
     "cut short": (change_bytes(lambda b: b[:-5]), "damaged"),
     "longer": (change_bytes(lambda b: b + b"x"), "damaged"),
     "empty": (change_bytes(lambda b: b""), "damaged"),
