@@ -47,7 +47,7 @@ class TrainConfig(RunConfig):
         "start from the weights and shape of this checkpoint; --model then gives only the recipe",
         may_change=True,
     )
-    shape: str | None = option(None, "change the preset's shape: hidden_size=384,num_hidden_layers=10")
+    shape: str | None = option(None, "change the preset's shape, as in hidden_size=384,num_hidden_layers=10")
     epochs: float | None = recipe(None, f"passes over the data {PRESET}", exclusive=True, minimum=1e-6)
     steps: int | None = recipe(None, "optimizer steps, instead of --epochs", exclusive=True, minimum=1)
     batch_size: int | None = recipe(None, f"sequences per step, over all GPUs {PRESET}", minimum=1)
@@ -61,7 +61,7 @@ class TrainConfig(RunConfig):
     min_lr_ratio: float = recipe(0.0, "final learning rate divided by the peak", minimum=0, maximum=1)
     weight_decay: float | None = recipe(None, f"decoupled weight decay {PRESET}", minimum=0)
     no_decay: str = recipe(
-        "layernorm", "parameters without weight decay besides biases; norms: RMSNorm too", choices=NO_DECAY
+        "layernorm", "parameters without weight decay besides biases; norms: also RMSNorm", choices=NO_DECAY
     )
     dropout: float | None = recipe(
         None, f"dropout probability {PRESET}", minimum=0, maximum=0.999, may_change=True
@@ -70,7 +70,7 @@ class TrainConfig(RunConfig):
     optimizer: str = recipe(
         "adamw", "muon: Muon for the layers' weight matrices, AdamW for the rest", choices=("adamw", "muon")
     )
-    beta2: float = recipe(0.999, "AdamW's decay of squared gradients", minimum=0, maximum=0.999999)
+    beta2: float = recipe(0.999, "decay of AdamW's mean of squared gradients", minimum=0, maximum=0.999999)
     eval_sequences: int = option(
         1024, "largest number of dev (validation) sequences per evaluation", SAVE, minimum=1, may_change=False
     )
@@ -88,9 +88,9 @@ class TrainConfig(RunConfig):
 
 
 class Objective(nn.Module):
-    """Base of all that `fit` trains: a module that owns the model in training, `model`, and its loss.
+    """Base class of what `fit` trains: a module that owns the trained model, `model`, and its loss.
 
-    All parameters that require gradients are trained, clipped and saved, the model's and others.
+    All its parameters that require gradients are trained and saved, also those outside of the model.
     """
 
     compiled = False  # True with --compile: `forward` may then compile its own functions
@@ -100,11 +100,11 @@ class Objective(nn.Module):
         self.model = model
 
     def prepare(self, batch):
-        """The micro-batch with what needs no gradient, such as the teachers' hidden states."""
+        """Returns the micro-batch, with what is computed without gradients, such as teachers' states."""
         return batch
 
     def forward(self, batch):
-        """A dict of tensors () of a prepared micro-batch: "loss", and whatever else is logged."""
+        """Returns {"loss": scalar, ...}: a prepared micro-batch's part of the step's sum; all is logged."""
         raise NotImplementedError
 
 
@@ -123,27 +123,26 @@ def learning_rate(step, steps, peak, warmup_steps, min_ratio=0.0, schedule="cosi
     """The learning rate of step 0, 1, ...: linear warm-up to `peak`, then decay.
 
     The warm-up begins at 0 and takes `warmup_steps`, at most a tenth of the steps. The decay is a
-    cosine or, with the schedule "linear", a line. It ends at `min_ratio` · peak: 0 in the original.
+    cosine or, with the schedule "linear", a line. It ends at `min_ratio` · peak: 0 in the paper's code.
     """
     warmup_steps = min(warmup_steps, steps // 10)
     if step < warmup_steps:
         return peak * step / warmup_steps
     done = (step - warmup_steps) / (steps - warmup_steps)
-    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return peak * (min_ratio + (1 - min_ratio) * left)
+    factor = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (min_ratio + (1 - min_ratio) * factor)
 
 
 def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay="layernorm"):
     """A list of optimizers of all parameters that require gradients. Add an optimizer here.
 
-    The `lr` of a group is its ratio to the scheduled learning rate. AdamW's other values are
-    0.9 / beta2 / 1e-8. Biases and what `no_decay` names have no weight decay. The default names
-    LayerNorm only, as the version that the paper ran (transformers 4.29.1, `ALL_LAYERNORM_LAYERS`).
-    With strong decay choose "norms": otherwise RMSNorm's gains shrink to zero. Muon's updates have
-    AdamW's size ("match_rms_adamw"), so that one learning rate suits both.
+    The `lr` of a group is its ratio to the scheduled learning rate. Biases and LayerNorm's parameters
+    have no weight decay, as in the paper's version of transformers (4.29.1, `ALL_LAYERNORM_LAYERS`).
+    `no_decay` adds RMSNorm's ("norms"), whose gains strong decay would shrink to zero, and embeddings.
+    Muon's updates have AdamW's size ("match_rms_adamw"), so that one learning rate suits both.
     """
     trained = resume.trained_parameters(objective).values()
-    exempt = {
+    without_decay = {
         parameter
         for module in objective.modules()
         for key, parameter in module.named_parameters(recurse=False)
@@ -153,11 +152,11 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
         or (isinstance(module, nn.Embedding) and no_decay == "norms+embeddings")
     }
     blocks = objective.model.blocks if name == "muon" else ()
-    matrices = {p for block in blocks for p in block.parameters() if p.dim() == 2} - exempt
+    matrices = {p for block in blocks for p in block.parameters() if p.dim() == 2} - without_decay
     others = [p for p in trained if p not in matrices]
     groups = [
-        {"params": [p for p in others if p not in exempt], "weight_decay": weight_decay},
-        {"params": [p for p in others if p in exempt], "weight_decay": 0.0},
+        {"params": [p for p in others if p not in without_decay], "weight_decay": weight_decay},
+        {"params": [p for p in others if p in without_decay], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=1.0, betas=(0.9, beta2), eps=1e-8, fused=True)]
@@ -172,8 +171,8 @@ def build_optimizer(objective, weight_decay, name="adamw", beta2=0.999, no_decay
 class TrainStep:
     """`train_step(batch, learning_rate)`: forward, backward, clip, update, all on the device.
 
-    `module` is the objective, or the DistributedDataParallel or FSDP2 module of it. Returns the
-    objective's terms and the gradient norm before clipping, as tensors on the device. A step whose
+    `module` is the objective, or its DistributedDataParallel or FSDP2 wrapper. Returns what the
+    objective returns and the gradient norm before clipping, as tensors on the device. A step whose
     gradient is not finite changes no parameter and is counted. Fused AdamW skips it on the device;
     for other optimizers the host waits for the gradient norm.
     """
@@ -257,7 +256,7 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
         tokens, targets = shard.chunks(own if len(own) else starts[:1], sequence_length)
         with autocast:
             hidden = model.hidden_states(tokens.to(device))
-            loss = linear_cross_entropy(hidden, model.head, targets.to(device), 1).item()
+            loss = linear_cross_entropy(hidden, model.head, targets.to(device), num_targets=1).item()
         total += loss if len(own) else 0.0
     model.train(training)
     return sum(distributed.all_gather(total)) / (len(starts) * sequence_length)
@@ -269,14 +268,14 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
 def fit(objective, config, stream, evaluate, provenance):
     """Trains an `Objective` and returns its progress: "step", "steps", "dev_cross_entropy", ...
 
-    `stream(step)` returns a step's batch; `stream.num_chunks`, `num_tokens`, `words` count an epoch.
+    `stream(step)` returns a step's batch; `stream.num_chunks`, `num_tokens`, `words` are an epoch's.
     `evaluate(model, autocast)` returns {"dev_cross_entropy": ..., other values to log}. best.pt has
-    the lowest dev cross-entropy or, if there is a "score", the highest. In the progress "stopped_by"
-    is the signal that stopped the run, or None. Raises `UserError` for a bad config.
+    the lowest dev cross-entropy or, if there is a "score", the highest score. In the progress,
+    "stopped_by" is the signal that stopped the run, or None. Raises `UserError` for a bad config.
     """
     compute = choose_compute(config.device, config.precision)
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
-    resume.check_start(config, provenance)
+    resume.check_settings(config, provenance)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
     if config.warmup_steps > plan.steps // 10:
         log(f"warm-up    {plan.steps // 10} steps, a tenth of the run, instead of {config.warmup_steps}")
@@ -284,7 +283,7 @@ def fit(objective, config, stream, evaluate, provenance):
         return resume.new_progress(plan.steps)
     train_step = build_train_step(objective, config, stream, compute)
     config = dataclasses.replace(config, micro_batch_size=train_step.micro_batch_size)
-    graphed = should_capture(config.cuda_graph, compute, train_step.optimizers, plan.tokens_seen(1))
+    uses_graph = should_capture(config.cuda_graph, compute, train_step.optimizers, plan.tokens_seen(1))
     with locked(config.out) if distributed.rank() == 0 else contextlib.nullcontext():
         progress = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):
@@ -292,7 +291,7 @@ def fit(objective, config, stream, evaluate, provenance):
         if config.compile or (config.compile is None and compute.device.type == "cuda"):
             compile_blocks(objective)
         take_step = train_step
-        if graphed:
+        if uses_graph:
             from training.cuda_graph import GraphedStep  # here, because most runs capture no graph
 
             take_step = GraphedStep(train_step)
@@ -333,7 +332,7 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
 
     `name` is the model's name in checkpoints; `teachers` are [{"name", "digest"}].
     """
-    # Here, because a program that brings its own data to `fit` needs no corpus and no presets.
+    # Imported here: a program that gives its own data to `fit` needs no corpus and no presets.
     from data import BatchStream, dev_subset
     from model import architecture
 
@@ -353,7 +352,7 @@ def fit_corpus(objective, config, corpus, name, init_digest=None, teachers=()):
 
 
 def main(argv=None):
-    import model as models  # here as in `fit_corpus`
+    import model as models  # here, as in `fit_corpus`
     from data import open_corpus
 
     config = models.with_hyperparameters(parse(TrainConfig, __doc__, argv, models.preset_table))

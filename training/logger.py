@@ -48,8 +48,8 @@ def machine(device):
     """The GPU's name, or the number of CPU cores and their architecture."""
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    flags = Path("/proc/cpuinfo")
-    bf16 = ", avx512_bf16" if flags.exists() and "avx512_bf16" in flags.read_text() else ""
+    cpuinfo = Path("/proc/cpuinfo")
+    bf16 = ", avx512_bf16" if cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text() else ""
     return f"{os.cpu_count()} CPU cores ({platform.machine()}{bf16})"
 
 
@@ -57,7 +57,7 @@ def machine(device):
 
 
 class StopSignal:
-    """A context in which a signal, or the end of `minutes`, asks the run to stop after its step.
+    """A context in which a signal, or the end of `minutes`, asks the run to stop after this step.
 
     `number` is the signal, SIGTERM, SIGINT or SIGHUP, or None. In a run of one process a second
     signal ends the run at once. If SIGHUP is ignored, as under nohup, it stays ignored.
@@ -93,7 +93,7 @@ class StopSignal:
 def exit_code(progress):
     """The exit code of a run that ended with this progress: 0, or 143, 130, 129 after a signal.
 
-    From here on each rank may leave without waiting for the others.
+    After this call a rank may exit without waiting for the others.
     """
     distributed.destroy_when_done()
     return 128 + progress["stopped_by"] if progress.get("stopped_by") else 0
@@ -103,7 +103,7 @@ def exit_code(progress):
 
 
 class JSONLog:
-    """log.jsonl: one JSON object a line, the run first, then training steps and evaluations.
+    """log.jsonl: one JSON object per line: the run's settings, then training steps and evaluations.
 
     It continues the log in `path` after a step; later and damaged lines are dropped. If
     `tensorboard` is a folder, TensorBoard gets the same numbers there. Raises `UserError` if that
@@ -164,7 +164,7 @@ def profiler(steps, path):
 # ---- a run
 
 
-def note_evaluation(progress, values, least_gain=0.0):
+def record_evaluation(progress, values, least_gain=0.0):
     """Adds an evaluation to the progress. Returns True if it is the best so far.
 
     The best has the lowest dev cross-entropy or, if there is a "score", the highest score. Early
@@ -210,7 +210,7 @@ class TrainingLogger:
         self.first_step = progress["step"]
         fields, self.log = self._fields(), None
         if self.writes:
-            make_checkpoint(**fields)  # raises now what would otherwise fail at the first save
+            make_checkpoint(**fields)  # an error shows now, and not at the first save
             names = ("checkpoint.pt", "best.pt", "log.jsonl", "trace.json", *plan.marks)
             remove_temporaries(self.out, names)
             board = self.out / "tensorboard" if config.tensorboard else None
@@ -271,7 +271,7 @@ class TrainingLogger:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time within this context is none of the tokens per second."""
+        """A context whose time does not count for the tokens per second."""
         paused_at = time.perf_counter()
         yield
         self.clock += time.perf_counter() - paused_at
@@ -289,11 +289,11 @@ class TrainingLogger:
         score = f", score {values['score']:.4f}" if "score" in values else ""
         dev = f"dev cross-entropy {values['dev_cross_entropy']:.4f} nats per token"
         log(f"step {self.progress['step']}: {dev}{score}")
-        if note_evaluation(self.progress, values, self.config.least_gain):
+        if record_evaluation(self.progress, values, self.config.least_gain):
             self._write("best.pt")
 
     def save(self):
-        """checkpoint.pt; the one before it becomes previous.pt."""
+        """Writes checkpoint.pt; the one before it becomes previous.pt."""
         training = training_state(self.train_step)
         self._write("checkpoint.pt", previous=self.out / "previous.pt", training=training)
 
@@ -316,7 +316,7 @@ class TrainingLogger:
         }
 
     def log_finished(self):
-        """Names the best checkpoint. Raises `UserError` if the run has diverged."""
+        """Prints which checkpoint is best. Raises `UserError` if the run has diverged."""
         check_diverged(self.progress, self.out)
         best = f"dev cross-entropy {self.progress['best_dev_cross_entropy']:.4f}"
         log(f"finished: {self.out / 'best.pt'} has step {self.progress['best_step']}, {best}")

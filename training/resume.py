@@ -51,9 +51,9 @@ class Provenance:
 
 
 def trained_parameters(objective):
-    """{name: parameter} of all that require gradients, in the objective's order.
+    """{name: parameter} of all parameters that require gradients, in the objective's order.
 
-    Those of `objective.model` have their names in the model, others begin with "objective.".
+    The names are those in `objective.model`; those of other parameters begin with "objective.".
     """
     return {
         name.removeprefix("model.") if name.startswith("model.") else f"objective.{name}": parameter
@@ -85,19 +85,19 @@ def training_state(train_step):
                 optimizer_state[name][key] = gather_on_rank_zero(value) if is_tensor else value
     return {
         "optimizer": optimizer_state,
-        "objective": {name: gather_on_rank_zero(p) for name, p in _own(parameters).items()},
+        "objective": {name: gather_on_rank_zero(p) for name, p in _outside_model(parameters).items()},
         "nonfinite": [train_step.nonfinite_in_a_row.item(), train_step.nonfinite_steps.item()],
         "random": rank_zero | ({"others": others} if others else {}),
     }
 
 
-def _own(parameters):
+def _outside_model(parameters):
     """The parameters that belong to the objective and not to its model."""
     return {name: p for name, p in parameters.items() if name.startswith("objective.")}
 
 
 def _restore_random_state(saved, device, seed, step):
-    """Restores each rank's random state. A rank without a saved state gets a seed of its own.
+    """Restores each rank's random state. A rank without a saved state gets its own seed.
 
     In a new run `saved` is None, and rank 0 keeps its current state.
     """
@@ -121,28 +121,28 @@ def restore(train_step, checkpoint, path):
     saved, device = checkpoint["training"], train_step.nonfinite_steps.device
     try:
         _restore_optimizers(train_step, saved["optimizer"])
-        targets = train_step.objective.model.state_dict() | _own(train_step.parameters)
+        targets = train_step.objective.model.state_dict() | _outside_model(train_step.parameters)
         weights = checkpoint["weights"] | saved.get("objective", {})  # older checkpoints have none
         if weights.keys() != targets.keys():
-            raise ValueError("there are other weights")
+            raise ValueError("weights have other names")
         with torch.no_grad():
             for name, target in targets.items():
                 _copy(weights[name], target)
-        in_a_row, in_all = saved.get("nonfinite", (0, 0))  # older checkpoints did not count them
+        in_a_row, total = saved.get("nonfinite", (0, 0))  # older checkpoints did not count them
         train_step.nonfinite_in_a_row.fill_(in_a_row)
-        train_step.nonfinite_steps.fill_(in_all)
+        train_step.nonfinite_steps.fill_(total)
         seed, step = checkpoint["config"].get("seed", 0), checkpoint["progress"]["step"]
         _restore_random_state(saved["random"], device, seed, step)
     except torch.OutOfMemoryError:
         raise
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} holds no state of this run's model: use another") from error
+        raise UserError(f"{path} holds no state of this run's model: use another checkpoint") from error
 
 
 def _restore_optimizers(train_step, saved):
     """Copies {parameter name: {key: tensor or number}} into the state of the optimizers."""
     if saved.keys() != train_step.parameters.keys():
-        raise ValueError("there are other parameters")
+        raise ValueError("parameters have other names")
     names = {parameter: name for name, parameter in train_step.parameters.items()}
     # A step with zero gradients makes an optimizer create its state, in the sizes that it needs.
     # It may decay the weights, which are overwritten next. (torch.distributed.checkpoint does the
@@ -185,11 +185,8 @@ def is_finished(progress, patience=0):
     return progress["step"] >= progress["steps"] or 0 < patience <= waited
 
 
-def check_start(config, provenance):
-    """Raises `UserError` if --resume names no file, or if ranks were given different settings.
-
-    Paths may differ between machines.
-    """
+def check_settings(config, provenance):
+    """Raises `UserError` if --resume names no file, or if the ranks' settings differ other than in paths."""
     if config.resume not in ("auto", "never") and not Path(config.resume).exists():
         raise UserError(f"--resume {config.resume}: there is no such checkpoint")
     settings = provenance.run_settings(config).items()
@@ -279,8 +276,8 @@ def find_checkpoint(config, provenance):
 def check_same_run(checkpoint, config, provenance, path, full=True):
     """Raises `UserError`, with a list of differences, if the checkpoint is of another run.
 
-    An option that an older checkpoint lacks has its default, and so has a field of the shape. If
-    `full`, the checkpoint must also have the state to resume from, not weights alone.
+    An option or a field of the shape that an older checkpoint lacks has its default. If `full`, the
+    checkpoint must also have the state to resume from, not weights alone.
     """
     if full and not checkpoint["training"]:
         raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
@@ -289,12 +286,12 @@ def check_same_run(checkpoint, config, provenance, path, full=True):
         saved["shape"] = options.defaults(type(provenance.shape)) | saved["shape"]
     texts = differences(saved, provenance.run_settings(config), options.may_change(type(config)))
     if texts:
-        longer = full and is_finished(checkpoint["progress"], config.patience)
-        longer = longer and {text.split(":")[0] for text in texts} <= {"steps", "epochs"}
-        more = f", with --init {path} to train these weights on" if longer else ""
+        only_length_differs = {text.split(":")[0] for text in texts} <= {"steps", "epochs"}
+        finished = full and is_finished(checkpoint["progress"], config.patience)
+        hint = f", with --init {path} to train these weights on" if finished and only_length_differs else ""
         raise UserError(
             f"{path} is of another run ({', '.join(texts)}): give the same options, or another "
-            f"--out for a new run{more}"
+            f"--out for a new run{hint}"
         )
 
 
