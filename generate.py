@@ -60,6 +60,7 @@ def complete(model, tokenizer, prompt, num_tokens, temperature=0.8, top_k=0, see
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.reads_files = False  # a prompt may begin with @
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("--prompt", required=True, metavar="TEXT", help="beginning of the text")

@@ -168,10 +168,11 @@ def same(tensors, others):
     return tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in tensors)
 
 
-def log_entries(out):
-    """The lines of a run's log that belong to a step, without speeds."""
+def log_entries(out, speeds=False):
+    """The lines of a run's log that belong to a step, by default without speeds."""
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in entries if "step" in e]
+    left_out = () if speeds else ("tokens_per_second",)
+    return [{k: v for k, v in e.items() if k not in left_out} for e in entries if "step" in e]
 
 
 def comparable(out):

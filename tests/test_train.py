@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +322,19 @@ def test_an_unknown_option_suggests_the_nearest(capsys, program, argument, neare
     assert stop.value.code == 2 and f"did you mean {nearest}?" in capsys.readouterr().err
 
 
+def test_a_file_of_options_stands_where_its_name_stands(tmp_path, capsys):
+    path = tmp_path / "options.txt"
+    path.write_text("--model llama-tiny  # a comment\n--steps\n5\n--data 'my data'\n")
+    expected = TrainConfig(model="llama-tiny", steps=7, data="my data", seed=3)
+    assert parse(TrainConfig, "", ["--seed", "3", f"@{path}", "--steps", "7"]) == expected
+    mistakes = ("--data 'no end", "No closing quotation"), ("--stpes 5", "did you mean --steps?")
+    for content, message in (*mistakes, (None, "No such file")):
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(SystemExit) as stop:
+            parse(TrainConfig, "", [f"@{path}"])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_an_alias_is_the_same_option():
     assert parse(TrainConfig, "", ["--fsdp", "--lr", "1"]) == TrainConfig(shard=True, learning_rate=1.0)
 
@@ -449,6 +463,58 @@ def test_tensorboard_shows_what_the_log_says_also_of_a_run_that_was_stopped(
     for tag in ("loss", "learning_rate", "dev_cross_entropy"):
         logged = {e["step"]: e[tag] for e in log_entries(tmp_path / "r") if tag in e}
         assert {e.step: e.value for e in events.Scalars(tag)} == pytest.approx(logged)
+
+
+def test_weights_and_biases_has_what_the_log_says_also_of_a_run_that_was_stopped(
+    data_folder, tmp_path, monkeypatch
+):
+    """In its offline mode; its file is LevelDB's log: blocks of 32 KiB, records with 7 bytes before them."""
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = config_for(data_folder, tmp_path / "r", wandb=True)
+    stopped(config, monkeypatch, 8)
+    trained(config)
+    found = {}
+    paths = sorted((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(paths) == 2 and len({path.name for path in paths}) == 1  # one run, in two parts
+    for path in paths:
+        content, position = path.read_bytes(), 7
+        assert len(content) < 1 << 15
+        while position < len(content):
+            _, size, _ = struct.unpack_from("<IHB", content, position)
+            record = Record.FromString(content[position + 7 : position + 7 + size])
+            position += 7 + size
+            for item in record.history.item:
+                key = item.key or item.nested_key[0]
+                found.setdefault(record.history.step.num, {})[key] = json.loads(item.value_json)
+    for entry in log_entries(tmp_path / "r"):
+        assert entry.items() <= found[entry["step"]].items() | {("step", entry["step"])}
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(data_folder, tmp_path, monkeypatch, refused, tracker):
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    arguments = ["--model", "llama-tiny", "--data", data_folder, "--out", tmp_path / "r", *OPTIONS]
+    assert f"pip install {tracker}" in refused(train, *arguments, f"--{tracker}")
+
+
+def test_the_log_line_says_how_long_it_will_take_and_what_the_gpu_does(
+    data_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("training.logger.peak_flops", lambda compute: 1e12)
+    trained(config_for(data_folder, tmp_path / "r"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    entries = [entry for entry in log_entries(tmp_path / "r", speeds=True) if "loss" in entry]
+    model = models.build_model("gpt2-tiny", 300)
+    parameters = sum(p.numel() for p in model.blocks.parameters()) + model.head.numel()
+    for line, entry in zip(lines, entries, strict=True):
+        share = 6 * parameters * entry["tokens_per_second"] / 1e12
+        assert re.search(rf"tokens/s  MFU {share:.1%}  0:00:\d\d left$", line)
+    assert lines[-1].endswith("  0:00:00 left")
 
 
 def test_a_trace_shows_the_steps_that_were_asked_for(data_folder, tmp_path):

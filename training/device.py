@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,6 +13,17 @@ from training import distributed
 from training.io import UserError, log, warn
 
 GRAPH_TOKENS = 8192  # tokens of a step: up to this number a CUDA graph is the default
+# Dense bf16 products with sums in float32, by data sheet; the first pattern in a GPU's name counts.
+PEAK_FLOPS = {
+    r"\bB200\b": 2250e12,
+    r"\bH100 PCIe": 756e12,
+    r"\bH100 NVL": 835e12,
+    r"\b(H100|H200|GH200)\b": 989e12,
+    r"\bL40S\b": 362e12,
+    r"\bA100\b": 312e12,
+    r"RTX 4090$": 165e12,
+    r"RTX 3090$": 71e12,
+}
 GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a full batch and a smaller one
 
 
@@ -84,6 +96,14 @@ def choose_compute(device, precision="auto"):
     """Returns the `Compute` of --device and --precision."""
     device = choose_device(device)
     return Compute(device, choose_precision(precision, device))
+
+
+def peak_flops(compute):
+    """Returns the operations per second of a GPU's products in bf16; None if unknown, or for others."""
+    if compute.device.type != "cuda" or compute.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(compute.device)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)
 
 
 class CPUAutocast(torch.autocast):

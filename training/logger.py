@@ -1,6 +1,7 @@
 """Log lines, evaluations and checkpoints that a run writes while it trains, and its stop signal."""
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 
 from training import distributed
 from training.checkpoint import make_checkpoint, write_checkpoint
+from training.device import choose_compute, peak_flops
 from training.io import UserError, atomic_write, log, remove_temporaries, warn, write_text
 from training.resume import check_diverged, gather_on_rank_zero, training_state
 
@@ -105,27 +107,20 @@ def exit_code(progress):
 class JSONLog:
     """log.jsonl: one JSON object per line: the run's settings, then training steps and evaluations.
 
-    It continues the log in `path` after a step; later and damaged lines are dropped. If
-    `tensorboard` is a folder, TensorBoard gets the same numbers there. Raises `UserError` if that
-    package is not installed.
+    It continues the log in `path` after a step; later and damaged lines are dropped. Each of `trackers`,
+    such as TensorBoard, gets the same numbers.
     """
 
-    def __init__(self, path, first, from_step, tensorboard=None):
+    def __init__(self, path, first, from_step, trackers=()):
         lines = _lines_until(path, from_step) if from_step and path.exists() else []
         write_text(path, "\n".join([*lines, json.dumps(first)]) + "\n")
-        self.path, self.board = path, None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # here, because it is an optional extra
-            except ImportError as error:
-                raise UserError("--tensorboard needs its package: pip install tensorboard") from error
-            self.board = SummaryWriter(str(tensorboard), purge_step=from_step + 1 if from_step else None)
+        self.path, self.trackers = path, trackers
 
     def write(self, entry):
         """Appends one object; NaN and infinity, which JSON does not have, become null."""
-        for key, value in entry.items() if self.board else ():
-            if key != "step":
-                self.board.add_scalar(key, value, entry["step"])
+        numbers = {key: value for key, value in entry.items() if key != "step"}
+        for tracker in self.trackers:
+            tracker.write(numbers, entry["step"])
         finite = {key: value if math.isfinite(value) else None for key, value in entry.items()}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -148,6 +143,16 @@ def _lines_until(path, last_step):
     if damaged:
         warn(f"{path}: {damaged} damaged lines are left out")
     return lines
+
+
+def open_trackers(config, out, first, from_step):
+    """The trackers that a run asks for: --tensorboard, --wandb."""
+    if not (config.tensorboard or config.wandb):
+        return []
+    from training import trackers  # here, because most runs have none
+
+    opened = [trackers.TensorBoard(out, from_step)] if config.tensorboard else []
+    return [*opened, trackers.WeightsAndBiases(out, from_step, first)] if config.wandb else opened
 
 
 def profiler(steps, path):
@@ -213,8 +218,8 @@ class TrainingLogger:
             make_checkpoint(**fields)  # an error shows now, and not at the first save
             names = ("checkpoint.pt", "best.pt", "log.jsonl", "trace.json", *plan.marks)
             remove_temporaries(self.out, names)
-            board = self.out / "tensorboard" if config.tensorboard else None
-            self.log = JSONLog(self.out / "log.jsonl", first, self.first_step, board)
+            trackers = open_trackers(config, self.out, first, self.first_step)
+            self.log = JSONLog(self.out / "log.jsonl", first, self.first_step, trackers)
         passed = plan.marks_passed(self.first_step, since=0)
         if missing := [name for name in passed if not (self.out / name).exists()]:
             warn(f"--save-at-words: training is past {', '.join(missing)}, which cannot be written any more")
@@ -222,7 +227,9 @@ class TrainingLogger:
         if config.profile and self.writes:
             self.profiler = profiler(config.profile, self.out / "trace.json")
             self.profiler.start()
-        self.clock, self.clock_step = time.perf_counter(), self.first_step
+        self.started = self.clock = time.perf_counter()
+        self.clock_step = self.first_step
+        self.peak = peak_flops(choose_compute(config.device, config.precision))
 
     def __enter__(self):
         return self
@@ -232,8 +239,8 @@ class TrainingLogger:
             self.profiler.stop()
             if self.progress["step"] - self.first_step <= PROFILE_AFTER:
                 warn(f"--profile: no trace was written, because it begins after {PROFILE_AFTER} steps")
-        if self.log and self.log.board:
-            self.log.board.close()
+        for tracker in self.log.trackers if self.log else ():
+            tracker.close()
 
     def count(self, step):
         """Counts a step. At a mark of --save-at-words it saves the weights."""
@@ -259,15 +266,29 @@ class TrainingLogger:
         if self.log:
             self.log.write(entry)
         cross_entropy = f"  cross-entropy {values['cross_entropy']:.4f}" if "cross_entropy" in values else ""
+        left = (now - self.started) / (step - self.first_step) * (self.plan.steps - step)
         log(
             f"step {step}/{self.plan.steps}  epoch {self.plan.epochs(step):.2f}  "
-            f"loss {values['loss']:.4f}{cross_entropy}  {speed:,.0f} tokens/s"
+            f"loss {values['loss']:.4f}{cross_entropy}  {speed:,.0f} tokens/s{self._mfu(speed)}  "
+            f"{datetime.timedelta(seconds=round(left))} left"
         )
         if self.train_step.nonfinite_in_a_row.item() >= NONFINITE_LIMIT:
             raise UserError(
                 f"no finite gradient in the last {NONFINITE_LIMIT} steps: lower --learning-rate or "
                 f"use --precision fp32; {self.out} keeps the checkpoints of earlier steps"
             )
+
+    def _mfu(self, tokens_per_second):
+        """Returns "  MFU n %", the share of the GPUs' peak that the model in training takes.
+
+        It counts 6 FLOPs for a token and a parameter of layers and head, none for attention scores or
+        teachers. Returns "" where the peak is not known.
+        """
+        if self.peak is None:
+            return ""
+        matrices = [p for block in self.model.blocks for p in block.parameters()] + [self.model.head]
+        flops = 6 * sum(p.numel() for p in matrices) * tokens_per_second
+        return f"  MFU {flops / (self.peak * distributed.world_size()):.1%}"
 
     @contextlib.contextmanager
     def paused(self):

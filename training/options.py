@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import shlex
 import sys
 import types
 import typing
+from pathlib import Path
 
 from training.io import UserError
 
@@ -56,6 +58,7 @@ class RunConfig:
         metavar="WORDS",
     )
     tensorboard: bool = option(False, "also log for TensorBoard, to OUT/tensorboard", SAVE)
+    wandb: bool = option(False, "also log to Weights & Biases, whose WANDB_... variables are heeded", SAVE)
     device: str = option("auto", "auto, cuda, mps or cpu", SPEED)
     precision: str = option(
         "auto",
@@ -110,17 +113,35 @@ def defaults(config_class):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that suggests the nearest option for an unknown one."""
+    """An argument parser that suggests the nearest option for an unknown one.
+
+    An argument @FILE stands for the words in that file, quoted as in a shell, with # for comments. What
+    comes later on the command line wins. `reads_files` is False where an argument may begin with @.
+    """
+
+    reads_files = True
 
     def parse_args(self, args=None, namespace=None):
         known = [name for action in self._actions for name in action.option_strings]
-        for argument in sys.argv[1:] if args is None else args:
+        args = sys.argv[1:] if args is None else args
+        if self.reads_files:
+            args = [word for argument in args for word in self._words(argument)]
+        for argument in args:
             name = argument.partition("=")[0]
             if name.startswith("--") and not any(option.startswith(name) for option in known):
                 nearest = difflib.get_close_matches(name, known, n=1)
                 suggestion = f"did you mean {nearest[0]}?" if nearest else "--help lists all options"
                 self.error(f"unknown option {name}: {suggestion}")
         return super().parse_args(args, namespace)
+
+    def _words(self, argument):
+        """Returns the words that an argument stands for: those of its file if it is @FILE."""
+        if not argument.startswith("@"):
+            return [argument]
+        try:
+            return shlex.split(Path(argument[1:]).read_text("utf-8"), comments=True)
+        except (OSError, ValueError) as error:  # ValueError: a quote without its end, or no UTF-8
+            return self.error(f"{argument}: {getattr(error, 'strerror', None) or error}")
 
     def format_help(self):
         if callable(self.epilog):
@@ -130,6 +151,8 @@ class Parser(argparse.ArgumentParser):
 
 class Strict(Parser):
     """A parser for options that do not come from the command line: it raises `UserError`."""
+
+    reads_files = False
 
     def __init__(self, **details):
         super().__init__(**details, allow_abbrev=False, add_help=False)
