@@ -104,14 +104,17 @@ class ReproduceConfig:
     dry_run: bool = option(
         False, "make the shards in OUT, a folder that is new or this experiment's; print the plan", group=STOP
     )
+    list_recipes: bool = option(False, "print the recipes and what each is for", group=STOP, alias="--list")
 
 
 def check_options(config):
     """Returns an error message for options that are only wrong together, or None."""
+    if config.list_recipes:
+        return None
     if not config.recipe:
         changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
         if not config.report:
-            return "give --recipe or --report"
+            return "give --recipe or --report; --list prints the recipes"
         if changed - {"report", "out", "device"}:
             return "--report trains nothing: only --out goes with it"
         return None
@@ -676,6 +679,11 @@ def main(argv=None):
     """Trains, scores and reports as the command line asks; returns the exit code."""
     config = parse(ReproduceConfig, __doc__, argv, check=check_options)
     command = "python reproduce.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    if config.list_recipes:
+        names = recipes.recipe_names()
+        for name in names:
+            print(f"{name:{max(map(len, names))}}  {recipes.read_experiment(name).about}")
+        return 0
     if config.report:
         return report_folders(config, command)
     recipe = recipes.read_experiment(config.recipe, config.vary or ())

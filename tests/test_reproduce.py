@@ -317,6 +317,13 @@ def test_a_sample_of_dev_has_the_shares_of_the_training_text(tmp_path):
         assert 4000 <= counts[0] <= 4500 and 200 <= counts[1] <= 500
 
 
+def test_the_recipes_are_listed(capsys):
+    assert reproduce.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, line in zip(recipes.recipe_names(), lines, strict=True):
+        assert line.split("  ")[0] == name and line.endswith(recipes.read_experiment(name).about)
+
+
 @pytest.mark.parametrize("arguments", [["paper"], ["demo", "--train", "text"]])
 def test_wrong_usage_exits_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
