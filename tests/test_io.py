@@ -25,6 +25,15 @@ from training.io import (
     write_text,
 )
 
+ROOT = Path(__file__).parent.parent
+
+
+def test_windows_gets_one_line():
+    command = "import sys; sys.modules['fcntl'] = None; import make_toy_corpus"
+    command = [sys.executable, "-c", command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "use WSL" in done.stderr
+
 
 def test_what_is_written_arrives_whole(tmp_path):
     with atomic_write(tmp_path / "new" / "x") as file:

@@ -1,7 +1,6 @@
 """Atomic writes, locks, digests, file headers, and the one error whose message a user sees."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +8,11 @@ import re
 import secrets
 import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("error: Windows cannot lock the folder of a run: use WSL, or Linux or macOS") from None
 
 GIB = 1 << 30
 PAGE_BYTES = 4096
