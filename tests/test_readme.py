@@ -21,7 +21,12 @@ from training.io import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 # Commands that need a network, an account, several GPUs or the official pipeline.
 UNTRIED = ("pip", "hf", "mv", "git", "torchrun", "source", "python3", "export", "./eval", "./collate")
 UNTRIED += (".venv/bin/python -m pytest", "python -m pytest")
@@ -142,7 +147,18 @@ def test_make_has_the_targets_that_the_readme_names():
 
 def test_ci_runs_the_readmes_test_command():
     assert "make test" in README
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    for path in (".ci/run", ".github/workflows/test.yml"):
+        assert "make test" in (ROOT / path).read_text()
+
+
+def test_the_version_is_the_same_everywhere():
+    files = {
+        "pyproject.toml": '^version = "(.*)"',
+        "CITATION.cff": "^version: (.*)",
+        "CHANGELOG.md": "^## ([^, ]*)",
+    }
+    versions = {re.search(pattern, (ROOT / f).read_text(), re.M)[1] for f, pattern in files.items()}
+    assert len(versions) == 1
 
 
 def test_the_table_of_presets_is_that_of_the_code():
