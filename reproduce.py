@@ -40,6 +40,7 @@ from evaluation.minimal_pairs import pairs_digest, read_pairs
 from evaluation.perplexity import training_shares
 from evaluation.scoring import context_length
 from experiments import recipes
+from experiments.jobs import INCOMPLETE, Job, run_jobs
 from experiments.pages import write_report
 from experiments.results import (
     check_facts,
@@ -98,6 +99,12 @@ class ReproduceConfig:
         None, "folder of results and report alone; models with a result are not trained", group=SAVE
     )
     device: str = option("auto", "auto, cuda, mps or cpu", group=SPEED)
+    jobs: int = option(
+        1,
+        "train and score this many models side by side, each with its share of the CPU's threads",
+        group=SPEED,
+        minimum=1,
+    )
     stop_after: float | None = option(
         None, "save and stop after this many minutes (default: never)", group=STOP, minimum=0
     )
@@ -368,7 +375,7 @@ def check_results(context):
             f"{path} is of recipe {name}, not {context.recipe.name}: choose another --results or --out"
         )
     for seed in seed_folders(context.results):
-        for name, specs, weights in context.recipe.all_scored():
+        for name, (specs, weights) in context.recipe.all_scored().items():
             path = context.result_path(name, seed)
             if path.exists() and "report" in (result := read_result(path)):
                 check_result(path, result, result_settings(context, name, specs, weights, seed))
@@ -415,13 +422,58 @@ def run_seed(context, seed):
     Each result is a file of the folder of results, as `experiments.findings` describes it. Raises
     `Stopped` if a stage ends early.
     """
-    for name, specs, weights in context.recipe.all_scored():
-        path = context.result_path(name, seed)
-        settings = result_settings(context, name, specs, weights, seed)
-        if not is_done(context, path, settings):
-            make_result(context, specs, weights, seed, path, settings)
-        if context.tasks and len(specs) == 1 and not context.tuning:
-            finetune_model(context, specs[0], seed, path)
+    for name in context.recipe.all_scored():
+        run_model(context, name, seed)
+
+
+def run_model(context, name, seed):
+    """Trains and scores a model or an ensemble of one seed, unless it has a result. Raises `Stopped`."""
+    specs, weights = context.recipe.all_scored()[name]
+    path = context.result_path(name, seed)
+    settings = result_settings(context, name, specs, weights, seed)
+    if not is_done(context, path, settings):
+        make_result(context, specs, weights, seed, path, settings)
+    if lacks_finetuning(context, name, seed):
+        finetune_model(context, specs[0], seed, path)
+
+
+def run_side_by_side(context, seeds, limit):
+    """Trains and scores the models of all seeds, `limit` at a time; returns the exit code.
+
+    A model waits for its teachers, an ensemble for its members.
+    """
+    jobs, scored = [], context.recipe.all_scored()
+    sources = {
+        name: {spec.name for spec in specs} if len(specs) > 1 else set(specs[0].teachers)
+        for name, (specs, _) in scored.items()
+    }
+    for seed in seeds:
+        missing = set()
+        for name, (specs, weights) in scored.items():
+            settings = result_settings(context, name, specs, weights, seed)
+            is_scored = is_done(context, context.result_path(name, seed), settings)
+            if not is_scored or lacks_finetuning(context, name, seed):
+                missing.add(name)
+        teaching, added = set(), missing
+        while added := set().union(*(sources[name] for name in added)) - teaching:
+            teaching |= added
+        for name in [name for name in scored if name in missing | teaching]:
+            needs = frozenset(f"{source}, seed {seed}" for source in sources[name] & (missing | teaching))
+            log = context.out / f"seed-{seed}" / f"{name}.log"
+            arguments = context, name, seed, name in teaching
+            jobs.append(Job(f"{name}, seed {seed}", needs, model_job, arguments, log))
+    return run_jobs(jobs, limit)
+
+
+def model_job(context, name, seed, teaches):
+    """`run_model` as a job; with `teaches`, its checkpoint is there afterwards. Returns the exit code."""
+    try:
+        run_model(context, name, seed)
+        if teaches:
+            train_model(context, context.recipe.specs[name], seed)
+    except Stopped as stopped:
+        return stopped.code or INCOMPLETE
+    return 0
 
 
 def make_result(context, specs, weights, seed, path, settings):
@@ -544,11 +596,17 @@ def samples(path, device):
     }
 
 
+def lacks_finetuning(context, name, seed):
+    """True if a model with a result has no fine-tuned scores, and should."""
+    if context.tasks is None or context.tuning or name not in context.recipe.specs:
+        return False
+    finetuned = read_result(context.result_path(name, seed)).get("finetuned", {})
+    return {key: finetuned.get(key) for key in context.finetuning} != context.finetuning
+
+
 def finetune_model(context, spec, seed, path):
-    """Adds the scores of finetune.py to a model's result, unless it has them."""
+    """Adds the scores of finetune.py to a model's result."""
     result, conditions = read_result(path), context.finetuning
-    if {key: result.get("finetuned", {}).get(key) for key in conditions} == conditions:
-        return
     train_model(context, spec, seed)  # its checkpoint is needed, which may be gone
     context.check_time()
     checkpoint = context.folder(spec, seed) / context.recipe.scored
@@ -703,8 +761,12 @@ def main(argv=None):
             return 0
         if not config.tune:
             write_json(context.results / "experiment.json", study_fields(recipe))
-        for seed in seeds:
-            run_seed(context, seed)
+        if config.jobs > 1:
+            if code := run_side_by_side(context, seeds, config.jobs):
+                raise Stopped(0 if code == INCOMPLETE else code)
+        else:
+            for seed in seeds:
+                run_seed(context, seed)
     except Stopped as stopped:
         if context and config.tune:
             trial_lines(context.results, seeds, context.shards)

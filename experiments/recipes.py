@@ -187,9 +187,8 @@ class Experiment:
         }
 
     def all_scored(self):
-        """[(name, specs, weights or None)] of all that is scored, the ensembles last."""
-        single = [(name, [spec], None) for name, spec in self.specs.items()]
-        return single + [(name, *members) for name, members in self.ensembles().items()]
+        """{name: (specs, weights or None)} of all that is scored, the ensembles last."""
+        return {name: ([spec], None) for name, spec in self.specs.items()} | self.ensembles()
 
     def only(self, names):
         """The experiment with these models and their teachers alone."""

@@ -1,8 +1,13 @@
 """The whole experiment on a sliver of text: it ends with a report, resumes, repeats nothing."""
 
 import json
+import multiprocessing
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +25,7 @@ from training.io import run_program
 from training.io import write_text as write_file
 from training.resume import differences
 
+ROOT = Path(__file__).parent.parent
 OPTIONS = {"steps": 4, "batch_size": 4, "sequence_length": 32, "eval_sequences": 8, "log_every": 2}
 MODELS = {
     "gpt2-teacher": {"title": "GPT-2 teacher", "model": "gpt2-tiny"},
@@ -385,7 +391,7 @@ def test_the_stored_results_of_a_recipe_still_count(name, seeds):
     shards = json.loads((folder / "seed-0/control.json").read_text())["shards"]
     context = SimpleNamespace(recipe=experiment, shards=shards)
     for seed in range(seeds):
-        for model, specs, weights in experiment.all_scored():
+        for model, (specs, weights) in experiment.all_scored().items():
             path = folder / f"seed-{seed}/{model}.json"
             settings = reproduce.result_settings(context, model, specs, weights, seed)
             reproduce.check_result(path, read_result(path), settings)
@@ -424,3 +430,77 @@ def test_dev_text_of_other_sub_corpora_is_refused_before_training(recipe, tmp_pa
     folders = ["--train", tmp_path / "train", "--dev", tmp_path / "dev", "--out", tmp_path / "out"]
     error = refused(capsys, "--recipe", recipe(vocabulary_size=300), *folders, "--dry-run")
     assert "have no sub-corpus in common" in error
+
+
+# ---- side by side
+
+
+def weights_of(out):
+    return {path.name: read_result(path).get("weights") for path in out.glob("seed-0/*.json")}
+
+
+def test_models_that_train_side_by_side_are_those_of_one_after_the_other(
+    recipe, given_text, tmp_path, capsys
+):
+    models = {name: MODELS[name] for name in ("llama-teacher", "control")}
+    models["student"] = MODELS["student"] | {"teachers": ["llama-teacher"]}
+    arguments = ["--recipe", recipe(models=models), *given_text]
+    assert run(*arguments, "--out", tmp_path / "one") == 0
+    capsys.readouterr()
+    assert run(*arguments, "--out", tmp_path / "two", "--jobs", "2") == 0
+    printed = capsys.readouterr().out
+    assert weights_of(tmp_path / "two") == weights_of(tmp_path / "one")
+    assert len(weights_of(tmp_path / "two")) == 3
+    # The student waits for its teacher, the control does not.
+    events = re.findall(r"^(started|finished) +([\w-]+), seed 0", printed, flags=re.M)
+    assert set(events[:2]) == {("started", "llama-teacher"), ("started", "control")}
+    assert events.index(("finished", "llama-teacher")) < events.index(("started", "student"))
+
+
+def test_the_first_job_that_fails_stops_the_others_and_says_why(recipe, given_text, tmp_path, capsys):
+    models = {name: MODELS[name] for name in ("llama-teacher", "control")}
+    models["student"] = MODELS["student"] | {"teachers": ["llama-teacher"]}
+    path = recipe(models=models | {"control": MODELS["control"] | {"steps": 10**6}})
+    arguments = ["--recipe", path, *given_text, "--out", tmp_path / "out", "--jobs", "2"]
+    write_file(tmp_path / "out" / "seed-0" / "llama-teacher" / "checkpoint.pt", "damaged")
+    error = refused(capsys, *arguments)
+    line = error.splitlines()[-1]
+    assert line.startswith("error: llama-teacher, seed 0: ") and "checkpoint.pt is damaged" in line
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.faults
+def test_side_by_side_continues_after_a_signal_and_trains_only_what_is_missing(recipe, given_text, tmp_path):
+    models = {name: MODELS[name] for name in ("llama-teacher", "control")}
+    models["student"] = MODELS["student"] | {"teachers": ["llama-teacher"]}
+    options = OPTIONS | {"steps": 60, "log_every": 1}
+    arguments = ["--recipe", recipe(models=models, options=options), *given_text]
+    assert run(*arguments, "--out", tmp_path / "one") == 0
+    out = tmp_path / "two"
+    command = [
+        sys.executable,
+        ROOT / "reproduce.py",
+        *arguments,
+        "--out",
+        out,
+        "--jobs",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen([*map(str, command)])
+    while not any("step" in path.read_text() for path in out.glob("seed-0/*.log")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert not list(out.glob("seed-0/*.json"))
+    assert run(*arguments, "--out", out, "--jobs", "2") == 0
+    assert weights_of(out) == weights_of(tmp_path / "one")
+    # A student whose teacher's run is gone needs it again; the control does not.
+    shutil.rmtree(out / "seed-0" / "llama-teacher")
+    shutil.rmtree(out / "seed-0" / "student")
+    (out / "seed-0" / "student.json").unlink()
+    before = trained(out / "seed-0" / "control")
+    assert run(*arguments, "--out", out, "--jobs", "2") == 0
+    assert weights_of(out) == weights_of(tmp_path / "one")
+    assert trained(out / "seed-0" / "control") == before
