@@ -1,4 +1,4 @@
-"""An experiment in one command: teachers, the students they teach, a control that learns alone.
+"""An experiment in one command: teachers, their students, and a control that learns without teachers.
 
     python reproduce.py --recipe demo                                 minutes, on an invented corpus
     python reproduce.py --recipe small --train DIR --dev DIR --pairs blimp_filtered
@@ -9,7 +9,7 @@
 
 Every stage is a command of this project, printed before it runs. A command that was stopped
 continues when it is given again. The dev text is cut in two: the first halves of its files are the
-validation text (best.pt, and all that you choose), the second halves are the test text, which is
+validation text, on which best.pt and options are chosen; the second halves are the test text, which is
 only reported. Writes OUT/report.md, report.html, report.json, and prints the main table.
 """
 
@@ -68,7 +68,7 @@ from training.resume import differences, is_finished
 
 PROMPTS = ("Once upon a time", "The children", "I think that")
 SAMPLE_TOKENS = 40
-DISK_BYTES = 40  # of a run's folder for each parameter: two full checkpoints, best.pt, one being written
+DISK_BYTES = 40  # per parameter of a run: two full checkpoints, best.pt, a checkpoint that is being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +76,19 @@ class ReproduceConfig:
     """The options of the command line."""
 
     recipe: str | None = option(
-        None, f"the models: {', '.join(recipes.recipe_names())}, or a JSON file like theirs", exclusive=True
+        None, f"the experiment: {', '.join(recipes.recipe_names())}, or your own JSON file", exclusive=True
     )
     report: list[str] | None = option(
-        None, "train nothing: write the report of these folders of experiments", exclusive=True
+        None, "train nothing: write the report of these experiments' folders", exclusive=True
     )
     train: str | None = option(None, "folder of training text, as for tokenize_corpus.py")
     dev: str | None = option(None, "folder of dev text")
     data: str | None = option(
-        None, "instead of --train and --dev: OUT/data of an experiment, which --dry-run makes too"
+        None, "instead of --train and --dev: OUT/data of an experiment or of its --dry-run"
     )
     words: int | None = option(None, "words of training text to sample (default: the recipe's)", minimum=1)
     models: list[str] | None = option(None, "only these models of the recipe, and their teachers")
-    vary: list[str] | None = option(None, "MODEL.OPTION=A,B: for each value, one more model like MODEL")
+    vary: list[str] | None = option(None, "MODEL.OPTION=A,B: for each value, add MODEL with that value")
     seeds: int = option(1, "train all models with this many seeds", minimum=1, maximum=1000)
     first_seed: int = option(0, "the first seed", minimum=0, maximum=(1 << 31) - 1)
     pairs: list[str] | None = option(None, "folders of minimal pairs to score", group=SAVE)
@@ -96,7 +96,7 @@ class ReproduceConfig:
     tune: bool = option(False, "score on the validation text alone, write no report", group=SAVE)
     out: str | None = option(None, "folder of all output (default: runs/RECIPE)", group=SAVE)
     results: str | None = option(
-        None, "folder of results and report alone; models with a result are not trained", group=SAVE
+        None, "another folder for results and report; models with a result there are not trained", group=SAVE
     )
     device: str = option("auto", "auto, cuda, mps or cpu", group=SPEED)
     jobs: int = option(
@@ -108,14 +108,12 @@ class ReproduceConfig:
     stop_after: float | None = option(
         None, "save and stop after this many minutes (default: never)", group=STOP, minimum=0
     )
-    dry_run: bool = option(
-        False, "make the shards in OUT, a folder that is new or this experiment's; print the plan", group=STOP
-    )
+    dry_run: bool = option(False, "make the token shards in OUT/data, print the plan, and stop", group=STOP)
     list_recipes: bool = option(False, "print the recipes and what each is for", group=STOP, alias="--list")
 
 
 def check_options(config):
-    """Returns an error message for options that are only wrong together, or None."""
+    """Returns an error message for options that do not go together, or None."""
     if config.list_recipes:
         return None
     if not config.recipe:
@@ -147,26 +145,26 @@ def check_options(config):
 
 
 class Stopped(Exception):
-    """A stage ended early, by its exit code or by --stop-after; its work is saved."""
+    """A stage was stopped, by a signal or by --stop-after, and its work is saved."""
 
     def __init__(self, code):
         super().__init__()
         self.code = code
 
 
-def stage(program, *arguments):
-    """Runs a program of this project like its command line; raises `Stopped` if it ends early."""
+def run_stage(program, *arguments):
+    """Prints and runs a command of this project; raises `Stopped` if it ends early."""
     arguments = [str(argument) for argument in arguments]
     print(f"\n$ python {program.__name__}.py {shlex.join(arguments)}", flush=True)
     if code := program.main(arguments):
         raise Stopped(code)
 
 
-def scores_of(program, *arguments):
+def run_for_scores(program, *arguments):
     """Runs a program that scores, and returns its JSON; raises `Stopped` if it ends early."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scores.json"
-        stage(program, *arguments, "--json", path)
+        run_stage(program, *arguments, "--json", path)
         if not path.exists():
             raise Stopped(0)
         return json.loads(path.read_text(encoding="utf-8"))
@@ -175,8 +173,8 @@ def scores_of(program, *arguments):
 # ---- text
 
 
-def folder_state(folder, saved):
-    """{file name: digest} of a folder of text; its sizes where an earlier version saved sizes."""
+def folder_digests(folder, saved):
+    """{file name: digest} of a folder of text; {file name: size} if an old version saved sizes."""
     if folder is None:
         return None
     has_sizes = isinstance(saved, dict) and all(type(value) is int for value in saved.values())
@@ -184,10 +182,10 @@ def folder_state(folder, saved):
     return {path.name: path.stat().st_size if has_sizes else sha256(path.read_bytes()) for path in paths}
 
 
-def made_from(recipe, config, saved):
-    """All that decides the shards; `saved` is the same as an earlier command wrote it."""
+def shard_settings(recipe, config, saved):
+    """All that determines the shards; `saved` is what an earlier command wrote of it."""
     options = ("corpus", "words", "dev_words", "vocabulary_size", "clean")
-    state = {key: folder_state(getattr(config, key), saved.get(key)) for key in ("train", "dev")}
+    state = {key: folder_digests(getattr(config, key), saved.get(key)) for key in ("train", "dev")}
     return state | {key: getattr(recipe, key) for key in options}
 
 
@@ -207,10 +205,10 @@ def prepare_data(recipe, config, out):
                 raise UserError(f"{folder} holds files that are not from this command: choose another --out")
     with locked(data):
         if is_new:
-            write_json(unfinished, made_from(recipe, config, {}))
+            write_json(unfinished, shard_settings(recipe, config, {}))
         path = finished if finished.exists() else unfinished
         saved = read_object(path)
-        current = made_from(recipe, config, saved)
+        current = shard_settings(recipe, config, saved)
         if changed := [key for key in current if saved.get(key) != current[key]]:
             raise UserError(
                 f"{data} was made from other text ({', '.join(changed)} differ): choose another --out"
@@ -222,11 +220,11 @@ def prepare_data(recipe, config, out):
 
 
 def make_shards(recipe, config, data, corpus):
-    """Writes the text that is made or sampled into `corpus`, and the shards into `data`."""
+    """Writes the toy, sampled and halved text into `corpus`, and the shards into `data`."""
     train_folder, dev_folder = config.train, config.dev
     if recipe.corpus == "toy":
         words = ["--words", recipe.words] if recipe.words else []
-        stage(make_toy_corpus, "--out", corpus, *words)
+        run_stage(make_toy_corpus, "--out", corpus, *words)
         train_folder, dev_folder = corpus / "train", corpus / "dev"
     elif recipe.words:
         train_folder = corpus / "train"
@@ -235,9 +233,9 @@ def make_shards(recipe, config, data, corpus):
     write_dev_halves(dev_folder, [validation, test], recipe.dev_words, train_folder)
     options = ["--dev", validation, "--out", data, "--clean", recipe.clean]
     options += ["--vocab-size", recipe.vocabulary_size]
-    stage(tokenize_corpus, "--train", train_folder, *options)
+    run_stage(tokenize_corpus, "--train", train_folder, *options)
     options = ["--dev", test, "--out", data / "report", "--clean", recipe.clean]
-    stage(tokenize_corpus, "--tokenizer", data / "tokenizer.model", *options)
+    run_stage(tokenize_corpus, "--tokenizer", data / "tokenizer.model", *options)
 
 
 def given_data(recipe, folder):
@@ -258,7 +256,7 @@ def given_data(recipe, folder):
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentContext:
-    """The recipe, the folders and the limits of an experiment."""
+    """The recipe, the folders, the device and the time limit of an experiment."""
 
     recipe: recipes.Experiment
     data: Path  # folder of shards
@@ -272,7 +270,7 @@ class ExperimentContext:
 
     @functools.cached_property
     def shards(self):
-        """{shard: digest}."""
+        """{"train", "dev", "report": digest of the shard}."""
         paths = {"train": "train.bin", "dev": "dev.bin", "report": "report/dev.bin"}
         return {name: TokenShard(self.data / path).digest for name, path in paths.items()}
 
@@ -292,7 +290,7 @@ class ExperimentContext:
 
     @functools.cached_property
     def finished(self):
-        """A set of folders, filled by `train_model`: their runs need not be opened again."""
+        """The folders of finished runs, which `train_model` adds and does not open again."""
         return set()
 
     def folder(self, spec, seed):
@@ -319,7 +317,7 @@ class ExperimentContext:
 
 
 def settings_of(context, spec, seed):
-    """{setting: value} of all that decides a model's result, besides the text."""
+    """{setting: value} of all that determines a model's result, besides the text."""
     teachers = [context.recipe.specs[name] for name in spec.teachers]
     return {
         "preset": spec.preset,
@@ -332,34 +330,34 @@ def settings_of(context, spec, seed):
 
 
 def result_settings(context, name, specs, weights, seed):
-    """All that decides the result of a model, or of the ensemble of several."""
+    """All that determines the result of a model, or of the ensemble of several."""
     settings = {"name": name, "shards": context.shards, "seed": seed}
     members = [settings_of(context, spec, seed) for spec in specs]
     return settings | (members[0] if len(specs) == 1 else {"members": members, "weights": weights})
 
 
-def comparable(saved, current):
-    """The settings in a saved result, in the terms of the current ones, for `differences`.
+def comparable_settings(saved, current):
+    """The settings of a saved result, with the keys of the current ones, for `differences`.
 
-    A condition that it lacks is an option that is newer: it had its default, or was no condition
-    yet and stands in the result's options. A precision that is left to the machine can be any.
+    A condition that it lacks had its default, or is among the result's options, if an older version
+    did not count it as a condition. If the current precision is "auto", any saved one is the same.
     """
     settings = {key: saved.get(key) for key in current if key != "options"}
     if "conditions" in current:
-        former = defaults(distill.DistillConfig) | saved.get("options", {})
-        conditions = {key: former.get(key) for key in current["conditions"]} | saved.get("conditions", {})
+        options = defaults(distill.DistillConfig) | saved.get("options", {})
+        conditions = {key: options.get(key) for key in current["conditions"]} | saved.get("conditions", {})
         if current["conditions"]["precision"] == "auto":
             conditions["precision"] = "auto"
         settings["conditions"] = conditions
     for key in ("teachers", "members"):
         if isinstance(settings.get(key), list) and len(settings[key]) == len(current[key]):
-            settings[key] = [comparable(*pair) for pair in zip(settings[key], current[key])]
+            settings[key] = [comparable_settings(*pair) for pair in zip(settings[key], current[key])]
     return settings
 
 
 def check_result(path, result, settings):
     """Raises `UserError` if `result`, from the file `path`, is of another model."""
-    if changed := differences(comparable(result, settings), comparable(settings, settings)):
+    if changed := differences(comparable_settings(result, settings), comparable_settings(settings, settings)):
         raise UserError(
             f"{path} is another model's result ({'; '.join(changed)}): choose another --out or "
             "--results, or move it away"
@@ -538,7 +536,7 @@ def train_model(context, spec, seed):
     if teachers:
         options += ["--teachers", *(context.folder(teacher, seed) / "best.pt" for teacher in teachers)]
     context.check_time()
-    stage(distill if teachers else train, *options, *context.time_options(), "--out", out)
+    run_stage(distill if teachers else train, *options, *context.time_options(), "--out", out)
     checkpoint = read_checkpoint(out / "checkpoint.pt")
     if not is_finished(checkpoint["progress"], checkpoint["config"].get("patience", 0)):
         raise Stopped(0)
@@ -552,12 +550,12 @@ def score(context, specs, weights, seed, path):
     """
     best = [context.folder(spec, seed) / "best.pt" for spec in specs]
     scored = [context.folder(specs[0], seed) / context.recipe.scored]
-    if len(specs) > 1:  # as it taught
+    if len(specs) > 1:  # the ensemble that taught the students
         scored = ["--ensemble", *best, *(("--teacher-weights", *weights) if weights else ())]
     options = ["--weight-by", context.data / "train.bin", "--device", context.device]
     options += ["--precision", context.scoring["precision"]]
     result = {"commit": commit(), "machine": machine(context.device), "torch": torch.__version__}
-    result["dev"], _ = evaluated(*scored, *options, "--data", context.data)
+    result["dev"], _ = run_evaluation(*scored, *options, "--data", context.data)
     if context.tuning:
         return result
     test, losses = context.data / "report", path.with_suffix(".losses.npz")
@@ -565,20 +563,20 @@ def score(context, specs, weights, seed, path):
     if context.pairs:
         more += ["--pairs", *context.pairs, "--pair-scores", path.with_suffix(".pairs.npz")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    result["report"], origin = evaluated(*scored, *options, *more)
+    result["report"], origin = run_evaluation(*scored, *options, *more)
     result |= {"scoring": context.scoring, "losses": origin["losses"]}
     if origin["text"] != context.shards["report"] or origin["pairs"] != context.scoring["pairs"]:
         raise UserError(f"{test} or --pairs changed while {path} was made: give the command again")
     if len(specs) == 1:
         result["samples"] = samples(scored[0], context.device)
         if specs[0].name in context.recipe.teaching and scored != best:
-            result["teaching"], _ = evaluated(*best, *options, "--data", test)
+            result["teaching"], _ = run_evaluation(*best, *options, "--data", test)
     return result
 
 
-def evaluated(*arguments):
-    """One model's entry in the JSON of evaluate.py, and the digests of what it was scored on."""
-    scores = scores_of(evaluate, *arguments)
+def run_evaluation(*arguments):
+    """Runs evaluate.py on one model; returns its entry in the JSON, and the digests of the scored data."""
+    scores = run_for_scores(evaluate, *arguments)
     (entry,), digests = scores["checkpoints"], scores["digests"]
     del entry["path"]
     for table in (entry, digests):
@@ -607,16 +605,16 @@ def lacks_finetuning(context, name, seed):
 def finetune_model(context, spec, seed, path):
     """Adds the scores of finetune.py to a model's result."""
     result, conditions = read_result(path), context.finetuning
-    train_model(context, spec, seed)  # its checkpoint is needed, which may be gone
+    train_model(context, spec, seed)  # again, if its checkpoint was deleted
     context.check_time()
     checkpoint = context.folder(spec, seed) / context.recipe.scored
-    # Each checkpoint and set of options has a folder, as finetune.py refuses the runs of another.
-    made_from = content_digest([conditions, read_checkpoint(checkpoint)["digest"]])
+    # Each checkpoint and set of options has its own folder: finetune.py refuses another's runs.
+    digest = content_digest([conditions, read_checkpoint(checkpoint)["digest"]])
     options = recipes.arguments_of(conditions["options"])
     options += ["--tasks", context.tasks, "--device", context.device]
     options += ["--first-seed", seed * int(conditions["options"].get("seeds") or 1)]
-    options += ["--out", context.out / f"seed-{seed}" / f"finetuned-{made_from[:8]}"]
-    scores = scores_of(finetune, checkpoint, *options, *context.time_options())
+    options += ["--out", context.out / f"seed-{seed}" / f"finetuned-{digest[:8]}"]
+    scores = run_for_scores(finetune, checkpoint, *options, *context.time_options())
     (of_model,) = scores.pop("models").values()
     write_json(path, result | {"finetuned": conditions | scores | {"scores": of_model}})
 
@@ -625,7 +623,7 @@ def finetune_model(context, spec, seed, path):
 
 
 def check_models(context, seeds):
-    """Raises `UserError` for a model that its own run would refuse, before the first step.
+    """Raises `UserError` now for a model that train.py or distill.py would refuse later.
 
     Each run is planned as with --dry-run, with a model on the meta device.
     """
@@ -639,10 +637,10 @@ def check_models(context, seeds):
         model = spec.network(size)
         teachers = {teacher: context.recipe.specs[teacher].network(size) for teacher in spec.teachers}
         try:
-            for reader, network in ({name: model} | teachers).items():
-                check_context(network, length, reader)
+            for network_name, network in ({name: model} | teachers).items():
+                check_context(network, length, network_name)
             compute = choose_compute(context.device, config.precision)
-            should_capture(config.cuda_graph, compute, [], config.batch_size * length)
+            should_capture(config.cuda_graph, compute, [], config.batch_size * length)  # may raise
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 train.fit_corpus(train.CrossEntropyObjective(model), config, corpus, name)
                 if teachers:
@@ -671,7 +669,7 @@ def check_scored_data(context):
 
 
 def print_costs(context, seeds):
-    """Prints what each model takes, and the time that is left if some were trained on this machine."""
+    """Prints what each model costs, and the time left, if models were trained on this machine before."""
     shard = TokenShard(context.data / "train.bin")
     rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "left to train", "disk"]]
     flops_left = flops_measured = seconds = disk = 0
@@ -711,7 +709,7 @@ def report_folders(config, command):
 def open_context(config, recipe, out):
     """The `ExperimentContext` of a command; prepares its text. Raises `Stopped` or `UserError`."""
     for folder in config.pairs or ():
-        read_pairs(folder)  # mistakes in pairs and tasks are told before training
+        read_pairs(folder)  # an error in pairs or tasks shows before training
     if config.finetune:
         read_tasks(Path(config.finetune), recipe.finetune.get("only"))
     deadline = None if config.stop_after is None else time.monotonic() + 60 * config.stop_after
@@ -719,7 +717,7 @@ def open_context(config, recipe, out):
     pairs, tasks = config.pairs or [], config.finetune
     if recipe.corpus == "toy":
         pairs, tasks = [str(out / "corpus" / "pairs")], str(out / "corpus" / "tasks")
-        tasks = tasks if Path(tasks).is_dir() else None  # an earlier version made none
+        tasks = tasks if Path(tasks).is_dir() else None  # an earlier version wrote no tasks
     return ExperimentContext(
         recipe=recipe,
         data=data,

@@ -82,13 +82,13 @@ class Study:
         Each student with the control, its teachers and their ensemble; `self.student` with the
         other students; each teacher and ensemble with the control.
         """
-        pairs, teaching = [], []
+        pairs, all_teachers = [], []
         for name in self.students:
             teachers = (*self.teachers[name], self.ensembles[name])
             pairs += [(name, baseline) for baseline in (self.control, *teachers)]
-            teaching += teachers
+            all_teachers += teachers
         pairs += [(self.student, other) for other in self.students if self.student]
-        pairs += [(name, self.control) for name in teaching]
+        pairs += [(name, self.control) for name in all_teachers]
         return [
             (name, baseline)
             for name, baseline in dict.fromkeys(pairs)

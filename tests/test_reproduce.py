@@ -354,7 +354,7 @@ def test_a_sample_is_made_of_runs_of_lines_from_all_over():
 
 def changes(saved, current):
     current = current | {"conditions": {"precision": "fp32"} | current["conditions"]}
-    return differences(reproduce.comparable(saved, current), reproduce.comparable(current, current))
+    return differences(*(reproduce.comparable_settings(settings, current) for settings in (saved, current)))
 
 
 def test_a_result_from_before_an_option_existed_counts_with_its_default():
