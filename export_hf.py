@@ -2,7 +2,7 @@
 
     python export_hf.py runs/distilled-llama-58m/best.pt --out babyllama-58m
     python export_hf.py runs/distilled-llama-58m/chck_*.pt --out marks         a folder for each
-    python export_hf.py runs/finetune/llama-58m/rte/seed-0/best.pt --out rte   a classifier
+    python export_hf.py runs/finetune/llama-58m/*/seed-0/best.pt --out glue    and classifiers
     python export_hf.py --import babyllama-58m --out babyllama-58m.pt
 
 transformers 4.51 and 5.x load the folder with `AutoModelForCausalLM` (a classifier of finetune.py with
@@ -27,7 +27,7 @@ from gpt2 import GPT2Config
 from llama import LlamaConfig
 from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
 from tokenizer import BOS, EOS, PAD, Tokenizer
-from training.checkpoint import write_checkpoint
+from training.checkpoint import checkpoint_names, write_checkpoint
 from training.io import UserError, atomic_write, log, printable, run_program, write_json, write_text
 from training.options import Parser
 
@@ -61,6 +61,7 @@ PREFIXES = {"llama": "model.", "gpt2": "transformer."}
 HEAD, SCORE = "lm_head.weight", "score.weight"  # the parameters without the prefix
 EMBEDDING = {"llama": "embed_tokens.weight", "gpt2": "wte.weight"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's Conv1D keeps (in, out)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # constants in older files
 DEFAULT_POSITIONS = {"llama": 2048, "gpt2": 1024}  # of a config.json that does not say it
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}  # of our own tokenizers
@@ -130,18 +131,20 @@ def is_transposed(architecture, name):
     return architecture == "gpt2" and name.endswith(TRANSPOSED)
 
 
-def hf_weights(architecture, weights):
-    """Returns our state dict as Hugging Face's: other names, Conv1D's matrices transposed."""
+def hf_weights(architecture, weights, dtype="fp32"):
+    """Returns our state dict as Hugging Face's: other names, Conv1D's matrices transposed, rounded."""
     return {
-        hf_name(architecture, name): w.T.contiguous() if is_transposed(architecture, name) else w
+        hf_name(architecture, name): (w.T if is_transposed(architecture, name) else w)
+        .to(DTYPES[dtype])
+        .contiguous()
         for name, w in weights.items()
     }
 
 
-def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS):
+def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS, dtype="fp32"):
     """Returns config.json, with the keys of transformers 4 and 5 where they differ.
 
-    `classes` are the names of a classifier's classes.
+    `classes` are the names of a classifier's classes, `dtype` one of `DTYPES`.
     """
     shape = dataclasses.asdict(model.config)
     config = {"architectures": [CLASSES[architecture]], "model_type": architecture}
@@ -163,7 +166,8 @@ def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS):
             "label2id": {name: i for i, name in enumerate(classes)},
             "problem_type": "single_label_classification",
         }
-    return config | {"torch_dtype": "float32", "dtype": "float32", "use_cache": True}
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    return config | {"torch_dtype": name, "dtype": name, "use_cache": True}
 
 
 # ---- export: the tokenizer
@@ -396,12 +400,12 @@ def start_like_newline(checkpoint, tokenizer, path):
             rows[special] = rows[newline]
 
 
-def export(path, out, start_token="as-trained", positions=None, metadata=None, scores=None):
+def export(path, out, start_token="as-trained", positions=None, metadata=None, scores=None, dtype="fp32"):
     """Writes the checkpoint in `path` as the folder `out`; config.json, which loaders need, last.
 
     `positions` lets programs give a LLaMA longer texts than it was made for; `metadata` and the file
-    `scores` are for the card. Raises `UserError` if the folder is not empty or something cannot be
-    exported.
+    `scores` are for the card; `dtype` is one of `DTYPES`. Raises `UserError` if the folder is not empty
+    or something cannot be exported.
     """
     model, checkpoint, tokenizer = load_exportable(path)
     architecture, config = checkpoint["model"]["architecture"], checkpoint["config"]
@@ -421,7 +425,7 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
         "tokenizer.json": hf_tokenizer(tokenizer),
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special_tokens_map,
-        "config.json": hf_config(model, architecture, config.get("classes", ()), special_ids)
+        "config.json": hf_config(model, architecture, config.get("classes", ()), special_ids, dtype)
         | {HF_FIELDS[architecture]["max_position_embeddings"]: positions},
     }
     facts = score_facts(scores, checkpoint["digest"]) if scores else {}
@@ -433,7 +437,7 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
         raise UserError(f"{out} is not empty: choose another --out, or delete it")
     with atomic_write(out / "model.safetensors") as file:
         # transformers 4.51 insists on the format "pt".
-        file.write(save(hf_weights(architecture, checkpoint["weights"]), {"format": "pt"}))
+        file.write(save(hf_weights(architecture, checkpoint["weights"], dtype), {"format": "pt"}))
     with atomic_write(out / "tokenizer.model") as file:
         file.write(tokenizer.model_bytes)
     write_text(out / "README.md", card)
@@ -624,6 +628,8 @@ def parse_arguments(argv):
     add("--start-token", choices=("as-trained", "newline"), default="as-trained", help=help)
     help = "let programs give a LLaMA texts of this many tokens; those beyond its own were not trained"
     add("--positions", type=int, metavar="N", help=help)
+    help = "type of the weights: bf16 halves the folder, and rounds them (default: fp32, as trained)"
+    add("--dtype", choices=DTYPES, default="fp32", help=help)
     card = parser.add_argument_group("model card")
     card.add_argument("--license", metavar="ID", help="such as mit (default: none)")
     card.add_argument("--language", nargs="+", metavar="CODE", help="such as en or nl (default: none)")
@@ -635,11 +641,17 @@ def parse_arguments(argv):
     if args.positions is not None and not 0 < args.positions < 1 << 20:
         parser.error("--positions must be above 0, and below 1,048,576")
     of_exports = (args.positions, args.license, args.language, args.base_model, args.scores)
-    if args.folder is not None and (args.start_token != "as-trained" or any(of_exports)):
+    if args.folder is not None and (
+        (args.start_token, args.dtype) != ("as-trained", "fp32") or any(of_exports)
+    ):
         parser.error("--import takes only --out: the other options are for exports")
-    if len({Path(path).stem for path in args.checkpoints}) < len(args.checkpoints):
-        parser.error("two checkpoints have one name: export them apart")
     return args
+
+
+def folder_names(paths):
+    """Returns a name for each checkpoint: its file's, or where two files have one name, its run's."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else checkpoint_names(paths)
 
 
 def main(argv=None):
@@ -647,13 +659,13 @@ def main(argv=None):
     out, paths = Path(args.out), list(map(Path, args.checkpoints))
     if args.folder is not None:
         import_folder(Path(args.folder), out)
-    folders = [out / path.stem for path in paths] if len(paths) > 1 else [out]
+    folders = [out / name for name in folder_names(paths)] if len(paths) > 1 else [out]
     metadata = {"license": args.license, "language": args.language, "base_model": args.base_model}
     if len(paths) > 1:
         for path in paths:  # either all can be exported, or none is
             load_exportable(path)
     for path, folder in zip(paths, folders):
-        export(path, folder, args.start_token, args.positions, metadata, args.scores)
+        export(path, folder, args.start_token, args.positions, metadata, args.scores, args.dtype)
     print(f"written: {', '.join(map(str, folders))}")
 
 

@@ -38,8 +38,9 @@ from model import load_checkpoint
 from tokenizer import Tokenizer
 from train import Objective, TrainConfig, fit
 from training import distributed
+from training.checkpoint import checkpoint_names
 from training.device import Compute, choose_compute
-from training.io import UserError, aligned, locked, log, printable, run_program, warn, write_json
+from training.io import UserError, aligned, locked, log, run_program, warn, write_json
 from training.logger import commit, exit_code, machine
 from training.options import RECIPE, REQUIRED, SAVE, SPEED, STOP, Parser, option, parse
 from training.resume import CHECKPOINT_NAMES, Provenance, differences, is_finished
@@ -410,24 +411,6 @@ def load_bases(paths):
         tokenizer = Tokenizer.of_checkpoint(checkpoint, path)
         bases.append(BaseCheckpoint(name, str(path), model, checkpoint, tokenizer))
     return bases
-
-
-def checkpoint_names(paths):
-    """Returns a name for each checkpoint: its run's folder, or its file.
-
-    As many folders above it are added as make the names differ. Raises `UserError` for a path that is
-    given twice.
-    """
-    resolved = [Path(path).resolve() for path in paths]
-    if len(set(resolved)) < len(resolved):
-        raise UserError("a checkpoint is given twice: give each once")
-    folders_differ = len({path.parent for path in resolved}) == len(resolved)
-    by_folder = ("best", "checkpoint", "previous") if folders_differ else ()
-    parts = [path.parent.parts if path.stem in by_folder else path.with_suffix("").parts for path in resolved]
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return [printable("-".join(part[-depth:])).replace("/", "root") for part in parts]
 
 
 def summarize(results, bases, chosen, options):

@@ -19,7 +19,7 @@ import evaluate
 import export_hf
 import model as models
 from benchmarks.reference import hugging_face_model
-from conftest import save_model, train_tokenizer, write_text
+from conftest import same, save_model, train_tokenizer, write_text
 from distill import DistillConfig
 from tokenizer import BOS, EOS, Tokenizer
 from training.checkpoint import read_checkpoint
@@ -160,6 +160,32 @@ def test_several_checkpoints_become_a_folder_each(checkpoint, capsys):
     assert (out / "chck_2M" / "config.json").exists()
     marks[1].write_bytes(b"damaged")
     assert "damaged" in refused(capsys, *marks, "--out", out / "x") and not (out / "x").exists()
+
+
+@one_kind
+def test_files_of_one_name_become_folders_of_their_runs_names(checkpoint, capsys):
+    paths = [checkpoint.parent / task / "seed-0" / "best.pt" for task in ("rte", "mrpc")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(checkpoint.read_bytes())
+    out = checkpoint.parent / "both"
+    assert export_hf.main([*map(str, paths), "--out", str(out)]) is None
+    assert sorted(p.name for p in out.iterdir()) == ["mrpc-seed-0", "rte-seed-0"]
+    assert "given twice" in refused(capsys, *paths, paths[0], "--out", out / "x")
+
+
+def test_weights_in_bf16_are_those_of_the_checkpoint_rounded(checkpoint):
+    folder = export(checkpoint, "--dtype", "bf16")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    as_stored = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {p.dtype for p in as_stored.parameters()} == {torch.bfloat16}
+    ours, _ = models.load_checkpoint(checkpoint)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(parameter.bfloat16())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert largest_difference(ours, theirs, torch.randint(V, (2, 40))) <= 1e-5
+    assert same(import_back(folder, checkpoint.parent / "back.pt")["weights"], ours.state_dict())
 
 
 def test_the_card_names_a_licence_and_languages_only_where_they_are_given(checkpoint):
@@ -474,7 +500,13 @@ def test_nothing_is_overwritten(checkpoint, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "a.pt --import x", "--import x --start-token newline", "a/a.pt b/a.pt", "a.pt --positions 0"],
+    [
+        "",
+        "a.pt --import x",
+        "--import x --start-token newline",
+        "--import x --dtype bf16",
+        "a.pt --positions 0",
+    ],
 )
 def test_wrong_usage_is_exit_code_2(arguments):
     with pytest.raises(SystemExit) as raised:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.io import UserError, atomic_write
+from training.io import UserError, atomic_write, printable
 
 FORMAT, VERSION = "babyllama-checkpoint", 1
 
@@ -169,3 +169,21 @@ def _raise_unless_damaged(path, error):
     is_plausible = requested and int(requested[1]) <= path.stat().st_size  # a damaged size is larger
     if isinstance(error, MemoryError) or is_plausible:
         raise MemoryError(f"{path} does not fit") from error
+
+
+def checkpoint_names(paths):
+    """Returns a name for each checkpoint: its run's folder, or its file.
+
+    As many folders above it are added as make the names differ. Raises `UserError` for a path that is
+    given twice.
+    """
+    resolved = [Path(path).resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise UserError("a checkpoint is given twice: give each once")
+    folders_differ = len({path.parent for path in resolved}) == len(resolved)
+    by_folder = ("best", "checkpoint", "previous") if folders_differ else ()
+    parts = [path.parent.parts if path.stem in by_folder else path.with_suffix("").parts for path in resolved]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return [printable("-".join(part[-depth:])).replace("/", "root") for part in parts]
