@@ -22,7 +22,7 @@ from training.device import (
     checkpoint_activations,
     choose_compute,
     choose_device,
-    compile_blocks,
+    compile_sound_blocks,
     largest_micro_batch,
     should_capture,
     skips_on_device,
@@ -289,7 +289,8 @@ def fit(objective, config, stream, evaluate, provenance):
         if resume.is_finished(progress, config.patience):
             return progress
         if config.compile or (config.compile is None and compute.device.type == "cuda"):
-            compile_blocks(objective)
+            first = stream(0).rank_slice(distributed.rank(), distributed.world_size())
+            compile_sound_blocks(objective, first.tokens[: config.micro_batch_size], compute)
         take_step = train_step
         if uses_graph:
             from training.cuda_graph import GraphedStep  # here, because most runs capture no graph

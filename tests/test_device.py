@@ -1,13 +1,12 @@
 """Devices, precision, compiled and recomputed layers, and a training step as one CUDA graph."""
 
 import copy
-import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +17,14 @@ from data import BatchStream
 from distill import DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
 from train import CrossEntropyObjective
 from training.cuda_graph import GraphedStep
-from training.device import Compute, checkpoint_activations, choose_device, should_capture
+from training.device import (
+    Compute,
+    checkpoint_activations,
+    choose_device,
+    compile_blocks,
+    compile_sound_blocks,
+    should_capture,
+)
 from training.io import UserError
 from training.resume import training_state
 from training.teacher_cache import TeacherCache
@@ -235,22 +241,32 @@ def test_a_graph_is_the_default_on_cuda_for_steps_of_few_tokens():
             should_capture(True, compute, optimizers, 64)
 
 
+def compiling_with(monkeypatch, backend):
+    """Lets torch.compile use `backend`, which it returns: no compiler has to run."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, options=None, dynamic=None: compile(function, backend=backend, dynamic=dynamic),
+    )
+    loss._compiled_rows.cache_clear()
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_rows():
+    yield
+    loss._compiled_rows.cache_clear()
+
+
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)
 def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(data_folder, tmp_path, monkeypatch):
     """Teachers, a baseline and a student in one process, as reproduce.py trains them.
 
     Training and evaluation have batches of two sizes, with a graph each. Beyond its limit torch
     would go on without compiling and only warn; here it raises. The graphs are executed eagerly.
     """
-    counter = CompileCounter()
-
-    def compile_eagerly(module, options, dynamic):
-        module._compiled_call_impl = torch.compile(module._call_impl, backend=counter, dynamic=dynamic)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    rows = functools.cache(lambda: torch.compile(loss._rows, backend=counter, dynamic=False))
-    monkeypatch.setattr(loss, "_compiled_rows", rows)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    counter = compiling_with(monkeypatch, CompileCounter())
 
     def graphs_of(name, out, teachers=()):
         counter.clear()
@@ -264,7 +280,7 @@ def test_models_that_follow_each_other_stay_far_from_the_limit_of_graphs(data_fo
         return counter.frame_count
 
     alone = 4 + 2  # of two batch sizes: layers in training and on dev, the loss in training
-    assert graphs_of("gpt2-tiny", "gpt2") == alone
+    assert graphs_of("gpt2-tiny", "gpt2") == alone + 1  # compared without dropout
     assert graphs_of("llama-tiny", "llama") == alone
     assert graphs_of("llama-tiny-student", "control") == alone
     sizes = [128, 160, 192, 224, 256]
@@ -291,6 +307,63 @@ def test_checkpointed_layers_train_to_the_same_bits(train_shard, kind, precision
     stream = BatchStream(train_shard, 8, 32, seed=0)
     batches = [stream(i) for i in range(4)]
     assert same(end_of(checkpointed, batches), end_of(plain, batches))
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
+def test_checkpointed_layers_are_compiled_and_draw_the_same_masks(train_shard, monkeypatch, name):
+    """Torch compiles the layer and not the checkpoint, which recomputes what is compiled."""
+    batch, outcomes = BatchStream(train_shard, 8, 32, seed=0)(0), []
+    for recompute in (False, True):
+        counter = compiling_with(monkeypatch, CompileCounterWithBackend("aot_eager"))
+        torch.manual_seed(0)
+        objective = CrossEntropyObjective(models.build_model(name, 300, dropout=0.1)).train()
+        if recompute:
+            checkpoint_activations(objective.model, Compute(CPU, "fp32"))
+        compile_blocks(objective)
+        torch.manual_seed(1)
+        objective(batch)["loss"].backward()
+        operations = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+        outcomes.append([parameter.grad for parameter in objective.parameters()])
+        assert counter.frame_count == 2 and not any("checkpoint" in name for name in operations)
+        monkeypatch.undo()
+    assert same(*outcomes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fault", [None, "a row of zeros", "half a gradient", "no compiler"])
+def test_a_compiled_layer_is_used_if_it_equals_the_eager_one(
+    train_shard, monkeypatch, capsys, fault, precision
+):
+    """The comparison changes nothing: neither weights, nor gradients, nor the random state."""
+
+    def compile_with_fault(forward, options, dynamic):
+        def compiled(*inputs):
+            if fault == "no compiler":
+                raise RuntimeError("Failed to find C compiler\nand a trace")
+            output = forward(*inputs)
+            if fault == "a row of zeros":
+                output = output * (torch.arange(output.shape[1]) != 3)[:, None]
+            return output - 0.5 * (output - output.detach()) if fault == "half a gradient" else output
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_with_fault)
+    objective = full_step("distilled", "cpu", precision).objective
+    tokens, random = BatchStream(train_shard, 8, 32, seed=0)(0).tokens, torch.get_rng_state()
+    compile_sound_blocks(objective, tokens, Compute(CPU, precision))
+    assert objective.compiled == (fault is None)
+    compiled = {
+        block.forward.__name__ == "compiled"
+        for model in (objective.model, *objective.teachers)
+        for block in model.blocks
+    }
+    assert compiled == {fault is None}
+    assert objective.training and all(block.training for block in objective.model.blocks)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in objective.parameters())
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == (fault is not None)
+    assert all("without torch.compile" in warning and "trace" not in warning for warning in warnings)
 
 
 @pytest.mark.gpu

@@ -24,7 +24,9 @@ PEAK_FLOPS = {
     r"RTX 4090$": 165e12,
     r"RTX 3090$": 71e12,
 }
-GRAPHS_OF_A_MODEL = 4  # its layers, with and without gradient, for a full batch and a smaller one
+# Of a model's layers, with and without gradient, for a full batch and a smaller one, and one to compare.
+GRAPHS_OF_A_MODEL = 5
+ROUNDING = 1e-3  # of a compiled layer in float32, relative to the largest number of a tensor
 
 
 def choose_device(name):
@@ -141,9 +143,83 @@ def compile_blocks(objective):
     config.recompile_limit = max(config.recompile_limit, GRAPHS_OF_A_MODEL * len(models) + 1)
     # On a CPU dropout is drawn as by eager code: the same masks, and faster than compiled ones.
     options = {"fallback_random": next(objective.parameters()).device.type == "cpu"}
-    for model in models:
-        for block in model.blocks:
-            block.compile(options=options, dynamic=False)  # a symbolic batch size makes slower kernels
+    # A symbolic batch size makes slower kernels.
+    compile = functools.partial(torch.compile, options=options, dynamic=False)
+    for block in (block for model in models for block in model.blocks):
+        forward = block.forward
+        if isinstance(forward, functools.partial):  # of `checkpoint_activations`
+            # Torch must not compile the checkpoint itself: in 2.13 the recomputation can then draw
+            # other dropout masks (pytorch issue 198333).
+            block.forward = functools.partial(checkpoint, compile(forward.args[0]), **forward.keywords)
+        else:
+            block.forward = compile(forward)
+
+
+def compile_sound_blocks(objective, tokens, compute):
+    """`compile_blocks`, but with a warning nothing is compiled if a compiled layer is wrong or fails.
+
+    The first layer of the model in training is compared with the eager one on `tokens` (B, T), in
+    value and gradients. A layer that is sharded is not compared.
+    """
+    blocks = [block for module in objective.modules() if hasattr(module, "blocks") for block in module.blocks]
+    eager = [block.forward for block in blocks]
+    compile_blocks(objective)
+    problem = "a compiled layer differs from an eager one by more than rounding"
+    try:
+        if distributed.is_sharded(objective) or _compiled_layer_agrees(objective.model, tokens, compute):
+            return
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # such as the lack of a C compiler
+        problem = str(error).strip().partition("\n")[0]
+    warn(f"training goes on without torch.compile, and slower: {problem}")
+    objective.compiled = False
+    for block, forward in zip(blocks, eager):
+        block.forward = forward
+
+
+class _LayerInputs(Exception):
+    """Carries the inputs of a layer out of a forward pass."""
+
+
+def _compiled_layer_agrees(model, tokens, compute):
+    """True if the compiled first layer errs at most four times as much as the eager one in its precision.
+
+    The error is the largest in a tensor, against eager float32: of the output and of all gradients.
+    """
+    block = model.blocks[0]
+
+    def stop(_block, inputs):
+        raise _LayerInputs(*inputs)
+
+    def outcome(forward, autocast):
+        with autocast:
+            output = forward(x, *others)
+        return [output.float(), *torch.autograd.grad(output, [x, *parameters], direction)]
+
+    hook, training = block.register_forward_pre_hook(stop), block.training
+    with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
+        try:
+            model.hidden_states(tokens.to(compute.device))
+        except _LayerInputs as inputs:
+            x, *others = inputs.args
+        finally:
+            hook.remove()
+        x, parameters = x.detach().requires_grad_(), [p for p in block.parameters() if p.requires_grad]
+        direction = torch.randn_like(x)
+        block.train(training and not model.config.dropout)  # a compiled layer has other masks
+        eager = functools.partial(type(block).forward, block)
+        runs = (eager, contextlib.nullcontext()), (eager, compute.autocast), (block.forward, compute.autocast)
+        try:
+            tensors = zip(*(outcome(*run) for run in runs))
+        finally:
+            block.train(training)
+
+    def agree(exact, eager, compiled):
+        allowed = 4 * (eager - exact).abs().max() + ROUNDING * exact.abs().max()
+        return bool((compiled - exact).abs().max() <= allowed)  # false for NaN
+
+    return all(agree(*versions) for versions in tensors)
 
 
 def checkpoint_activations(model, compute):
@@ -156,13 +232,8 @@ def checkpoint_activations(model, compute):
         # Torch restores autocast for the recomputation, but not the choice of an attention kernel.
         return contextlib.nullcontext(), compute.autocast
 
-    def checkpointed(forward, *inputs):
-        # torch.compile recomputes within its graph, and takes no contexts.
-        options = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
-        return checkpoint(forward, *inputs, use_reentrant=False, **options)
-
     for block in model.blocks:
-        block.forward = functools.partial(checkpointed, block.forward)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def skips_on_device(optimizer):
