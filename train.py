@@ -244,6 +244,18 @@ def build_train_step(objective, config, stream, compute):
     return TrainStep(module, optimizers, compute.autocast, micro_batch_size, config.clip)
 
 
+def fast_step(train_step, config, stream, compute, captured):
+    """The train step with compiled layers, as the config says, and if `captured` as a CUDA graph."""
+    if config.compile or (config.compile is None and compute.device.type == "cuda"):
+        batch = stream(0).rank_slice(distributed.rank(), distributed.world_size())
+        compile_sound_blocks(train_step.objective, batch.tokens[: config.micro_batch_size], compute)
+    if not captured:
+        return train_step
+    from training.cuda_graph import GraphedStep  # here, because most runs capture no graph
+
+    return GraphedStep(train_step)
+
+
 @torch.no_grad()
 def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
     """Mean cross-entropy, in nats per token, of the dev chunks that begin at `starts`."""
@@ -283,19 +295,12 @@ def fit(objective, config, stream, evaluate, provenance):
         return resume.new_progress(plan.steps)
     train_step = build_train_step(objective, config, stream, compute)
     config = dataclasses.replace(config, micro_batch_size=train_step.micro_batch_size)
-    uses_graph = should_capture(config.cuda_graph, compute, train_step.optimizers, plan.tokens_seen(1))
+    captured = should_capture(config.cuda_graph, compute, train_step.optimizers, plan.tokens_seen(1))
     with locked(config.out) if distributed.rank() == 0 else contextlib.nullcontext():
         progress = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):
             return progress
-        if config.compile or (config.compile is None and compute.device.type == "cuda"):
-            first = stream(0).rank_slice(distributed.rank(), distributed.world_size())
-            compile_sound_blocks(objective, first.tokens[: config.micro_batch_size], compute)
-        take_step = train_step
-        if uses_graph:
-            from training.cuda_graph import GraphedStep  # here, because most runs capture no graph
-
-            take_step = GraphedStep(train_step)
+        take_step = fast_step(train_step, config, stream, compute, captured)
         logger = TrainingLogger(train_step, config, plan, provenance, progress)
         with logger, StopSignal(config.stop_after) as stop:
             for step in range(progress["step"] + 1, plan.steps + 1):
