@@ -114,6 +114,7 @@ def explanation(study):
     if study.control_gain:
         gain = f"{study.control_gain:.3f}"
         text += f"\nStudents: {gain} are taken off, because another tuning of the control gained as much."
+        text += " So compare them with the control alone."
     return text
 
 
