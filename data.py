@@ -1,7 +1,7 @@
 """Batches of a tokenised corpus and their order.
 
 A chunk is `sequence_length` consecutive tokens of a shard, with the next token of each as target. A
-batch depends on (seed, step) alone: the number of a step says which text it saw.
+batch depends on (seed, step) only: the number of a step says which text it saw.
 """
 
 import functools

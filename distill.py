@@ -5,7 +5,7 @@
     loss = alpha · CE + (1 - alpha) · tau² · KL(teachers ‖ student)
 
 --kl-reduction sequence sums the KL over the positions of a sequence and averages over sequences, as
-the paper's code does: its `batchmean` divides by the batch size alone. --kl-reduction token averages
+the paper's code does: its `batchmean` divides only by the batch size. --kl-reduction token averages
 over tokens, as the formula is usually written.
 """
 

@@ -52,7 +52,7 @@ def ensemble_logits(teacher_logits, weights):
 def kl_divergence(p_logits, q_logits, tau, kl_denominator):
     """Σ_positions KL(p ‖ q) / kl_denominator, p and q at temperature tau: 2 × (..., V) → ().
 
-    p is the distribution that q imitates: the teachers', in the original.
+    p is the distribution that q imitates: the teachers', in the paper.
     """
     log_p = F.log_softmax(p_logits / tau, dim=-1)
     log_q = F.log_softmax(q_logits / tau, dim=-1)

@@ -93,7 +93,7 @@ class ReproduceConfig:
     first_seed: int = option(0, "the first seed", minimum=0, maximum=(1 << 31) - 1)
     pairs: list[str] | None = option(None, "folders of minimal pairs to score", group=SAVE)
     finetune: str | None = option(None, "folder of tasks: fine-tune each model on them", group=SAVE)
-    tune: bool = option(False, "score on the validation text alone, write no report", group=SAVE)
+    tune: bool = option(False, "score only on the validation text, write no report", group=SAVE)
     out: str | None = option(None, "folder of all output (default: runs/RECIPE)", group=SAVE)
     results: str | None = option(
         None, "another folder for results and report; models with a result there are not trained", group=SAVE
@@ -101,7 +101,7 @@ class ReproduceConfig:
     device: str = option("auto", "auto, cuda, mps or cpu", group=SPEED)
     jobs: int = option(
         1,
-        "train and score this many models side by side, each with its share of the CPU's threads",
+        "train and score this many models in parallel, each with its share of the CPU's threads",
         group=SPEED,
         minimum=1,
     )
@@ -245,8 +245,8 @@ def given_data(recipe, folder):
         raise UserError(f"{test} is of another tokenizer than {folder}/dev.bin")
     if corpus.tokenizer.vocabulary_size != recipe.vocabulary_size:
         raise UserError(
-            f"{folder} has {corpus.tokenizer.vocabulary_size} pieces and the recipe asks for "
-            f"{recipe.vocabulary_size}: make it with --recipe {recipe.name} --dry-run"
+            f"{folder} has {corpus.tokenizer.vocabulary_size} pieces in its vocabulary, the recipe "
+            f"{recipe.vocabulary_size}: make the data with --recipe {recipe.name} --dry-run"
         )
     return corpus.folder
 
@@ -266,7 +266,7 @@ class ExperimentContext:
     results: Path
     device: str
     deadline: float | None  # a time of time.monotonic() after which training stops
-    tuning: bool  # score on the validation text alone
+    tuning: bool  # score only on the validation text
 
     @functools.cached_property
     def shards(self):
@@ -417,7 +417,7 @@ def is_done(context, path, settings):
 def run_seed(context, seed):
     """Trains and scores the models of one seed that have no result yet.
 
-    Each result is a file of the folder of results, as `experiments.findings` describes it. Raises
+    Each result is a file in the folder of results, as `experiments.findings` describes it. Raises
     `Stopped` if a stage ends early.
     """
     for name in context.recipe.all_scored():
@@ -435,7 +435,7 @@ def run_model(context, name, seed):
         finetune_model(context, specs[0], seed, path)
 
 
-def run_side_by_side(context, seeds, limit):
+def run_in_parallel(context, seeds, limit):
     """Trains and scores the models of all seeds, `limit` at a time; returns the exit code.
 
     A model waits for its teachers, an ensemble for its members.
@@ -452,22 +452,22 @@ def run_side_by_side(context, seeds, limit):
             is_scored = is_done(context, context.result_path(name, seed), settings)
             if not is_scored or lacks_finetuning(context, name, seed):
                 missing.add(name)
-        teaching, added = set(), missing
-        while added := set().union(*(sources[name] for name in added)) - teaching:
-            teaching |= added
-        for name in [name for name in scored if name in missing | teaching]:
-            needs = frozenset(f"{source}, seed {seed}" for source in sources[name] & (missing | teaching))
-            log = context.out / f"seed-{seed}" / f"{name}.log"
-            arguments = context, name, seed, name in teaching
-            jobs.append(Job(f"{name}, seed {seed}", needs, model_job, arguments, log))
+        needed, added = set(), missing  # `needed`: all sources of the missing ones, and their sources
+        while added := set().union(*(sources[name] for name in added)) - needed:
+            needed |= added
+        for name in [name for name in scored if name in missing | needed]:
+            needs = frozenset(f"{source}, seed {seed}" for source in sources[name] & (missing | needed))
+            path = context.out / f"seed-{seed}" / f"{name}.log"
+            arguments = context, name, seed, name in needed
+            jobs.append(Job(f"{name}, seed {seed}", needs, model_job, arguments, path))
     return run_jobs(jobs, limit)
 
 
-def model_job(context, name, seed, teaches):
-    """`run_model` as a job; with `teaches`, its checkpoint is there afterwards. Returns the exit code."""
+def model_job(context, name, seed, is_needed):
+    """`run_model` as a job; one that is needed is trained even if it has a result. Returns an exit code."""
     try:
         run_model(context, name, seed)
-        if teaches:
+        if is_needed:
             train_model(context, context.recipe.specs[name], seed)
     except Stopped as stopped:
         return stopped.code or INCOMPLETE
@@ -760,7 +760,7 @@ def main(argv=None):
         if not config.tune:
             write_json(context.results / "experiment.json", study_fields(recipe))
         if config.jobs > 1:
-            if code := run_side_by_side(context, seeds, config.jobs):
+            if code := run_in_parallel(context, seeds, config.jobs):
                 raise Stopped(0 if code == INCOMPLETE else code)
         else:
             for seed in seeds:

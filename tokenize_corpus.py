@@ -282,7 +282,7 @@ def parse_arguments(argv):
     add("--out", metavar="DIR", default="data/babylm", help="folder to write (default: %(default)s)")
     add("--vocab-size", type=int, metavar="N", help=f"pieces of the tokenizer (default: {VOCABULARY_SIZE})")
     add("--tokenizer", metavar="FILE", help="encode with this tokenizer instead of training one")
-    clean_help = "light: remove markup and credits; paper: exactly the original's cleaning, which also joins "
+    clean_help = "light: remove markup and credits; paper: exactly the paper's cleaning, which also joins "
     clean_help += "lines; none: keep every character (default: light)"
     add("--clean", choices=CLEANERS, default="light", help=clean_help)
     add("--keep-cr", action="store_true", help="keep carriage returns that end lines")

@@ -104,7 +104,7 @@ class Objective(nn.Module):
         return batch
 
     def forward(self, batch):
-        """Returns {"loss": scalar, ...}: a prepared micro-batch's part of the step's sum; all is logged."""
+        """Returns {"loss": scalar, ...}: what a prepared micro-batch adds to the values of the step."""
         raise NotImplementedError
 
 

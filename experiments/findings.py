@@ -7,7 +7,7 @@ A `Study` has one result for each model and seed, a dict that reproduce.py write
     seconds, epochs, steps, train_cross_entropy       of its training, unless it is an ensemble
     curve             [(step, cross-entropy on validation text)]
     samples           {prompt: continuation}
-    finetuned         {"tasks", "scores", "files", "options"} of finetune.py, for this model alone
+    finetuned         {"tasks", "scores", "files", "options"} of finetune.py, only this model's
     weights, taught_by       digests of its best.pt, and of the best.pt of its teachers
     commit, machine, torch   where it was scored
 """

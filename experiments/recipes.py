@@ -10,7 +10,7 @@ A recipe is a JSON file, one of `recipes/` or a user's own, for `reproduce.py --
     vocabulary_size    pieces of the tokenizer
     words, dev_words   words to sample of the training text, and of each half of the dev text
                        (default: all)
-    whole_epochs       true: an epoch has only whole batches, as the original's trainer counts steps
+    whole_epochs       true: an epoch has only whole batches, as the paper's code counts steps
     precision          of scoring: fp32 (default), bf16, or auto
     scored             the checkpoint that is scored: best.pt (default) or checkpoint.pt, the last
     options            options of train.py and distill.py for all models

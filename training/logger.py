@@ -193,7 +193,7 @@ def record_evaluation(progress, values, least_gain=0.0):
 class TrainingLogger:
     """Writes a run's log, evaluations and checkpoints, and keeps its progress, a dict.
 
-    Each rank has one, because all ranks must join the gathering of weights. Rank 0 alone writes.
+    Each rank has one, because all ranks must join the gathering of weights. Only rank 0 writes.
     """
 
     def __init__(self, train_step, config, plan, provenance, progress):

@@ -46,7 +46,7 @@ class RunConfig:
     )
     seed: int = option(0, "random seed of initialisation, batch order and dropout", RECIPE, minimum=0)
     eval_every: int = option(
-        0, "steps between evaluations within an epoch; 0: none", SAVE, minimum=0, may_change=False
+        0, "steps between further evaluations within an epoch; 0: none", SAVE, minimum=0, may_change=False
     )
     log_every: int = option(20, "steps between lines of log.jsonl", SAVE, minimum=1)
     save_every: int = option(500, "steps between checkpoints", SAVE, minimum=1)
@@ -58,7 +58,7 @@ class RunConfig:
         metavar="WORDS",
     )
     tensorboard: bool = option(False, "also log for TensorBoard, to OUT/tensorboard", SAVE)
-    wandb: bool = option(False, "also log to Weights & Biases, whose WANDB_... variables are heeded", SAVE)
+    wandb: bool = option(False, "also log to Weights & Biases; its WANDB_... variables apply", SAVE)
     device: str = option("auto", "auto, cuda, mps or cpu", SPEED)
     precision: str = option(
         "auto",
@@ -165,7 +165,7 @@ def parse(config_class, description, argv=None, epilog="", check=None, parser_cl
     """Returns the config that the command line describes; wrong usage exits with code 2.
 
     `epilog` may be a function that returns it, called for --help alone.
-    `check(config)` returns an error message, or None, for options that are only wrong together.
+    `check(config)` returns an error message, or None, for options that do not go together.
     `parser_class` may be `Strict`.
     """
     hints = typing.get_type_hints(config_class)

@@ -277,7 +277,7 @@ def check_same_run(checkpoint, config, provenance, path, full=True):
     """Raises `UserError`, with a list of differences, if the checkpoint is of another run.
 
     An option or a field of the shape that an older checkpoint lacks has its default. If `full`, the
-    checkpoint must also have the state to resume from, not weights alone.
+    checkpoint must also have the state to resume from, not weights only.
     """
     if full and not checkpoint["training"]:
         raise UserError(f"{path} holds weights only: resume from a checkpoint.pt")
