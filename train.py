@@ -22,7 +22,7 @@ from training.device import (
     checkpoint_activations,
     choose_compute,
     choose_device,
-    compile_sound_blocks,
+    compile_and_check_blocks,
     largest_micro_batch,
     should_capture,
     skips_on_device,
@@ -245,10 +245,10 @@ def build_train_step(objective, config, stream, compute):
 
 
 def fast_step(train_step, config, stream, compute, captured):
-    """The train step with compiled layers, as the config says, and if `captured` as a CUDA graph."""
+    """The train step with compiled layers, if the config says so, and as a CUDA graph, if `captured`."""
     if config.compile or (config.compile is None and compute.device.type == "cuda"):
         batch = stream(0).rank_slice(distributed.rank(), distributed.world_size())
-        compile_sound_blocks(train_step.objective, batch.tokens[: config.micro_batch_size], compute)
+        compile_and_check_blocks(train_step.objective, batch.tokens[: config.micro_batch_size], compute)
     if not captured:
         return train_step
     from training.cuda_graph import GraphedStep  # here, because most runs capture no graph

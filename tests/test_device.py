@@ -21,8 +21,8 @@ from training.device import (
     Compute,
     checkpoint_activations,
     choose_device,
+    compile_and_check_blocks,
     compile_blocks,
-    compile_sound_blocks,
     should_capture,
 )
 from training.io import UserError
@@ -350,7 +350,7 @@ def test_a_compiled_layer_is_used_if_it_equals_the_eager_one(
     monkeypatch.setattr(torch, "compile", compile_with_fault)
     objective = full_step("distilled", "cpu", precision).objective
     tokens, random = BatchStream(train_shard, 8, 32, seed=0)(0).tokens, torch.get_rng_state()
-    compile_sound_blocks(objective, tokens, Compute(CPU, precision))
+    compile_and_check_blocks(objective, tokens, Compute(CPU, precision))
     assert objective.compiled == (fault is None)
     compiled = {
         block.forward.__name__ == "compiled"

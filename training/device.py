@@ -155,11 +155,11 @@ def compile_blocks(objective):
             block.forward = compile(forward)
 
 
-def compile_sound_blocks(objective, tokens, compute):
-    """`compile_blocks`, but with a warning nothing is compiled if a compiled layer is wrong or fails.
+def compile_and_check_blocks(objective, tokens, compute):
+    """Compiles as `compile_blocks` does. If a compiled layer is wrong or fails: warns, keeps eager layers.
 
-    The first layer of the model in training is compared with the eager one on `tokens` (B, T), in
-    value and gradients. A layer that is sharded is not compared.
+    The trained model's first layer is compared with the eager one on `tokens` (B, T), in value and
+    gradients. A layer that is sharded is not compared.
     """
     blocks = [block for module in objective.modules() if hasattr(module, "blocks") for block in module.blocks]
     eager = [block.forward for block in blocks]
@@ -183,9 +183,10 @@ class _LayerInputs(Exception):
 
 
 def _compiled_layer_agrees(model, tokens, compute):
-    """True if the compiled first layer errs at most four times as much as the eager one in its precision.
+    """True if the compiled first layer has at most four times the error of the eager one.
 
-    The error is the largest in a tensor, against eager float32: of the output and of all gradients.
+    Both run in the training's precision. The error is the largest difference to eager float32 in a
+    tensor: the output, or any gradient.
     """
     block = model.blocks[0]
 

@@ -107,8 +107,8 @@ def exit_code(progress):
 class JSONLog:
     """log.jsonl: one JSON object per line: the run's settings, then training steps and evaluations.
 
-    It continues the log in `path` after a step; later and damaged lines are dropped. Each of `trackers`,
-    such as TensorBoard, gets the same numbers.
+    It continues the log in `path` after `from_step`; later and damaged lines are dropped. Each of
+    `trackers`, such as TensorBoard, gets the same numbers.
     """
 
     def __init__(self, path, first, from_step, trackers=()):
@@ -213,7 +213,7 @@ class TrainingLogger:
             "processes": distributed.world_size(),
         }
         self.first_step = progress["step"]
-        fields, self.log = self._fields(), None
+        fields, self.log = self._checkpoint_fields(), None
         if self.writes:
             make_checkpoint(**fields)  # an error shows now, and not at the first save
             names = ("checkpoint.pt", "best.pt", "log.jsonl", "trace.json", *plan.marks)
@@ -248,7 +248,7 @@ class TrainingLogger:
         if self.profiler:
             self.profiler.step()
         for name in self.plan.marks_passed(step):
-            self._write(name)
+            self._write_checkpoint(name)
 
     def log_step(self, terms, rate):
         """Writes a line of the log. Only here does the host wait for the device.
@@ -279,10 +279,10 @@ class TrainingLogger:
             )
 
     def _mfu(self, tokens_per_second):
-        """Returns "  MFU n %", the share of the GPUs' peak that the model in training takes.
+        """Returns "  MFU n%": model FLOPs per second as a share of the GPUs' peak, or "" if that is unknown.
 
-        It counts 6 FLOPs for a token and a parameter of layers and head, none for attention scores or
-        teachers. Returns "" where the peak is not known.
+        6 FLOPs are counted per token and parameter of the trained model's layers and head, none for
+        attention scores or teachers.
         """
         if self.peak is None:
             return ""
@@ -298,9 +298,9 @@ class TrainingLogger:
         self.clock += time.perf_counter() - paused_at
 
     def evaluate(self, evaluate):
-        """Logs the result of `evaluate(model, autocast)`: {"dev_cross_entropy": nats a token, ...}.
+        """Logs the result of `evaluate(model, autocast)`: {"dev_cross_entropy": nats per token, ...}.
 
-        best.pt is written if it is the best so far.
+        Writes best.pt if this evaluation is the best so far.
         """
         with self.paused(), distributed.unsharded(self.train_step.objective):
             result = evaluate(self.model, self.train_step.autocast)
@@ -311,20 +311,20 @@ class TrainingLogger:
         dev = f"dev cross-entropy {values['dev_cross_entropy']:.4f} nats per token"
         log(f"step {self.progress['step']}: {dev}{score}")
         if record_evaluation(self.progress, values, self.config.least_gain):
-            self._write("best.pt")
+            self._write_checkpoint("best.pt")
 
     def save(self):
         """Writes checkpoint.pt; the one before it becomes previous.pt."""
         training = training_state(self.train_step)
-        self._write("checkpoint.pt", previous=self.out / "previous.pt", training=training)
+        self._write_checkpoint("checkpoint.pt", previous=self.out / "previous.pt", training=training)
 
-    def _write(self, name, **details):
+    def _write_checkpoint(self, name, **details):
         with self.paused():
-            fields = self._fields()
+            fields = self._checkpoint_fields()
             if self.writes:
                 write_checkpoint(self.out / name, **fields, **details)
 
-    def _fields(self):
+    def _checkpoint_fields(self):
         """The fields that all checkpoints of the run have. All ranks must call it, to gather weights."""
         return {
             "model": self.provenance.model,
