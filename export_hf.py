@@ -26,7 +26,7 @@ from finetuning.classifier import is_classifier, load_any
 from gpt2 import GPT2Config
 from llama import LlamaConfig
 from model import ARCHITECTURES, build, check_shape, count_parameters, load_checkpoint
-from tokenizer import BOS, EOS, PAD, Tokenizer
+from tokenizer import BOS, EOS, PAD, JsonTokenizer, Tokenizer
 from training.checkpoint import checkpoint_names, write_checkpoint
 from training.io import UserError, atomic_write, log, printable, run_program, write_json, write_text
 from training.options import Parser
@@ -173,6 +173,11 @@ def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS, dtype="f
 # ---- export: the tokenizer
 
 
+def is_json(tokenizer):
+    """Returns True for a tokenizer.json, which is exported as it came."""
+    return isinstance(tokenizer, JsonTokenizer)
+
+
 def is_normal(processor, i):
     """Returns True for a piece of text: no control piece, byte, unknown or unused one."""
     kinds = (processor.is_control, processor.is_unknown, processor.is_byte, processor.is_unused)
@@ -181,28 +186,31 @@ def is_normal(processor, i):
 
 def check_tokenizer(tokenizer, path):
     """Raises `UserError` for a tokenizer that tokenizer.json cannot describe, or that loses text."""
-    processor, size = tokenizer.processor, tokenizer.vocabulary_size
-    # A BPE's are 0, -1, -2, ... in the order of merging, unlike those of a unigram or of user-defined pieces.
-    scores = [processor.get_score(i) for i in range(size) if is_normal(processor, i)]
-    lines = tokenizer.encode("a\n") + tokenizer.encode("b")
-    if (
-        scores != [-float(i) for i in range(len(scores))]
-        or tokenizer.decode(tokenizer.encode(PROBE)) != PROBE
-        or tokenizer.encode("a\nb") != lines
-        or tokenizer.encode("\n") != [processor.piece_to_id("<0x0A>")]
-    ):
-        raise UserError(
-            f"{path}: a tokenizer of another kind than tokenize_corpus.py's (BPE with byte fallback that "
-            "changes no text and adds no prefix)"
-        )
+    problem = None
+    if not is_json(tokenizer):
+        processor, size = tokenizer.processor, tokenizer.vocabulary_size
+        # A BPE's are 0, -1, -2, ... in the order of merging, unlike those of a unigram or of user-defined
+        # pieces.
+        scores = [processor.get_score(i) for i in range(size) if is_normal(processor, i)]
+        if scores != [-float(i) for i in range(len(scores))]:
+            problem = "it is no BPE, or has pieces of its user"
+        elif tokenizer.encode("\n") != [processor.piece_to_id("<0x0A>")]:
+            problem = "a newline is no piece of it"
+        elif tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+            problem = "it changes text, such as runs of blanks"
+    if tokenizer.encode("a\nb") != tokenizer.encode("a\n") + tokenizer.encode("b"):
+        problem = "the tokens of lines are not those of a text"
+    if problem:
+        raise UserError(f"{path}: a tokenizer of another kind than those that are read: {problem}")
 
 
 def special_ids_of(tokenizer):
     """Returns {"pad_token_id": ..., "bos_token_id", "eos_token_id", "unk_token_id"}, those that exist.
 
-    Transformers' classifiers need a padding token: without one it is unk, which text never becomes.
+    Transformers' classifiers need a padding token: without one it is unk or eos, which text never becomes.
     """
-    pad = tokenizer.unk_id if tokenizer.pad_id is None else tokenizer.pad_id
+    padding = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id)
+    pad = next((i for i in padding if i is not None), None)
     ids = {"pad": pad, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
     return {f"{name}_token_id": i for name, i in ids.items() if i is not None}
 
@@ -214,6 +222,9 @@ def hf_tokenizer(tokenizer):
     SentencePiece. Pieces are numbered in the order in which SentencePiece merges, so that a merge's rank
     is the number of its result; each way to split a piece into two others is a merge of that rank.
     """
+    if is_json(tokenizer):
+        content = json.loads(tokenizer.model_bytes)
+        return {key: value for key, value in content.items() if key != "special_ids"}
     tokenizers = import_extra("tokenizers")
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocabulary_size)]
@@ -232,11 +243,13 @@ def hf_tokenizer(tokenizer):
     result = tokenizers.Tokenizer(bpe)
     special = [pieces[i] for i in sorted(set(special_ids_of(tokenizer).values()))]
     result.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in special])
-    result.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
-    decoders = tokenizers.decoders
-    result.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    result.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if tokenizer.adds_space:
+        result.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), result.normalizer])
+        steps.append(decoders.Strip(" ", 1, 0))
+    result.decoder = decoders.Sequence(steps)
     # The second text of a pair begins on a line of its own, as in training.
     newline = tokenizer.encode("\n")
     separator = {"id": "newline", "ids": newline, "tokens": [pieces[i] for i in newline]}
@@ -248,10 +261,7 @@ def hf_tokenizer(tokenizer):
 
 def hf_tokenizer_config(tokenizer, context):
     """Returns tokenizer_config.json, and special_tokens_map.json, which only transformers 4 reads."""
-    special = {
-        key.removesuffix("_id"): tokenizer.processor.id_to_piece(i)
-        for key, i in special_ids_of(tokenizer).items()
-    }
+    special = {key.removesuffix("_id"): tokenizer.piece(i) for key, i in special_ids_of(tokenizer).items()}
     config = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # Without this 4.51 adds token_type_ids, which GPT-2 turns into embeddings.
@@ -259,11 +269,11 @@ def hf_tokenizer_config(tokenizer, context):
         "model_max_length": context,
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
-        # Without these llama.cpp puts <s> and a blank before each prompt, which training never saw.
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
+        "add_prefix_space": tokenizer.adds_space,
     }
+    if not is_json(tokenizer):
+        # Without these llama.cpp puts <s> before each prompt, which training never saw.
+        config |= {"add_bos_token": False, "add_eos_token": False}
     return config, special
 
 
@@ -278,11 +288,12 @@ def plain(value):
 def card_facts(checkpoint, model):
     """Returns {fact: value} of what a checkpoint knows of its origin and recipe."""
     config, progress = checkpoint["config"], checkpoint["progress"]
+    description = Tokenizer.read(checkpoint["tokenizer"]["model"].numpy()).description
     facts = {
         "model": f"{checkpoint['model']['name']}, {count_parameters(model):,} parameters",
         "teachers": ", ".join(f"{t['name']} ({t['digest'][:12]})" for t in checkpoint["teachers"]),
         "initialised from": Path(config.get("init") or "").parent.name,
-        "vocabulary": f"{model.config.vocab_size:,} pieces of SentencePiece BPE, "
+        "vocabulary": f"{model.config.vocab_size:,} pieces of {description}, "
         f"identity {checkpoint['tokenizer']['identity'][:12]}",
         "training text": config.get("train_shard", "")[:12],
         "cleaning": cleaning_of(config),
@@ -438,8 +449,9 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
     with atomic_write(out / "model.safetensors") as file:
         # transformers 4.51 insists on the format "pt".
         file.write(save(hf_weights(architecture, checkpoint["weights"], dtype), {"format": "pt"}))
-    with atomic_write(out / "tokenizer.model") as file:
-        file.write(tokenizer.model_bytes)
+    if not is_json(tokenizer):
+        with atomic_write(out / "tokenizer.model") as file:
+            file.write(tokenizer.model_bytes)
     write_text(out / "README.md", card)
     for name, content in contents.items():
         write_json(out / name, content)
@@ -559,22 +571,15 @@ def import_folder(folder, out):
 
     Rows of embedding and head beyond the tokenizer's, with which others pad a vocabulary, are left out.
     Raises `UserError` for anything that our code would compute otherwise: another architecture or
-    shape, scaled positions, a tokenizer that is not a lossless SentencePiece model.
+    shape, scaled positions, a tokenizer of another kind.
     """
     if out.exists():
         raise UserError(f"{out} exists: choose another --out")
     architecture, config = read_config(folder)
-    if not (folder / "tokenizer.model").is_file():
-        raise UserError(
-            f"{folder} has no tokenizer.model: only SentencePiece tokenizers are read; "
-            "save_pretrained leaves the file out, so copy it from where the folder was made from"
-        )
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    check_tokenizer(tokenizer, folder / "tokenizer.model")
+    tokenizer = folder_tokenizer(folder)
     size = tokenizer.vocabulary_size
     if size > config.vocab_size:
         raise UserError(f"{folder}: {size} pieces for {config.vocab_size} embeddings")
-    check_pieces(folder, tokenizer)
     weights = read_weights(folder, architecture, config)
     if size < config.vocab_size:
         log(f"{folder}: {config.vocab_size - size} rows beyond the tokenizer's {size} pieces are left out")
@@ -600,6 +605,20 @@ def import_folder(folder, out):
         raise UserError(f"{folder} is no model that could be used: {error}") from error
 
 
+def folder_tokenizer(folder):
+    """Returns the tokenizer of a folder. Raises `UserError` if it has none that can be read."""
+    for name in ("tokenizer.model", "tokenizer.json", "vocab.json"):
+        if (path := folder / name).is_file():
+            tokenizer = Tokenizer.load(path)
+            check_tokenizer(tokenizer, path)
+            if not is_json(tokenizer):
+                check_pieces(folder, tokenizer)
+            return tokenizer
+    raise UserError(
+        f"{folder} has no tokenizer.model, tokenizer.json or vocab.json: copy the tokenizer's files there"
+    )
+
+
 def check_pieces(folder, tokenizer):
     """Raises `UserError` if the folder's tokenizer.json has other pieces than `tokenizer`."""
     path = folder / "tokenizer.json"
@@ -610,7 +629,7 @@ def check_pieces(folder, tokenizer):
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: delete it if tokenizer.model is right") from error
     for i in range(tokenizer.vocabulary_size):
-        if theirs.get(tokenizer.processor.id_to_piece(i)) != i:
+        if theirs.get(tokenizer.piece(i)) != i:
             raise UserError(
                 f"{path} and tokenizer.model have different pieces: copy the right tokenizer.model"
             )

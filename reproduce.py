@@ -184,7 +184,7 @@ def folder_digests(folder, saved):
 
 def shard_settings(recipe, config, saved):
     """All that determines the shards; `saved` is what an earlier command wrote of it."""
-    options = ("corpus", "words", "dev_words", "vocabulary_size", "clean")
+    options = ("corpus", "words", "dev_words", "tokenizer", "vocabulary_size", "clean")
     state = {key: folder_digests(getattr(config, key), saved.get(key)) for key in ("train", "dev")}
     return state | {key: getattr(recipe, key) for key in options}
 
@@ -233,6 +233,7 @@ def make_shards(recipe, config, data, corpus):
     write_dev_halves(dev_folder, [validation, test], recipe.dev_words, train_folder)
     options = ["--dev", validation, "--out", data, "--clean", recipe.clean]
     options += ["--vocab-size", recipe.vocabulary_size]
+    options += ["--kind", recipe.tokenizer] if recipe.tokenizer else []
     run_stage(tokenize_corpus, "--train", train_folder, *options)
     options = ["--dev", test, "--out", data / "report", "--clean", recipe.clean]
     run_stage(tokenize_corpus, "--tokenizer", data / "tokenizer.model", *options)

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -31,14 +32,14 @@ from tqdm import tqdm
 from corpus.cleaning import CLEANERS, VERSIONS, clean_blocks
 from corpus.text_files import SPACE_PIECE, count_unspaced, sub_corpora, text_blocks, warn_of_ignored_files
 from corpus.token_shards import TokenShard, write_shard
-from tokenizer import BOS, EOS, PAD, UNK, VOCABULARY_SIZE, Tokenizer
+from tokenizer import BOS, EOS, PAD, UNK, VOCABULARY_SIZE, Tokenizer, import_tokenizers
 from training.io import UserError, aligned, atomic_write, run_program, warn
 from training.options import Parser
 
 TRAINING_BYTES = 64_000_000  # of text that the tokenizer is trained on: SentencePiece holds it all
 SAMPLE_SEED = 0
+SPECIAL_PIECES = ["<pad>", "<s>", "</s>"]  # of the paper's tokenizer: the ids PAD, BOS and EOS
 MAX_TRAINING_BYTES = 4000  # SentencePiece silently skips training lines of more than 4192 bytes
-CALL_CHARACTERS = 4000  # SentencePiece's time per character grows with the string
 BLOCK_CHARACTERS = 1 << 18  # encoded at a time, by all cores
 
 
@@ -104,7 +105,8 @@ def read_folder(folder, cleaning="light", keep_cr=False):
 def line_blocks(text, characters):
     """`text` in blocks of whole lines: a block ends with the line that reaches `characters`.
 
-    No piece contains a newline, so the ids of all blocks together are those of the whole text.
+    No piece of SentencePiece contains a newline, so the ids of all blocks together are those of the
+    whole text. A byte-level BPE may join several newlines, but not where a block ends.
     """
     start = 0
     while start < len(text):
@@ -120,15 +122,13 @@ def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE, fraction=1.0):
     """The bytes of a SentencePiece BPE model of `texts` that gives every text back exactly.
 
     `texts` is an iterable of texts of whole lines; with a `fraction` below 1 it is trained on a
-    sample of their lines, always the same one. One departure from the paper, which has NFKC and
-    byte-level BPE: text is not normalised, and only characters outside the alphabet are spelt in
-    bytes. Raises `UserError` if the texts do not yield `vocab_size` pieces, or so few cannot hold
-    the alphabet.
+    sample of their lines, always the same one. One departure from the paper, whose tokenizer
+    `train_byte_bpe` makes: text is not normalised, and only characters outside the alphabet are
+    spelt in bytes. Raises `UserError` if the texts do not yield `vocab_size` pieces, or so few cannot
+    hold the alphabet.
     """
-    model, generator = io.BytesIO(), random.Random(SAMPLE_SEED)
-    pieces = (piece for text in texts for piece in training_pieces(text))
-    if fraction < 1:
-        pieces = (piece for piece in pieces if generator.random() < fraction)
+    model = io.BytesIO()
+    pieces = sampled((piece for text in texts for piece in training_pieces(text)), fraction)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=pieces,
@@ -157,13 +157,60 @@ def train_tokenizer(texts, vocab_size=VOCABULARY_SIZE, fraction=1.0):
                 f"raise it (in a recipe vocabulary_size) to at least --vocab-size {needed[1]}"
             ) from error
         raise UserError(f"SentencePiece finds nothing to learn in the training text: {error}") from error
-    size = Tokenizer(model.getvalue()).vocabulary_size
+    check_size(Tokenizer.read(model.getvalue()).vocabulary_size, vocab_size)
+    return model.getvalue()
+
+
+def train_byte_bpe(texts, vocab_size=VOCABULARY_SIZE, fraction=1.0):
+    """The bytes of a tokenizer.json as the paper's: byte-level BPE of text in NFKC.
+
+    Arguments and errors are those of `train_tokenizer`. As there, lines are learned with a blank
+    before them, and pieces are seen at least twice. All 256 bytes are in its alphabet, so that no
+    text is lost; the original has those of its training text. Needs the package `tokenizers`.
+    """
+    tokenizers = import_tokenizers("--kind byte-bpe needs a package")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    result = tokenizers.Tokenizer(tokenizers.models.BPE())
+    result.normalizer = tokenizers.normalizers.NFKC()
+    result.pre_tokenizer = byte_level(add_prefix_space=True)
+    result.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=SPECIAL_PIECES,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    lines = (line for text in texts for line in io.StringIO(text, newline="\n"))
+    result.train_from_iterator(sampled(lines, fraction), trainer)
+    size = result.get_vocab_size()
+    if size > vocab_size:
+        raise UserError(
+            f"{vocab_size} pieces cannot hold 256 bytes: raise it to at least --vocab-size {size}"
+        )
+    check_size(size, vocab_size)
+    # A line of training text has no blank before it.
+    result.pre_tokenizer = byte_level(add_prefix_space=False)
+    special_ids = {"pad": PAD, "bos": BOS, "eos": EOS}
+    return json.dumps(json.loads(result.to_str()) | {"special_ids": special_ids}).encode()
+
+
+KINDS = {"sentencepiece": train_tokenizer, "byte-bpe": train_byte_bpe}
+
+
+def sampled(lines, fraction):
+    """Yields a random sample of `lines`, always the same one, or all if `fraction` is 1."""
+    generator = random.Random(SAMPLE_SEED)
+    return (line for line in lines if fraction == 1 or generator.random() < fraction)
+
+
+def check_size(size, vocab_size):
+    """Raises `UserError` if a tokenizer has fewer pieces than it should."""
     if size < vocab_size:
         raise UserError(
             f"the training text is too small for {vocab_size} pieces: "
             f"add text, or lower it (in a recipe vocabulary_size) to at most --vocab-size {size}"
         )
-    return model.getvalue()
 
 
 def training_pieces(text):
@@ -181,35 +228,32 @@ def training_pieces(text):
             start = stop
 
 
-def trained_tokenizer(sources, vocabulary_size):
-    """The `Tokenizer` of a list of `SourceText`s, or of a sample of their lines."""
+def trained_tokenizer(sources, vocabulary_size, kind):
+    """The `Tokenizer` of a list of `SourceText`s, or of a sample of their lines; `kind` is in KINDS."""
     fraction = min(1.0, TRAINING_BYTES / sum(source.stats.bytes for source in sources))
     sample = f" on {fraction:.1%} of the lines" if fraction < 1 else ""
     print(f"training the tokenizer{sample}", file=sys.stderr)
     texts = (block for source in sources for block in source.blocks())
-    return Tokenizer(train_tokenizer(texts, vocabulary_size, fraction))
+    return Tokenizer.read(KINDS[kind](texts, vocabulary_size, fraction))
 
 
 # ---- encoding
 
 
 def encode(tokenizer, text):
-    """The ids (N,), int32, of `text`, newlines included, and whether they give it back exactly.
-
-    SentencePiece encodes and decodes in threads of its own, one a core.
-    """
-    processor, threads = tokenizer.processor, os.cpu_count()
-    calls = list(line_blocks(text, CALL_CHARACTERS))
-    ids = processor.encode(calls, num_threads=threads, return_type="numpy")
-    decoded = processor.decode([call.tolist() for call in ids], num_threads=threads)
-    exact = "".join(decoded) == text.replace(SPACE_PIECE, " ")
+    """The ids (N,), int32, of `text`, newlines included, and whether they give it back exactly."""
+    calls = list(line_blocks(text, tokenizer.call_characters or BLOCK_CHARACTERS))
+    ids = tokenizer.encode_batch(calls)
+    decoded = "".join(tokenizer.decode_batch([call.tolist() for call in ids]))
+    exact = decoded in (text, text.replace(SPACE_PIECE, " "))
     return np.concatenate([np.zeros(0, np.int32), *ids]), exact
 
 
 def encode_split(file, split, sources, tokenizer):
     """Writes a list of `SourceText`s into a binary file as a shard. Returns the shard's header.
 
-    Warns if decoding does not give the text back. With a tokenizer of this program it always does.
+    Warns if decoding does not give the text back. With a SentencePiece model of this program it
+    always does.
     """
     exact_blocks = []
 
@@ -281,15 +325,19 @@ def parse_arguments(argv):
     add("--dev", metavar="DIR", required=True, help="validation text")
     add("--out", metavar="DIR", default="data/babylm", help="folder to write (default: %(default)s)")
     add("--vocab-size", type=int, metavar="N", help=f"pieces of the tokenizer (default: {VOCABULARY_SIZE})")
-    add("--tokenizer", metavar="FILE", help="encode with this tokenizer instead of training one")
+    kind_help = "of the tokenizer; byte-bpe is the paper's, and needs the package tokenizers "
+    add("--kind", choices=KINDS, help=kind_help + "(default: sentencepiece)")
+    tokenizer_help = "encode with this tokenizer instead of training one: a tokenizer.model, or a published "
+    tokenizer_help += "model's tokenizer.json, or vocab.json beside its merges.txt"
+    add("--tokenizer", metavar="FILE", help=tokenizer_help)
     clean_help = "light: remove markup and credits; paper: exactly the paper's cleaning, which also joins "
     clean_help += "lines; none: keep every character (default: light)"
     add("--clean", choices=CLEANERS, default="light", help=clean_help)
     add("--keep-cr", action="store_true", help="keep carriage returns that end lines")
     add("--no-clean", action="store_const", const="none", dest="clean", help="same as --clean none")
     args = parser.parse_args(argv)
-    if args.tokenizer and args.vocab_size is not None:
-        parser.error("--vocab-size has no effect with --tokenizer")
+    if args.tokenizer and (args.vocab_size is not None or args.kind):
+        parser.error("--vocab-size and --kind have no effect with --tokenizer")
     if not args.train and not args.tokenizer:
         parser.error("--train is missing: only with --tokenizer FILE is there nothing to train")
     return args
@@ -313,7 +361,8 @@ def main(argv=None):
     if unknown and args.clean != "none":
         print(f"no cleaning rules for {', '.join(sorted(unknown))}: text as it is", file=sys.stderr)
     if tokenizer is None:
-        tokenizer = trained_tokenizer(splits["train"], args.vocab_size or VOCABULARY_SIZE)
+        size, kind = args.vocab_size or VOCABULARY_SIZE, args.kind or "sentencepiece"
+        tokenizer = trained_tokenizer(splits["train"], size, kind)
     headers = write_corpus(out, splits, tokenizer)
     print_table(headers)
     print(f"wrote {', '.join(f'{split}.bin' for split in headers)}, tokenizer.model to {out}{os.sep}")

@@ -33,7 +33,7 @@ def toy_sentences():
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         make_toy_corpus.main(["--out", folder, "--words", "20000"])
         texts = [path.read_text(encoding="utf-8") for path in sorted(Path(folder, "train").iterdir())]
-        tokenizer = Tokenizer(tokenize_corpus.train_tokenizer(texts, 1000))
+        tokenizer = Tokenizer.read(tokenize_corpus.train_tokenizer(texts, 1000))
         pairs = [pair for file_pairs in read_pairs(Path(folder, "pairs")).values() for pair in file_pairs]
     sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
     return sentences[:: max(1, len(sentences) // SENTENCES)], tokenizer

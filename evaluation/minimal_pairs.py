@@ -84,9 +84,8 @@ def sentence_scores(model, tokenizer, sentences, convention="newline"):
     has log p 0. Raises `UserError` for a sentence that is longer than the model's context.
     """
     prefix = prefix_ids(tokenizer, convention)
-    encoded = [
-        prefix + ids for ids in tokenizer.encode([scored_text(text, convention) for text in sentences])
-    ]
+    texts = [scored_text(sentence, convention, tokenizer) for sentence in sentences]
+    encoded = [prefix + ids for ids in tokenizer.encode(texts)]
     by_length = defaultdict(list)
     for i, ids in enumerate(encoded):
         by_length[len(ids)].append(i)

@@ -62,9 +62,13 @@ CONVENTIONS = {  # "newline" is the context of training; the years are those of 
 }
 
 
-def scored_text(sentence, convention):
-    """The text whose tokens are scored: the sentence, after a space if the convention has one."""
-    return " " + sentence if CONVENTIONS[convention].leading_space else sentence
+def scored_text(sentence, convention, tokenizer):
+    """The text whose tokens are scored: the sentence, after a space if the convention has one.
+
+    So it is in the pipelines for a tokenizer that puts one before each text, such as Llama 2's.
+    """
+    prefix, leading_space = CONVENTIONS[convention]
+    return " " + sentence if leading_space or (tokenizer.adds_space and prefix != "\n") else sentence
 
 
 def prefix_ids(tokenizer, convention):
@@ -73,7 +77,7 @@ def prefix_ids(tokenizer, convention):
     Raises `UserError` if the tokenizer lacks what the convention puts before a sentence.
     """
     prefix, leading_space = CONVENTIONS[convention]
-    if leading_space and not tokenizer.processor.encode(" a", return_type=str)[0].startswith("\u2581"):
+    if leading_space and not tokenizer.begins_with_space(tokenizer.encode(" a")[0]):
         raise UserError(f"--convention {convention}: the tokenizer drops a leading space: choose another")
     if prefix is None:
         return []

@@ -57,28 +57,20 @@ def token_bits(model, ids, blanks=()):
 
 def blank_pieces(tokenizer):
     """The ids of the pieces that begin with whitespace."""
-    processor = tokenizer.processor
-
-    def begins_with_whitespace(i):
-        piece = processor.id_to_piece(i)
-        if processor.is_byte(i):  # such as <0x0A>
-            return bytes.fromhex(piece[3:5]).isspace()
-        return piece[:1] == "\u2581" or piece[:1].isspace()
-
-    return [i for i in range(tokenizer.vocabulary_size) if begins_with_whitespace(i)]
+    return [i for i in range(tokenizer.vocabulary_size) if tokenizer.begins_with_space(i)]
 
 
 def align(tokenizer, text):
     """Words (regular expression matches), tokens (ids, pieces, offsets), and each token's word number.
 
-    SentencePiece says which characters a token stands for, whatever it normalises or inserts. A
+    The tokenizer says which characters a token stands for, whatever it normalises or inserts. A
     token belongs to the first word that it has a character of; without any, to the word after it,
     or at the end to the word before.
     """
     words = list(re.finditer(r"\S+", text))
     ends = [word.end() for word in words]
-    tokens = tokenizer.processor.encode(text, return_type="offset_mapping")
-    numbers = [min(bisect.bisect_right(ends, start), len(ends) - 1) for start, _ in tokens["offsets"]]
+    tokens = tokenizer.tokens(text)
+    numbers = [min(bisect.bisect_right(ends, start), len(ends) - 1) for start, _ in tokens.offsets]
     return words, tokens, numbers
 
 
@@ -89,8 +81,8 @@ def word_surprisals(model, tokenizer, line, convention="newline", blanks=()):
     precedes it. Corrected bits are None as well where no token begins at a boundary of the word.
     """
     prefix = prefix_ids(tokenizer, convention)
-    words, tokens, numbers = align(tokenizer, scored_text(line, convention))
-    ids, blank_ids = tokens["ids"], frozenset(blanks)
+    words, tokens, numbers = align(tokenizer, scored_text(line, convention, tokenizer))
+    ids, blank_ids = tokens.ids, frozenset(blanks)
     is_blank = [i in blank_ids for i in ids]
     bits, blank_bits = token_bits(model, prefix + ids, blanks)
     bits = [None, *bits][len(prefix) :]  # of each of `ids`
@@ -104,11 +96,11 @@ def word_surprisals(model, tokenizer, line, convention="newline", blanks=()):
         if own and None not in own_bits:
             total, first = sum(own_bits), own[0]
             # Without the blanks at the end of the line, which the last word has too.
-            end = next((i for i in own if tokens["offsets"][i][0] >= word.end()), own[-1] + 1)
+            end = next((i for i in own if tokens.offsets[i][0] >= word.end()), own[-1] + 1)
             if blanks and (first == 0 or is_blank[first]) and (end == len(ids) or is_blank[end]):
                 before = blank_before[first] if is_blank[first] else 0
                 corrected = sum(bits[first:end]) - before + blank_before[end]
-        results.append(Word(word.group(), total, [tokens["pieces"][i] for i in own], own_bits, corrected))
+        results.append(Word(word.group(), total, [tokens.pieces[i] for i in own], own_bits, corrected))
     return results
 
 

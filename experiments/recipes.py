@@ -7,6 +7,7 @@ A recipe is a JSON file, one of `recipes/` or a user's own, for `reproduce.py --
                        to single options and models; a model that is null here is left out
     corpus             "toy": the invented corpus; otherwise --train and --dev name folders
     clean              cleaning, as tokenize_corpus.py --clean (default: light)
+    tokenizer          "byte-bpe", the paper's; otherwise SentencePiece
     vocabulary_size    pieces of the tokenizer
     words, dev_words   words to sample of the training text, and of each half of the dev text
                        (default: all)
@@ -55,6 +56,7 @@ CHOICES = {
     "scored": ("best.pt", "checkpoint.pt"),
     "precision": ("fp32", "bf16", "auto"),
     "corpus": ("toy",),
+    "tokenizer": ("byte-bpe",),
 }
 FINETUNE_OPTIONS = ("settings", "head", "dropout", "only", "seeds", *finetune.OPTIONS)
 SWITCHES_WITHOUT_DEFAULT = ("compile", "cuda_graph")  # false is not the same as not given
@@ -164,6 +166,7 @@ class Experiment:
     about: str = ""
     corpus: str = None
     clean: str = "light"
+    tokenizer: str = None
     vocabulary_size: int = VOCABULARY_SIZE
     words: int = None
     dev_words: int = None

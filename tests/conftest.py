@@ -55,7 +55,7 @@ def write_text(num_words, seed):
 
 def train_tokenizer(text, vocabulary_size=300):
     """A tokenizer of a few hundred pieces."""
-    return Tokenizer(tokenize_corpus.train_tokenizer([text], vocabulary_size))
+    return Tokenizer.read(tokenize_corpus.train_tokenizer([text], vocabulary_size))
 
 
 def make_tokenizer(**options):
@@ -68,7 +68,7 @@ def make_tokenizer(**options):
         minloglevel=2,
         **{"model_type": "bpe", "vocab_size": 300, "byte_fallback": True} | options,
     )
-    return Tokenizer(buffer.getvalue())
+    return Tokenizer.read(buffer.getvalue())
 
 
 def write_split(folder, split, tokenizer, texts):

@@ -121,7 +121,7 @@ def test_text_comes_back_as_it_was(tokenizer):
 
 
 def test_the_identity_is_that_of_the_pieces(tokenizer, other_tokenizer):
-    assert Tokenizer(tokenizer.model_bytes).identity == tokenizer.identity
+    assert Tokenizer.read(tokenizer.model_bytes).identity == tokenizer.identity
     assert other_tokenizer.vocabulary_size == tokenizer.vocabulary_size
     assert other_tokenizer.identity != tokenizer.identity
 

@@ -21,16 +21,13 @@ import model as models
 from benchmarks.reference import hugging_face_model
 from conftest import same, save_model, train_tokenizer, write_text
 from distill import DistillConfig
+from published import NASTY
 from tokenizer import BOS, EOS, Tokenizer
 from training.checkpoint import read_checkpoint
 from training.io import run_program
 from training.options import may_change
 
 V = 300
-NASTY = ["the old dog", " leading", "trailing ", "two  blanks   three", "\ttab\tand\nline\r\nend", "\n\n\n"]
-NASTY += [" ", "", "naïve café e\u0301", "emoji 👩‍👩‍👧 🇫🇷", "\u2028 and \u2029 and \u0085", "nul\x00byte"]
-NASTY += ["\u00a0no-break\u200b", "ﬁ ½ ①", "مرحبا بالعالم", "日本語", "x" * 3000, "dog" * 500]
-NASTY += ["<0x0A> and ▂", "\ufeffbom", 'don\'t -- "stop"...']
 one_kind = pytest.mark.parametrize("checkpoint", ["llama-tiny"], indirect=True)
 
 
@@ -386,7 +383,7 @@ def another_tokenizer(**options):
 
 
 def test_special_ids_are_those_of_the_tokenizer(tmp_path):
-    tokenizer = Tokenizer(sentencepiece_model(**LOSSLESS, pad_id=-1, bos_id=1, eos_id=2, unk_id=0))
+    tokenizer = Tokenizer.read(sentencepiece_model(**LOSSLESS, pad_id=-1, bos_id=1, eos_id=2, unk_id=0))
     model = models.build_model("llama-tiny", tokenizer.vocabulary_size)
     save_model(tmp_path / "a.pt", model, tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(export(tmp_path / "a.pt"))
@@ -471,11 +468,18 @@ FAULTS = {
     "cut short": (change_bytes(lambda b: b[:-5]), "damaged"),
     "longer": (change_bytes(lambda b: b + b"x"), "damaged"),
     "empty": (change_bytes(lambda b: b""), "damaged"),
-    "no SentencePiece": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model"),
-    "no tokenizer at all": (lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "not a SentencePiece"),
-    "a lossy tokenizer": (another_tokenizer(), "another kind"),
+    "no tokenizer": (
+        lambda f: [p.unlink() for p in f.glob("tokenizer.*")],
+        "has no tokenizer.model, tokenizer",
+    ),
+    "no SentencePiece": (lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "not a SentencePiece"),
+    "a lossy tokenizer": (another_tokenizer(), "a newline is no piece"),
     "a unigram": (another_tokenizer(**LOSSLESS, model_type="unigram"), "another kind"),
-    "pieces of one's own": (another_tokenizer(**LOSSLESS, user_defined_symbols=["dog"]), "another kind"),
+    "pieces of one's own": (
+        another_tokenizer(**LOSSLESS, user_defined_symbols=["dog"]),
+        "pieces of its user",
+    ),
+    "normalisation": (another_tokenizer(**LOSSLESS | {"normalization_rule_name": "nfkc"}), "changes text"),
 }
 
 

@@ -55,9 +55,9 @@ SPELLED = [  # a text, and its words' pieces joined; "_" stands for U+2581
 def test_a_token_belongs_to_the_word_whose_letters_it_spells(options, text, expected):
     tokenizer = make_tokenizer(**options)
     words, tokens, numbers = align(tokenizer, text)
-    assert [word.group() for word in words] == text.split() and tokens["ids"] == tokenizer.encode(text)
+    assert [word.group() for word in words] == text.split() and tokens.ids == tokenizer.encode(text)
     spelled = [""] * len(words)
-    for piece, number in zip(tokens["pieces"], numbers):
+    for piece, number in zip(tokens.pieces, numbers):
         spelled[number] += piece
     for byte, letter in ((b, chr(b)) for b in range(33, 127)):
         spelled = [word.replace(f"<0x{byte:02X}>", letter) for word in spelled]
@@ -68,7 +68,7 @@ def test_a_token_belongs_to_the_word_whose_letters_it_spells(options, text, expe
 def test_no_break_spaces_separate_words_in_this_projects_tokenizer(tokenizer):
     words, tokens, numbers = align(tokenizer, "the\u00a0cat runs")
     assert [word.group() for word in words] == ["the", "cat", "runs"]
-    own = [tokenizer.decode([i for i, n in zip(tokens["ids"], numbers) if n == word]) for word in range(3)]
+    own = [tokenizer.decode([i for i, n in zip(tokens.ids, numbers) if n == word]) for word in range(3)]
     assert own == ["the", "\u00a0cat", " runs"]
 
 

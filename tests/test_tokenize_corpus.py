@@ -50,7 +50,7 @@ def words(count, seed):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(train_tokenizer([words(4000, seed=0)], 500))
+    return Tokenizer.read(train_tokenizer([words(4000, seed=0)], 500))
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_every_text_comes_back_exactly(tokenizer, text):
 
 
 def test_every_text_comes_back_even_if_the_tokenizer_has_learnt_from_it():
-    taught = Tokenizer(train_tokenizer([words(500, seed=1), *NASTY], 400))
+    taught = Tokenizer.read(train_tokenizer([words(500, seed=1), *NASTY], 400))
     assert encode(taught, "\n".join(NASTY))[1]
 
 
@@ -165,7 +165,7 @@ def test_pieces_are_those_of_the_paper_and_the_same_each_time():
     text = words(500, seed=1) + "1984 " * 200
     model = train_tokenizer([text], 400)
     assert model == train_tokenizer([text], 400)
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer.read(model)
     assert [tokenizer.processor.id_to_piece(i) for i in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
     assert len(tokenizer.encode("1984")) == 4  # digits are split
 
@@ -191,7 +191,7 @@ def test_the_vocabulary_size_that_the_error_names_fits(size):
     with pytest.raises(UserError, match=r"--vocab-size \d+$") as error:
         train_tokenizer([text], size)
     named = int(str(error.value).split()[-1])
-    assert Tokenizer(train_tokenizer([text], named)).vocabulary_size == named
+    assert Tokenizer.read(train_tokenizer([text], named)).vocabulary_size == named
 
 
 def test_text_without_words_teaches_nothing():
@@ -296,7 +296,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(corpus, capsys, name, cont
 
 @pytest.mark.parametrize(
     "options, message",
-    [([], "--train is missing"), (["--tokenizer", "a.model"], "--vocab-size has no effect")],
+    [([], "--train is missing"), (["--tokenizer", "a.model"], "--vocab-size and --kind have no effect")],
 )
 def test_options_that_do_not_go_together_are_wrong_usage(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
