@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASE_SECONDS = 480
 POLL_SECONDS = 0.2
 
+# The shards are made with --dry-run on any machine, and brought along: docs/gpu.md.
+GPU_RECIPE = "python reproduce.py --recipe first-hour --data runs/first-hour/data --pairs blimp_filtered"
 GPU_DISTILL = "python -m benchmarks.distill_step --device cuda --teachers paper --variants"
 GPU_TRAIN = "python -m benchmarks.train_step --device cuda"
 GPU_STUDENT = f"{GPU_TRAIN} --models llama-58m --batch-size 32 --variants"
@@ -54,18 +56,17 @@ SUITES = {
         "steps": "python -m benchmarks.distill_step --precision fp32 --variants ours ours_eager huggingface",
     },
     "gpu": {
+        "smoke": "python -m pytest -m gpu -v -p no:cacheprovider tests/test_smoke.py",
+        "student": f"{GPU_STUDENT} ours ours_graph huggingface_compiled",
+        "gpt2": f"{GPU_GPT2} ours huggingface_compiled",
+        "llama": f"{GPU_LLAMA} ours huggingface_compiled",
+        "recipe": f"{GPU_RECIPE} --out runs/gpu/trained --results runs/gpu/recipe",
+        "steps": f"{GPU_DISTILL} ours ours_graph ours_cached ours_cached_graph huggingface_compiled",
         "tests": "python -m pytest -m gpu -p no:cacheprovider",
-        "student": f"{GPU_STUDENT} ours ours_graph",
-        "gpt2": f"{GPU_GPT2} ours",
-        "llama": f"{GPU_LLAMA} ours",
-        "steps": f"{GPU_DISTILL} ours ours_graph ours_cached ours_cached_graph",
         "loss": "python -m benchmarks.loss --device cuda --rounds 3",
         "numerics": "python -m benchmarks.numerics --device cuda",
         "evaluation": "python -m benchmarks.evaluation --device cuda --model llama-58m",
-        "steps-huggingface": f"{GPU_DISTILL} ours ours_plain huggingface huggingface_compiled",
-        "student-huggingface": f"{GPU_STUDENT} ours huggingface huggingface_compiled",
-        "gpt2-huggingface": f"{GPU_GPT2} ours huggingface huggingface_compiled",
-        "llama-huggingface": f"{GPU_LLAMA} ours huggingface huggingface_compiled",
+        "eager": f"{GPU_DISTILL} ours ours_plain huggingface",
     },
 }
 
@@ -163,7 +164,7 @@ def run_phase(record, entry, seconds):
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr, results = (Path(folder) / name for name in ("stdout", "stderr", "results"))
         command = [sys.executable, *shlex.split(entry["command"])[1:]]
-        if "pytest" not in command:
+        if not {"pytest", "reproduce.py"} & set(command):
             command += ["--results", str(results)]
 
         def update():

@@ -161,12 +161,13 @@ def test_the_committed_results_are_those_of_their_pages(tmp_path):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_a_program_describes_itself_and_accepts_each_command_of_the_suites(command, capsys):
-    _, _, module, *arguments = shlex.split(command)
+    _, module, *arguments = shlex.split(command.replace("python -m ", "python "))
+    module = module.removesuffix(".py")
     if module != "pytest":
         with pytest.raises(SystemExit) as ended:
             importlib.import_module(module).main([*arguments, "--help"])
         printed = capsys.readouterr()
-        assert ended.value.code == 0 and f"python -m {module}" in printed.out, printed.err
+        assert ended.value.code == 0 and f"{module}" in printed.out, printed.err
 
 
 # ---- workers
