@@ -344,7 +344,7 @@ def card_notes(config, own, positions, start_token):
     if "train_shard" in config:
         notes.append(
             f"It has {positions} positions, and was trained on {config['sequence_length']} tokens at a time. "
-            f"Give programs that ask for 512 by default `--sequence_length {positions}`."
+            f"Give programs that ask for 512 by default that length."
         )
     if positions > own:
         notes.append(f"Beyond {own} positions nothing was trained.")

@@ -27,6 +27,10 @@ def test_babylm_marks_are_those_of_the_rules():
     expected = {f"chck_{m}M.pt": m * million for m in rules}
     assert word_marks(["babylm"], 1000 * million) == expected and len(expected) == 28
     assert list(word_marks(["babylm"], 100 * million).values()) == [m * million for m in rules[:19]]
+    # Ten epochs of a little less than ten million words end with the mark that the pipeline asks for.
+    assert word_marks(["babylm"], 99_999_990)["chck_100M.pt"] == 99_999_990
+    assert word_marks(["babylm"], 9_300_000)["chck_10M.pt"] == 9_300_000
+    assert "chck_100M.pt" not in word_marks(["babylm"], 90 * million)
     assert list(word_marks(["babylm"], 0)) == ["chck_1M.pt"]  # which the plan calls out of reach
     assert list(word_marks(["babylm"], 43 * million)) == [f"chck_{m}M.pt" for m in rules[:13]]
 

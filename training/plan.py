@@ -82,16 +82,20 @@ def plan_run(config, num_chunks, words, num_tokens=math.inf):
 def word_marks(names, total_words):
     """Returns {file name: words} of --save-at-words; babylm's go to the words of the run, at least 1M.
 
-    Raises `UserError` if a name is no number of words.
+    A mark of babylm that is less than a tenth beyond the end of the run is written at its end: the
+    text of a track has a little less than its number of words. Raises `UserError` if a name is no
+    number of words.
     """
-    marks = set()
+    marks = {}
     for name in names or ():
         number = re.fullmatch(r"(\d{1,15})([kM]?)", name, re.ASCII)
         if name == "babylm":  # the rules: every 1M to 10M, every 10M to 100M, every 100M to 1B
             rules = {n * unit * MILLION for unit in (1, 10, 100) for n in range(1, 11)}
-            marks |= {words for words in rules if words <= max(total_words, MILLION)}
+            near = {words for words in rules if words <= 1.1 * total_words}
+            marks |= {words: min(words, total_words) for words in near} or {MILLION: MILLION}
         elif number and int(number[1]):
-            marks.add(int(number[1]) * UNITS[number[2]])
+            words = int(number[1]) * UNITS[number[2]]
+            marks[words] = words
         else:
             raise UserError(f"--save-at-words {name}: give babylm, or numbers such as 500k or 1M")
 
@@ -99,7 +103,7 @@ def word_marks(names, total_words):
         unit = next(unit for unit in ("M", "k", "") if words % UNITS[unit] == 0)
         return f"{words // UNITS[unit]}{unit}"
 
-    return {f"chck_{label(words)}.pt": words for words in sorted(marks)}
+    return {f"chck_{label(words)}.pt": marks[words] for words in sorted(marks)}
 
 
 def print_plan(plan, out, provenance, objective, num_tokens, compute):
@@ -125,7 +129,8 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     if late := [name for name in plan.marks if name not in reached]:
         warn(f"--save-at-words: {', '.join(late)}: the run sees only {plan.words_seen(plan.steps):,} words")
     if reached:
-        log(f"marks      {', '.join(reached)}")
+        at_end = plan.marks[reached[-1]] == plan.words_seen(plan.steps)
+        log(f"marks      {', '.join(reached)}{' (the last one at the end of the run)' * at_end}")
     log(f"memory     {state / GIB:.2f} GiB of state, plus activations")
     check_disk(plan, out, trained)
 
