@@ -27,9 +27,9 @@ LLAMA = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
 }
-GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 SMOLLM2 = {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
 
 

@@ -1,6 +1,8 @@
 """Published models: folders of their forms compute and tokenize what transformers does."""
 
 import json
+import os
+import subprocess
 import sys
 import unicodedata
 
@@ -16,7 +18,7 @@ import generate
 import model as models
 import published
 import tokenize_corpus
-from conftest import run, write_text
+from conftest import ROOT, run, write_text
 from published import FORMS, NASTY, TOKENIZERS
 from tokenizer import Tokenizer
 from training.checkpoint import read_checkpoint
@@ -267,3 +269,38 @@ def test_a_student_learns_from_a_published_model(tmp_path, paper_folder):
     assert [t["name"] for t in student["teachers"]] == ["theirs"]
     assert run(export_hf, tmp_path / "run" / "best.pt", "--out", tmp_path / "out") == 0
     assert their_ids(tmp_path / "out") == their_ids(tmp_path / "theirs")
+
+
+# ---- without the extras
+
+
+EXTRAS = (
+    "tokenizers",
+    "safetensors",
+    "transformers",
+    "huggingface_hub",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
+)
+WITHOUT_EXTRAS = """
+import sys
+sys.modules |= dict.fromkeys(sys.argv[1].split(","))
+import distill, evaluate, finetune, generate, make_toy_corpus, reproduce, tokenize_corpus, train
+
+def run(program, command):
+    assert not program.main(command.split()), command
+
+run(make_toy_corpus, "--out text --words 3000")
+run(tokenize_corpus, "--train text/train --dev text/dev --vocab-size 400 --out data")
+recipe = " --data data --steps 2 --batch-size 4 --sequence-length 32 --device cpu"
+run(train, "--model llama-tiny-student --out teacher" + recipe)
+run(distill, "--model llama-tiny-student --teachers teacher/best.pt --out student" + recipe)
+run(evaluate, "student/best.pt --device cpu")
+run(generate, "student/best.pt --prompt a --tokens 3 --device cpu")
+"""
+
+
+def test_what_needs_no_extra_runs_without_them(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, ",".join(EXTRAS)]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)

@@ -14,6 +14,7 @@ import torch
 
 import make_toy_corpus
 import model as models
+import published
 import tokenize_corpus
 from conftest import write_text
 from experiments import recipes
@@ -60,6 +61,8 @@ def small_world(tmp_path, monkeypatch):
         path = tmp_path / "glue_filtered" / f"rte.{part}.jsonl"
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "stimuli.txt").write_text("the cat runs\nthe old dog sees\n")
+    for folder, form in (("SmolLM2-135M", "SmolLM2"), ("baby-llama-58m", "Baby Llama")):  # as downloaded
+        published.save_model(tmp_path / folder, **published.FORMS[form])
     tiny = {"gpt2": models.PRESETS["gpt2-tiny"], "llama": models.PRESETS["llama-tiny-student"]}
     hyperparameters = models.Hyperparameters(1e-3, 4, 0.1, 10)
     for name in models.PRESETS:
