@@ -29,7 +29,14 @@ from typing import NamedTuple
 from torch import nn
 
 from data import TokenShard
-from evaluation.minimal_pairs import accuracies, pair_scores, pairs_digest, read_pairs, write_pair_scores
+from evaluation.minimal_pairs import (
+    accuracies,
+    pair_scores,
+    pairs_digest,
+    read_pairs,
+    write_pair_scores,
+    write_predictions,
+)
 from evaluation.perplexity import (
     TemperatureScaled,
     corpus_scores,
@@ -65,13 +72,16 @@ def parse_arguments(argv):
         "--weight-by", metavar="FILE", help="also the mean over sub-corpora by their shares of this train.bin"
     )
     add("--temperature-scaled", metavar="DIR", help="also the scores at the best temperature on DIR/dev.bin")
-    add("--pairs", nargs="+", default=[], metavar="DIR", help="folders of BLiMP-style *.jsonl")
+    pairs_help = "folders of *.jsonl in the form of BLiMP, EWoK or COMPS"
+    add("--pairs", nargs="+", default=[], metavar="DIR", help=pairs_help)
     prefix_help = "prefix of each sentence or line, see above (default: newline)"
     add("--convention", choices=CONVENTIONS, default="newline", help=prefix_help)
     add = parser.add_argument_group("files to write").add_argument
     add("--json", metavar="FILE", help="all scores")
     add("--losses", metavar="FILE", help="the losses of one model by chunk (npz), for --compare")
     add("--pair-scores", metavar="FILE", help="both log-probabilities of each minimal pair (npz)")
+    predictions_help = "choices on --pairs as BabyLM's pipelines of 2025 and 2026 write them into this folder"
+    add("--predictions", metavar="results/MODEL/REVISION", help=predictions_help)
     add = parser.add_argument_group("other tasks, instead of scores").add_argument
     add("--surprisals", metavar="FILE", help="write a table with the bits of each word and token of --text")
     add("--text", metavar="FILE", help="text for --surprisals; each line is scored alone")
@@ -91,17 +101,20 @@ def parse_arguments(argv):
 
 def usage_errors(args):
     """{message: True if it applies} for options that do not go together."""
-    outputs = (args.losses, args.pair_scores, args.json)
+    outputs = (args.losses, args.pair_scores, args.json, args.predictions)
     scoring = any((args.data, args.weight_by, args.temperature_scaled, args.pairs, *outputs))
     num_models = len(args.checkpoints) + bool(args.ensemble)
-    one_model = args.surprisals or args.losses
+    one_model = args.surprisals or args.losses or args.predictions
     return {
         "--compare and --against go together": (args.compare is None) != (args.against is None),
         "--surprisals and --text go together": (args.surprisals is None) != (args.text is None),
         "--compare goes with --against alone": args.compare and (num_models or scoring or args.surprisals),
         "--surprisals excludes options of scoring, but for --convention": args.surprisals and scoring,
         "give at least one checkpoint": not num_models and not args.compare,
-        "--surprisals and --losses take one checkpoint, or one --ensemble": num_models > 1 and one_model,
+        "--surprisals, --losses and --predictions take one checkpoint, or one --ensemble": num_models > 1
+        and one_model,
+        "--predictions needs --pairs and --convention 2025, which is that of 2026 too": args.predictions
+        and not (args.pairs and args.convention == "2025"),
         "--bow-correction needs --surprisals": args.bow_correction and not args.surprisals,
         "--pair-scores needs --pairs": args.pair_scores and not args.pairs,
         "--teacher-weights needs --ensemble": args.teacher_weights and not args.ensemble,
@@ -264,6 +277,8 @@ def score(args, compute):
         }
         settings = {"convention": convention, "precision": compute.precision, "digests": digests}
         write_json(args.json, settings | {"checkpoints": results})
+    if args.predictions:
+        write_predictions(args.predictions, pairs, log_p[0])
     if args.pair_scores:
         write_pair_scores(args.pair_scores, [r["path"] for r in results], convention, pairs, log_p)
 

@@ -77,6 +77,12 @@ class FinetuneOptions:
     )
     out: str = option("runs/finetune", "folder of results", SAVE)
     json: str | None = option(None, "write the table to this file", SAVE)
+    predictions: str | None = option(
+        None,
+        "folder results/MODEL/main of BabyLM's pipelines: write the predictions of one checkpoint and seed "
+        "into it, as they do",
+        SAVE,
+    )
     keep: bool = option(False, "keep each run's best.pt, for export_hf.py; give it from the beginning", SAVE)
     micro_batch_size: int | None = option(
         None, "examples in a forward and backward pass, to save memory (default: all)", SPEED, minimum=1
@@ -452,6 +458,19 @@ def summarize(results, bases, chosen, options):
     return {"settings": options.settings, "head": options.head, "tasks": about, "models": models}
 
 
+def write_predictions(results, out):
+    """Writes the predictions of {run: result} as BabyLM's pipelines of 2025 and 2026 do.
+
+    The files are OUT/finetune/TASK/predictions.json. Classes that are numbers are written as numbers.
+    """
+    for run, result in results.items():
+        classes = [int(name) if name.isdecimal() else name for name in run.task.classes]
+        for name in run.task.valid:
+            chosen = [classes[i] for i in predicted_classes(result, name).tolist()]
+            predictions = [{"id": f"{name}_{i}", "pred": pred} for i, pred in enumerate(chosen)]
+            write_json(Path(out, "finetune", name, "predictions.json"), {name: {"predictions": predictions}})
+
+
 def parse_arguments(argv, parser_class=Parser):
     """Returns the `FinetuneOptions` of a command line; wrong usage exits with code 2.
 
@@ -466,6 +485,8 @@ def main(argv=None):
         raise UserError("finetune.py trains in one process: start it without torchrun")
     if options.json and Path(options.json).is_dir():
         raise UserError(f"--json {options.json} is a folder: give the name of a file")
+    if options.predictions and (len(options.checkpoints), options.seeds) != (1, 1):
+        raise UserError("--predictions takes one checkpoint and one seed (--first-seed): a task has one file")
     chosen = tasks.read_tasks(Path(options.tasks), options.only)
     if unread := tasks.unread_files(Path(options.tasks)):
         warn(f"{options.tasks}: not read: {', '.join(unread)}")
@@ -494,8 +515,11 @@ def main(argv=None):
         print("\n" + "\n".join([*aligned(task_rows(summary)), LEGEND]))
     if done < len(runs):
         log(f"stopped after {done} of {len(runs)} runs: the same command continues")
-    elif options.json:
-        write_json(options.json, summary)
+    else:
+        if options.json:
+            write_json(options.json, summary)
+        if options.predictions:
+            write_predictions(results, options.predictions)
     return exit_code({"stopped_by": signal})
 
 

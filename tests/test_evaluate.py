@@ -14,12 +14,19 @@ import evaluate
 import model as models
 from conftest import make_tokenizer, save_model, train_tokenizer, write_split, write_text
 from data import TokenShard
-from evaluation.minimal_pairs import accuracies, pair_scores, read_pairs, sentence_scores
+from evaluation.minimal_pairs import (
+    accuracies,
+    pair_scores,
+    pairs_digest,
+    read_pairs,
+    sentence_scores,
+    write_predictions,
+)
 from evaluation.perplexity import TemperatureScaled, corpus_scores, fitted_temperature, shard_losses
 from evaluation.scoring import CONVENTIONS, Ensemble
 from evaluation.statistics import mean_loss, read_losses
 from tokenizer import BOS, EOS
-from training.io import UserError, run_program
+from training.io import UserError, run_program, sha256
 
 V = 300
 
@@ -152,6 +159,29 @@ def test_hand_made_pairs_have_the_accuracy_they_must(tokenizer, tmp_path):
     ties = {"f": pairs["hand_made"][2:]}
     scores = accuracies(ties, pair_scores(uniform(), tokenizer, ties))
     assert (scores["accuracy_over_files"], scores["tie_rate"]) == (0.5, 1.0)
+
+
+def test_predictions_name_the_group_and_a_tie_is_the_acceptable_sentence(tokenizer, tmp_path):
+    """The group is the file, or `UID` where there is a `field`, as in BLiMP's own files."""
+    write_pairs(tmp_path / "blimp", [PAIRS[1] | {"field": "syntax", "UID": "principle_A"}, PAIRS[2]])
+    pairs = {str(tmp_path / "blimp"): read_pairs(tmp_path / "blimp")}
+    scores = [pair_scores(prefers(tokenizer, "cat"), tokenizer, files) for files in pairs.values()]
+    write_predictions(tmp_path / "main", pairs, scores)
+    path = tmp_path / "main" / "zero_shot" / "causal" / "blimp" / "blimp" / "predictions.json"
+    assert json.loads(path.read_text()) == {
+        "principle_A": {"predictions": [{"id": "principle_A_0", "pred": "a cat"}]},
+        "hand_made": {"predictions": [{"id": "hand_made_0", "pred": "a dog"}]},
+    }
+    write_pairs(tmp_path / "blimp", [{"Context1": "a", "Target1": "b", "Target2": "c", "Domain": "d"}], "e")
+    pairs = {str(tmp_path / "blimp"): read_pairs(tmp_path / "blimp")}
+    with pytest.raises(UserError, match="has two tasks"):
+        write_predictions(tmp_path / "main", pairs, [torch.zeros(3, 2)])
+
+
+def test_pairs_without_contexts_have_the_digest_that_earlier_results_name(tmp_path):
+    pairs = read_pairs(write_pairs(tmp_path / "p", PAIRS), "2025")
+    triples = {"hand_made": [[*pair.values()] for pair in PAIRS]}
+    assert pairs_digest(pairs) == sha256(json.dumps(triples).encode())
 
 
 def test_accuracies_are_means_over_files_and_over_fields(tokenizer, tmp_path):
@@ -404,6 +434,9 @@ def test_scores_in_bfloat16_are_near(checkpoints, data_folder, tmp_path):
         ["--surprisals", "a.tsv", "--text", "a.txt", "--json", "a.json"],
         ["--pair-scores", "a.npz"],
         ["--teacher-weights", "1"],
+        ["--predictions", "main", "--convention", "2025"],  # without pairs
+        ["--predictions", "main", "--pairs", "p"],
+        ["--predictions", "main", "--pairs", "p", "--convention", "2025", "b.pt"],  # two models
     ],
 )
 def test_options_that_do_not_go_together_exit_with_2(options):

@@ -339,6 +339,50 @@ def test_pairs_are_scored_as_the_official_pipelines_do(checkpoint, tmp_path, con
         np.testing.assert_allclose(saved[side][0], theirs, rtol=0, atol=1e-4)
 
 
+def their_completion_score(model, tokenizer, sentence, completion):
+    """log p of the tokens that reach into a sentence's completion, as the pipeline of 2025 does it."""
+    encoded = tokenizer(sentence, return_offsets_mapping=True)
+    ids, start = torch.tensor([encoded["input_ids"]]), len(sentence) - len(completion)
+    with torch.no_grad():
+        log_p = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
+    return sum(p.item() for p, (_, end) in zip(log_p, encoded["offset_mapping"][1:]) if end > start)
+
+
+@one_kind
+def test_ewok_and_comps_are_scored_and_predicted_as_the_pipeline_does(checkpoint, tmp_path):
+    words = write_text(600, seed=6).split()
+    texts = [" ".join(words[i : i + 5]) for i in range(0, 450, 5)]
+    triples = [texts[i : i + 3] for i in range(0, 90, 3)]
+    ewok = [dict(zip(("Context1", "Target1", "Target2"), t)) | {"Domain": "social"} for t in triples]
+    fields = ("prefix_acceptable", "prefix_unacceptable", "property_phrase")
+    comps = [dict(zip(fields, triple)) for triple in triples]
+    for name, entries in (("social", ewok), ("comps_wugs_dist-before", comps)):
+        path = tmp_path / ("ewok_fast" if entries is ewok else "comps") / f"{name}.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    command = [str(checkpoint), "--pairs", str(tmp_path / "ewok_fast"), str(tmp_path / "comps")]
+    command += ["--convention", "2025", "--device", "cpu", "--pair-scores", str(tmp_path / "s.npz")]
+    assert run_program(lambda: evaluate.main([*command, "--predictions", str(tmp_path / "main")])) == 0
+    folder = export(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sides = [[(f"{c} {t}", f" {t}") for t in targets] for c, *targets in triples]
+    sides += [[(f"{prefix} {phrase}", phrase) for prefix in prefixes] for *prefixes, phrase in triples]
+    theirs = np.array([[their_completion_score(model, tokenizer, *side) for side in pair] for pair in sides])
+    saved = np.load(tmp_path / "s.npz")
+    np.testing.assert_allclose(np.stack([saved["good"][0], saved["bad"][0]], 1), theirs, rtol=0, atol=1e-4)
+    choices = theirs.argmax(1)
+    assert 0 < choices.sum() < len(choices)
+    for task, path, group, part in (
+        ("ewok", "ewok_fast", "social", 1),
+        ("comps", "comps", "wugs_dist_before", 0),
+    ):
+        pairs = list(zip(sides, choices))[:30] if task == "ewok" else list(zip(sides, choices))[30:]
+        expected = [{"id": f"{group}_{i}", "pred": pair[c][part]} for i, (pair, c) in enumerate(pairs)]
+        path = tmp_path / "main" / "zero_shot" / "causal" / task / path / "predictions.json"
+        assert json.loads(path.read_text()) == {group: {"predictions": expected}}
+
+
 # ---- what is refused
 
 

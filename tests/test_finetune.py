@@ -142,8 +142,10 @@ def test_logits_loss_and_ten_steps_are_those_of_transformers(kind):
 
 @kinds
 def test_the_exported_folder_predicts_what_finetune_reported(kind, folder, checkpoints, tmp_path):
+    """Also in the files of --predictions, which are those of BabyLM's pipelines."""
     out = tmp_path / "out"
-    assert finetuned(checkpoints[kind], "--tasks", folder, "--out", out, "--keep", "--max-length", 12) == 0
+    options = ["--keep", "--max-length", 12, "--predictions", tmp_path / "main"]
+    assert finetuned(checkpoints[kind], "--tasks", folder, "--out", out, *options) == 0
     for task in read_tasks(folder):
         best = out / kind / task.name / "seed-0" / "best.pt"
         logits = hugging_face_class_logits(best, task.valid[task.name].texts, 12)
@@ -151,6 +153,9 @@ def test_the_exported_folder_predicts_what_finetune_reported(kind, folder, check
         result = results(out)[f"{kind}/{task.name}/seed-0.json"]
         assert " ".join(map(str, predictions)) == result["predictions"][task.name]
         assert len(set(predictions)) == 2
+        path = tmp_path / "main" / "finetune" / task.name / "predictions.json"
+        expected = [{"id": f"{task.name}_{i}", "pred": p} for i, p in enumerate(predictions)]
+        assert json.loads(path.read_text()) == {task.name: {"predictions": expected}}
     assert export_hf.main([str(best), "--out", str(tmp_path / "hf")]) is None
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "1"}
@@ -460,8 +465,9 @@ def test_results_of_other_runs_are_refused_before_anything_is_trained(
         ("--keep", "was made without it: move it away"),
         ("--precision=bf16", "precision: fp32 -> bf16"),
         ("--max-length=9", "settings.max_length: 40 -> 9"),
+        ("--seeds=2 --predictions=main", "takes one checkpoint and one seed"),
     ):
-        assert finetuned(*arguments, option) == 1
+        assert finetuned(*arguments, *option.split()) == 1
         assert message in capsys.readouterr().err
     for edited in (result | {"predictions": 0}, result | {"predictions": {"t": "0 7"}}, []):
         path.write_text(json.dumps(edited))

@@ -30,7 +30,7 @@ PAGES = [
 ]
 # Commands that need a network, an account, several GPUs or the official pipeline.
 UNTRIED = ("pip", "hf", "mv", "git", "torchrun", "source", "python3", "export", "./eval", "./collate")
-UNTRIED += (".venv/bin/python -m pytest", "python -m pytest")
+UNTRIED += (".venv/bin/python -m pytest", "python -m pytest", "python -m evaluation_pipeline")
 
 
 def commands_of(page):
