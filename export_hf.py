@@ -308,6 +308,9 @@ def card_facts(checkpoint, model):
     recipe = {name.replace("_", " "): config.get(name) for name in CARD_OPTIONS}
     if recipe["learning rate"] is not None:  # it was trained here
         recipe["dropout"] = getattr(model.config, "dropout", None)
+        if config.get("epochs") and config.get("weight_decay"):
+            decay = config["learning_rate"] * config["weight_decay"] * progress["step"] / config["epochs"]
+            recipe["averaging time of the weights (epochs)"] = f"{1 / decay:.2g}"
     return {name: value for name, value in (facts | recipe).items() if value not in (None, "")}
 
 
@@ -344,7 +347,7 @@ def card_notes(config, own, positions, start_token):
     if "train_shard" in config:
         notes.append(
             f"It has {positions} positions, and was trained on {config['sequence_length']} tokens at a time. "
-            f"Give programs that ask for 512 by default that length."
+            f"Change programs that ask for more."
         )
     if positions > own:
         notes.append(f"Beyond {own} positions nothing was trained.")

@@ -30,7 +30,7 @@ from training.device import (
 from training.io import locked, log, run_program
 from training.logger import StopSignal, TrainingLogger, exit_code
 from training.options import RECIPE, SAVE, SPEED, RunConfig, option, parse
-from training.plan import plan_run, print_plan
+from training.plan import log_averaging_time, plan_run, print_plan
 
 EVAL_BATCH_SIZE = 32  # sequences
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
@@ -289,6 +289,7 @@ def fit(objective, config, stream, evaluate, provenance):
     plan = plan_run(config, stream.num_chunks, stream.words, stream.num_tokens)
     resume.check_settings(config, provenance)
     print_plan(plan, config.out, provenance, objective, stream.num_tokens, compute)
+    log_averaging_time(plan, config)
     if config.warmup_steps > plan.steps // 10:
         log(f"warm-up    {plan.steps // 10} steps, a tenth of the run, instead of {config.warmup_steps}")
     if config.dry_run:

@@ -136,7 +136,7 @@ def test_a_llama_can_be_given_longer_texts_and_a_gpt2_cannot(checkpoint, capsys)
         return
     out = export(checkpoint, "--positions", 512, out="long")
     card = (out / "README.md").read_text()
-    assert "--sequence_length 512" in card and "Beyond 256 positions nothing" in card
+    assert "It has 512 positions" in card and "Beyond 256 positions nothing" in card
     error = refused(capsys, checkpoint, "--out", checkpoint.parent / "short", "--positions", 64)
     assert "give 256 for" in error
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)

@@ -1,13 +1,14 @@
 """The arithmetic of a run."""
 
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import config_for, trained
 from training import plan as plans
 from training.io import UserError
-from training.plan import Plan, word_marks
+from training.plan import Plan, log_averaging_time, word_marks
 
 
 def test_a_run_needs_room_for_its_checkpoints(tmp_path, monkeypatch):
@@ -33,6 +34,19 @@ def test_babylm_marks_are_those_of_the_rules():
     assert "chck_100M.pt" not in word_marks(["babylm"], 90 * million)
     assert list(word_marks(["babylm"], 0)) == ["chck_1M.pt"]  # which the plan calls out of reach
     assert list(word_marks(["babylm"], 43 * million)) == [f"chck_{m}M.pt" for m in rules[:13]]
+
+
+def test_the_averaging_time_is_told_and_a_short_one_warned_of(capsys):
+    plan = Plan(100, 4, 32, num_chunks=400, words=1000, marks={}, eval_every=0)
+    config = SimpleNamespace(learning_rate=1e-3, weight_decay=10.0)  # 100 steps an epoch
+    assert plan.averaging_time(config) == pytest.approx(1.0)
+    log_averaging_time(plan, config)
+    assert "over 1 epochs" in capsys.readouterr().out
+    config.weight_decay = 40.0
+    log_averaging_time(plan, config)
+    assert "--weight-decay 40 is strong: weights forget within 0.25 epochs" in capsys.readouterr().err
+    config.weight_decay = 0.0
+    assert plan.averaging_time(config) is None
 
 
 def test_word_marks_are_numbers_with_a_unit_or_without():

@@ -206,6 +206,7 @@ class TrainingLogger:
             "config": self.settings,
             "model": provenance.name,
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "averaging_epochs": plan.averaging_time(config),
             "tokenizer": provenance.tokenizer.identity,
             "commit": self.commit,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
