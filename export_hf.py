@@ -174,7 +174,7 @@ def hf_config(model, architecture, classes=(), special_ids=SPECIAL_IDS, dtype="f
 
 
 def is_json(tokenizer):
-    """Returns True for a tokenizer.json, which is exported as it came."""
+    """Returns True for a tokenizer.json."""
     return isinstance(tokenizer, JsonTokenizer)
 
 
@@ -215,16 +215,35 @@ def special_ids_of(tokenizer):
     return {f"{name}_token_id": i for name, i in ids.items() if i is not None}
 
 
-def hf_tokenizer(tokenizer):
-    """Returns tokenizer.json: the same BPE for the library `tokenizers`.
+def hf_tokenizer(tokenizer, as_published=False):
+    """Returns tokenizer.json, which tokenizes as in training: lines as parts of a text.
+
+    If `as_published`, it tokenizes as that of the imported model, which may put a blank before a text.
+    """
+    if is_json(tokenizer) and as_published:
+        content = json.loads(tokenizer.model_bytes)
+        return {key: value for key, value in content.items() if key != "special_ids"}
+    tokenizers = import_extra("tokenizers")
+    if is_json(tokenizer):
+        result = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.content))
+    else:
+        result = sentencepiece_bpe(tokenizer, as_published and tokenizer.adds_space)
+    # The second text of a pair begins on a line of its own, as in training.
+    newline = tokenizer.encode("\n")
+    separator = {"id": "newline", "ids": newline, "tokens": [tokenizer.piece(i) for i in newline]}
+    result.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A:0", pair="$A:0 newline:0 $B:0", special_tokens=[separator]
+    )
+    return json.loads(result.to_str())
+
+
+def sentencepiece_bpe(tokenizer, adds_space):
+    """Returns a SentencePiece model as a BPE of the library `tokenizers`.
 
     tokenizer.model alone would not do: LlamaTokenizer splits text without a dummy prefix otherwise than
     SentencePiece. Pieces are numbered in the order in which SentencePiece merges, so that a merge's rank
     is the number of its result; each way to split a piece into two others is a merge of that rank.
     """
-    if is_json(tokenizer):
-        content = json.loads(tokenizer.model_bytes)
-        return {key: value for key, value in content.items() if key != "special_ids"}
     tokenizers = import_extra("tokenizers")
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocabulary_size)]
@@ -246,20 +265,14 @@ def hf_tokenizer(tokenizer):
     normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
     result.normalizer = normalizers.Replace(" ", "\u2581")
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if tokenizer.adds_space:
+    if adds_space:
         result.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), result.normalizer])
         steps.append(decoders.Strip(" ", 1, 0))
     result.decoder = decoders.Sequence(steps)
-    # The second text of a pair begins on a line of its own, as in training.
-    newline = tokenizer.encode("\n")
-    separator = {"id": "newline", "ids": newline, "tokens": [pieces[i] for i in newline]}
-    result.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A:0", pair="$A:0 newline:0 $B:0", special_tokens=[separator]
-    )
-    return json.loads(result.to_str())
+    return result
 
 
-def hf_tokenizer_config(tokenizer, context):
+def hf_tokenizer_config(tokenizer, context, as_published=False):
     """Returns tokenizer_config.json, and special_tokens_map.json, which only transformers 4 reads."""
     special = {key.removesuffix("_id"): tokenizer.piece(i) for key, i in special_ids_of(tokenizer).items()}
     config = special | {
@@ -269,9 +282,9 @@ def hf_tokenizer_config(tokenizer, context):
         "model_max_length": context,
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
-        "add_prefix_space": tokenizer.adds_space,
+        "add_prefix_space": as_published and tokenizer.adds_space,
     }
-    if not is_json(tokenizer):
+    if not (is_json(tokenizer) and as_published):
         # Without these llama.cpp puts <s> before each prompt, which training never saw.
         config |= {"add_bos_token": False, "add_eos_token": False}
     return config, special
@@ -432,11 +445,12 @@ def export(path, out, start_token="as-trained", positions=None, metadata=None, s
     save = import_extra("safetensors.torch").save
     # A classifier's texts are cut as in training.
     max_length = config["sequence_length"] if is_classifier(checkpoint) else positions
-    tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, max_length)
+    as_published = "train_shard" not in config and not is_classifier(checkpoint)
+    tokenizer_config, special_tokens_map = hf_tokenizer_config(tokenizer, max_length, as_published)
     special_ids = {key: i for key, i in special_ids_of(tokenizer).items() if key in SPECIAL_IDS}
     contents = {
         "generation_config.json": special_ids,
-        "tokenizer.json": hf_tokenizer(tokenizer),
+        "tokenizer.json": hf_tokenizer(tokenizer, as_published),
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special_tokens_map,
         "config.json": hf_config(model, architecture, config.get("classes", ()), special_ids, dtype)
@@ -473,7 +487,7 @@ def read_config(folder):
         raise UserError(f"{path} does not exist: {remedy}")
     try:
         theirs = json.loads(path.read_bytes())
-        kind = theirs["model_type"]
+        kind = theirs.get("model_type")  # custom code may have none
         if kind not in HF_FIELDS:
             raise UserError(f"{path}: model_type {kind!r}: only llama and gpt2 are read")
         check_rope(path, theirs)

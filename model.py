@@ -245,7 +245,7 @@ def load_compatible(path, corpus):
         raise UserError(
             f"{path} was trained with another tokenizer ({identity[:12]}) than {corpus.folder} "
             f"({tokenizer.identity[:12]}): encode the data with that of the checkpoint, "
-            "which export_hf.py writes as tokenizer.model (tokenize_corpus.py --tokenizer)"
+            "which export_hf.py writes (tokenize_corpus.py --tokenizer)"
         )
     rows, pieces = model.config.vocab_size, tokenizer.vocabulary_size
     if rows != pieces:

@@ -268,8 +268,9 @@ def without_prefix(rule):
 def with_special_ids(model_bytes, path):
     """The bytes of a tokenizer.json with "special_ids", which other files of its folder name.
 
-    Of a vocab.json, the bytes of the tokenizer.json of a byte-level BPE with the merges.txt beside
-    it. Raises `UserError` for files that cannot be read.
+    Special tokens beyond the model's rows are left out: some versions of transformers added one to
+    Baby Llama's. Of a vocab.json, the bytes of the tokenizer.json of a byte-level BPE with the
+    merges.txt beside it. Raises `UserError` for files that cannot be read.
     """
     try:
         content, named = json.loads(model_bytes), {}
@@ -280,7 +281,11 @@ def with_special_ids(model_bytes, path):
             if path.with_name(name).is_file():
                 named |= json.loads(path.with_name(name).read_bytes())
         vocabulary = dict(content) if is_vocabulary else dict(content["model"]["vocab"])
-        vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+        if not is_vocabulary:
+            rows = named.get("vocab_size") or LARGEST_VOCABULARY
+            added = [t for t in content["added_tokens"] if t["id"] < rows or not t["special"]]
+            content["added_tokens"] = added
+            vocabulary |= {token["content"]: token["id"] for token in added}
         special_ids = {}
         for role in ("pad", "bos", "eos", "unk"):
             token = named.get(f"{role}_token")

@@ -86,6 +86,15 @@ def baby_llama(folder):
     return {"vocab_size": 400}
 
 
+def baby_llama_2(folder):
+    """With the token for unknown pieces that transformers' GPT2TokenizerFast adds beyond the rows."""
+    config = baby_llama(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return config
+
+
 def gpt2_tokenizer():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
@@ -151,6 +160,7 @@ def llama2_json(folder):
 
 TOKENIZERS = {
     "Baby Llama": baby_llama,
+    "Baby Llama 2": baby_llama_2,
     "GPT-2": gpt2,
     "GPT-2's vocabulary": gpt2_vocabulary,
     "SmolLM2": smollm2,
@@ -160,6 +170,7 @@ TOKENIZERS = {
 # {form: arguments of save_model}
 FORMS = {
     "Baby Llama": {"tokenizer": "Baby Llama", "config": LLAMA | {"rms_norm_eps": 1e-6}, "pickled": True},
+    "Baby Llama 2": {"tokenizer": "Baby Llama 2", "config": LLAMA | {"tie_word_embeddings": True}},
     "Baby Llama's teacher": {"tokenizer": "Baby Llama", "config": GPT2, "pickled": True},
     "BabyLM's GPT-2": {"tokenizer": "GPT-2", "config": GPT2},
     "distilgpt2": {"tokenizer": "GPT-2's vocabulary", "config": GPT2 | {"n_inner": 80}},
