@@ -38,7 +38,8 @@ TASKS = {  # {folder of the full evaluation: the pipeline's name of its task}
 }
 OURS = ("blimp_filtered", "supplement_filtered", "ewok_filtered", "comps")
 COMPS = ("comps_base", "comps_wugs", "comps_wugs_dist-before", "comps_wugs_dist-in-between")
-GLUE = ("boolq", "mnli", "mrpc", "multirc", "qqp", "rte", "wsc")
+GLUE = ("boolq", "cola", "mnli", "mrpc", "multirc", "qqp", "rte", "wsc")
+GLUE_FILES = {"train": "train", "valid": "valid", "predict": "valid"}
 RESPONSES = "RTfirstfix RTfirstpass RTgopast RTrightbound self_paced_reading_time".split()
 RESPONSES += "ELAN LAN N400 P600 EPNP PNP".split()
 PAIRS = 60  # of each file
@@ -150,6 +151,14 @@ def run_all(pipeline, work):
         "--out WORK/finetune --predictions WORK/results/model/main",
         work,
     )
+    glue = data / "glue_filtered"
+    files = [f"--{part}_data={glue / f'cola.{split}.jsonl'}" for part, split in GLUE_FILES.items()]
+    options = (
+        "--task cola --num_labels 2 --num_epochs 1 --sequence_length 128 --take_final --padding_side left"
+    )
+    options += " --metrics accuracy --metric_for_valid accuracy"
+    model = ("--model_name_or_path", work / "model", "--results_dir", work / "finetuned")
+    official(pipeline, "-m", "evaluation_pipeline.finetune.run", *model, *files, *options.split())
     (results / ZERO_SHOT / "AoA_word").mkdir()
     (results / ZERO_SHOT / "AoA_word" / "surprisal.json").write_text("{}")
     shutil.copytree(results, work / "ours")
@@ -182,6 +191,16 @@ def compare(pipeline, work):
             accuracy = scores[str(work / "full_eval" / folder)]["accuracy_over_files"]
             row[2:] = f"{100 * accuracy:.2f}", str(len(pairs)), str(sum(a == b for a, b in pairs))
         rows.append(row)
+    theirs, own = (
+        json.loads((work / root / "model/main/finetune/cola/predictions.json").read_text())["cola"][
+            "predictions"
+        ]
+        for root in ("finetuned", "results")
+    )
+    same_ids = [
+        a["id"] == b["id"] and {a["pred"], b["pred"]} <= {0, 1} for a, b in zip(theirs, own, strict=True)
+    ]
+    rows.append(["fine-tuning: ids alone", "-", "-", str(len(theirs)), str(sum(same_ids))])
     collated = []
     for root in ("results", "ours"):
         official(pipeline, "-c", COLLATE, work / root)
