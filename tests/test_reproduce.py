@@ -225,6 +225,13 @@ def test_a_given_corpus_is_sampled_and_resumed(recipe, given_text, tmp_path, mon
     assert "report" in refused(capsys, *arguments, "--data", data)
 
 
+def test_a_recipe_can_ask_for_the_papers_kind_of_tokenizer(recipe, given_text, tmp_path):
+    out, byte_bpe = tmp_path / "out", recipe(tokenizer="byte-bpe", vocabulary_size=300)
+    assert run("--recipe", byte_bpe, "--out", out, "--dry-run", *given_text) == 0
+    assert Tokenizer.load(out / "data" / "tokenizer.model").description == "BPE (tokenizer.json)"
+    assert run("--recipe", recipe(vocabulary_size=300), "--out", out, "--dry-run", *given_text) == 1
+
+
 def test_nothing_of_the_users_is_deleted(recipe, given_text, tmp_path, capsys):
     out = tmp_path / "out"
     (out / "corpus").mkdir(parents=True)

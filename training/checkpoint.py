@@ -6,7 +6,7 @@
     model             {"name", "architecture", "shape": the fields of its config}
     weights           {parameter name: float32 tensor}
     config            settings of the run: its options as used, and digests of its inputs
-    tokenizer         {"identity", "model": the SentencePiece file as a uint8 tensor}
+    tokenizer         {"identity", "model": its file as a uint8 tensor}
     progress          {"step", "steps", "words", "dev_cross_entropy", ...}
     teachers          [{"name", "digest"}], empty unless distilled
     commit            the project's commit when it was written
