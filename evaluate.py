@@ -38,7 +38,6 @@ from evaluation.minimal_pairs import (
     write_predictions,
 )
 from evaluation.perplexity import (
-    TemperatureScaled,
     corpus_scores,
     file_spans,
     fitted_temperature,
@@ -203,19 +202,20 @@ def text_scores(scored, shard, args, precision):
     fitted_on = TokenShard(Path(args.temperature_scaled) / "dev.bin") if args.temperature_scaled else None
     if fitted_on and fitted_on.tokenizer != shard.tokenizer:
         raise UserError(f"{fitted_on.path} was made with another tokenizer than {shard.path}")
-    length, scaled_losses = scored.sequence_length, None
-    losses = shard_losses(scored.model, shard, length)
+    length, temperatures = scored.sequence_length, [1.0]
+    if fitted_on:
+        temperatures.append(fitted_temperature(scored.model, fitted_on, length))
+    losses, *scaled = shard_losses(scored.model, shard, length, temperatures)
     scores = corpus_scores(shard, losses, shares)
     if fitted_on:
-        temperature = fitted_temperature(scored.model, fitted_on, length)
-        scaled_losses = shard_losses(TemperatureScaled(scored.model, temperature), shard, length)
-        scores["temperature_scaled"] = {"temperature": temperature, "fitted_on": fitted_on.digest}
-        scores["temperature_scaled"] |= corpus_scores(shard, scaled_losses, shares)
+        scores["temperature_scaled"] = {"temperature": temperatures[1], "fitted_on": fitted_on.digest}
+        scores["temperature_scaled"] |= corpus_scores(shard, *scaled, shares)
     if args.losses:
         files = [  # without words, blocks of the bootstrap are counted in tokens
             (file.name, stop, (file.words or stop - start) / (stop - start))
             for file, start, stop in file_spans(shard)
         ]
+        scaled_losses = scaled[0] if scaled else None
         write_losses(args.losses, shard.digest, files, losses, length, scaled_losses, shares, precision)
     return scores
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluation.scoring import BATCH_TOKENS, context_length, prefix_ids, scored_text, token_losses
+from evaluation.scoring import batch_size, context_length, prefix_ids, scored_text, token_losses
 from training.io import UserError, atomic_write, sha256, warn, write_json
 
 MERGED_FIELDS = {"s-selection": "argument_structure"}  # 13 terms in BLiMP's files, 12 in its tables
@@ -145,11 +145,11 @@ def sentence_scores(model, tokenizer, sentences, convention="newline", contexts=
     scores = torch.zeros(len(encoded), dtype=torch.float64)
     with tqdm(total=len(encoded), desc="minimal pairs", disable=None, leave=False) as bar:
         for length, members in sorted(by_length.items()):
-            rows = max(1, BATCH_TOKENS // length)
+            rows = batch_size(model, length)
             for i in range(0, len(members) if length > 1 else 0, rows):
                 batch = members[i : i + rows]
                 tokens = torch.tensor([encoded[j] for j in batch])
-                losses = token_losses(model, tokens[:, :-1], tokens[:, 1:])
+                (losses,) = token_losses(model, tokens[:, :-1], tokens[:, 1:])
                 is_scored = torch.arange(length - 1) >= torch.tensor([[unscored[j]] for j in batch])
                 scores[batch] = -(losses * is_scored).double().sum(1)
                 bar.update(len(batch))

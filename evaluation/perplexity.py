@@ -4,43 +4,44 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from corpus.text_files import sub_corpus
 from data import TokenShard
-from evaluation.scoring import BATCH_TOKENS, token_losses
-from loss import BLOCK_ROWS
+from evaluation.scoring import batch_size, logit_blocks, token_losses
 from training.io import UserError, warn
 
 NEWTON_STEPS = 10
+FITTED_CHUNKS = 1000  # at most so many fit a temperature: it has one number to find
 MAX_WORD_BYTES = 40  # on average; longer "words" are those of a language that is written without blanks
 
 
-def shard_losses(model, shard, sequence_length):
-    """-log p of every token of a shard but the very first, in nats: (tokens - 1,) float32.
+def shard_losses(model, shard, sequence_length, temperatures=(1.0,)):
+    """-log p of every token of a shard but the very first, in nats: (K, tokens - 1) float32.
 
-    Each is predicted once, from the tokens before it in its chunk.
+    Each is predicted once, from the tokens before it in its chunk, at K temperatures.
     """
-    losses = [token_losses(model, *batch) for batch in _batches(shard, sequence_length)]
-    return torch.cat([batch.flatten() for batch in losses])
+    losses = [
+        token_losses(model, *shard.chunks(starts, length), temperatures)
+        for starts, length in _batches(model, shard, sequence_length)
+    ]
+    return torch.cat([batch.flatten(1) for batch in losses], dim=1)
 
 
-def _batches(shard, sequence_length):
-    """Yields inputs and targets, (B, T) each, that have every target of the shard once, in order.
+def _batches(model, shard, sequence_length, every=1):
+    """Yields starts and length of chunks, a batch at a time: each target once, in order.
 
-    Raises `UserError` for a shard without a target.
+    With `every` = n only each n-th chunk. Raises `UserError` for a shard without a target.
     """
     num_targets = shard.num_tokens - 1
     if num_targets < 1:
         raise UserError(f"{shard.path} is too short to score: give more text")
     ragged = num_targets // sequence_length * sequence_length  # the start of the last, shorter chunk
-    starts, rows = range(0, ragged, sequence_length), max(1, BATCH_TOKENS // sequence_length)
-    batches = [(starts[i : i + rows], sequence_length) for i in range(0, len(starts), rows)]
+    starts, size = range(0, ragged, sequence_length * every), batch_size(model, sequence_length)
+    batches = [(starts[i : i + size], sequence_length) for i in range(0, len(starts), size)]
     if ragged < num_targets:
         batches.append(([ragged], num_targets - ragged))
-    for starts, length in tqdm(batches, desc="dev text", disable=None, leave=False):
-        yield shard.chunks(starts, length)
+    yield from tqdm(batches, desc="dev text", disable=None, leave=False)
 
 
 def file_spans(shard):
@@ -105,39 +106,26 @@ def training_shares(path, shard):
     return shares
 
 
-class TemperatureScaled(nn.Module):
-    """A model with its logits divided by a temperature."""
-
-    def __init__(self, model, temperature):
-        super().__init__()
-        self.model, self.temperature = model, temperature
-
-    def forward(self, tokens):
-        return self.model(tokens).float() / self.temperature
-
-
-@torch.no_grad()
 def fitted_temperature(model, shard, sequence_length):
     """The temperature at which the model's mean loss on a shard is smallest.
 
-    With b = 1 / temperature the mean of logsumexp(b z) - b z_target is convex in b, and Newton's
-    method finds its minimum. The derivatives are E[z] - z_target and the variance of z, under the
-    model at b.
+    Of more than a thousand chunks it takes evenly spread ones. With b = 1 / temperature the mean of
+    logsumexp(b z) - b z_target is convex in b, and Newton's method finds its minimum. The derivatives
+    are E[z] - z_target and the variance of z, under the model at b.
     """
-    device, inverse = next(model.parameters()).device, 1.0
+    every, inverse = math.ceil(shard.num_tokens / sequence_length / FITTED_CHUNKS), 1.0
     for _ in range(NEWTON_STEPS):
-        slope = curvature = 0.0
-        for tokens, targets in _batches(shard, sequence_length):
-            logits = model(tokens.to(device)).flatten(0, 1).float()  # (N, V)
-            blocks = zip(logits.split(BLOCK_ROWS), targets.to(device).flatten().split(BLOCK_ROWS))
-            for z, target in blocks:
+        derivatives = []  # sums over blocks stay on the device until the pass is done
+        for starts, length in _batches(model, shard, sequence_length, every):
+            for z, target in logit_blocks(model, *shard.chunks(starts, length)):
                 p = (inverse * z).softmax(-1)
                 mean = (p * z).sum(-1)
-                slope += (mean - z.gather(1, target[:, None])[:, 0]).sum().item()
-                curvature += ((p * z * z).sum(-1) - mean**2).sum().item()
+                slope = mean - z.gather(1, target[:, None])[:, 0]
+                derivatives.append(torch.stack([slope, (p * z * z).sum(-1) - mean**2]).sum(1))
+        slope, curvature = torch.stack(derivatives).cpu().double().sum(0).tolist()
         step = slope / max(curvature, 1e-12)
         inverse = min(max(inverse - step, inverse / 2), inverse * 2)
-        if abs(step) < 1e-4:
+        if abs(step) < 1e-3:  # the next one would be its square
             return 1 / inverse
     warn(f"--temperature-scaled: no minimum after {NEWTON_STEPS} steps; {1 / inverse:.3g} is used")
     return 1 / inverse

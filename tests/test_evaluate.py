@@ -14,6 +14,7 @@ import evaluate
 import model as models
 from conftest import make_tokenizer, save_model, train_tokenizer, write_split, write_text
 from data import TokenShard
+from evaluation import perplexity
 from evaluation.minimal_pairs import (
     accuracies,
     pair_scores,
@@ -22,7 +23,7 @@ from evaluation.minimal_pairs import (
     sentence_scores,
     write_predictions,
 )
-from evaluation.perplexity import TemperatureScaled, corpus_scores, fitted_temperature, shard_losses
+from evaluation.perplexity import corpus_scores, fitted_temperature, shard_losses
 from evaluation.scoring import CONVENTIONS, Ensemble
 from evaluation.statistics import mean_loss, read_losses
 from tokenizer import BOS, EOS
@@ -48,7 +49,7 @@ def uniform():
 
 
 def scores_of(model, shard, sequence_length):
-    return corpus_scores(shard, shard_losses(model, shard, sequence_length))
+    return corpus_scores(shard, *shard_losses(model, shard, sequence_length))
 
 
 def run(*arguments):
@@ -95,18 +96,29 @@ def test_text_without_spaces_has_no_perplexity_per_word(tokenizer, tmp_path, tex
     assert scores["perplexity_per_word"] is None and scores["bits_per_byte"] > 1
 
 
-def test_the_fitted_temperature_is_the_best_there_is(dev_shard):
+def test_the_fitted_temperature_is_the_best_there_is(dev_shard, monkeypatch):
     """Logits that are too confident by a factor of three are divided by nearly three."""
     ids = torch.from_numpy(dev_shard.tokens.astype("int64"))
     counts = torch.bincount(ids[1:], minlength=V).float() + 1
     model = Fixed((3.0 * counts.log()).expand(V, V).clone())
     fitted = fitted_temperature(model, dev_shard, 32)
-    losses = {
-        tau: shard_losses(TemperatureScaled(model, tau), dev_shard, 32).mean().item()
-        for tau in (1.0, 0.98 * fitted, fitted, 1.02 * fitted)
-    }
+    taus = (1.0, 0.98 * fitted, fitted, 1.02 * fitted)
+    losses = dict(zip(taus, shard_losses(model, dev_shard, 32, taus).mean(1).tolist()))
     assert min(losses, key=losses.get) == fitted
     assert 2.0 < fitted < 3.1 and losses[fitted] < losses[1.0] - 0.1
+
+    read = TokenShard.chunks
+    # A sample of the chunks, from all of the text, finds nearly the same.
+    chunks = []
+    monkeypatch.setattr(perplexity, "FITTED_CHUNKS", 20)
+    monkeypatch.setattr(
+        TokenShard,
+        "chunks",
+        lambda shard, starts, *args: (chunks.append([*starts]), read(shard, starts, *args))[1],
+    )
+    assert abs(fitted_temperature(model, dev_shard, 32) / fitted - 1) < 0.05
+    last = max(map(max, chunks))
+    assert len(set().union(*chunks)) <= 21 and last > 0.9 * dev_shard.num_tokens
 
 
 def test_the_ensemble_averages_logits_and_leaves_out_rows_that_pad_a_vocabulary():

@@ -481,7 +481,7 @@ def test_an_ensemble_is_scored_with_its_weights(teachers, data_folder, capsys, r
     command = [evaluate, "--ensemble", *teachers, "--data", data_folder, "--device", "cpu"]
     assert run(*command, "--teacher-weights", "1", "0") == 0
     dev = open_corpus(data_folder).dev
-    alone = evaluate.corpus_scores(dev, evaluate.shard_losses(both[0], dev, 128))
+    alone = evaluate.corpus_scores(dev, *evaluate.shard_losses(both[0], dev, 128))
     assert f"{alone['cross_entropy']:.4g}" in capsys.readouterr().out
     error = refused(*command, "--teacher-weights", "1")
     assert "--teacher-weights: 1 given for 2 teachers" in error
