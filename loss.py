@@ -165,8 +165,9 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, ensemble, coefficients, chunk_tokens, compiled, gradient):
         shape, dtype = hidden.shape, matmul_dtype(hidden)
         hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
-        chunk_tokens = chunk_tokens or (GPU_CHUNK_TOKENS if hidden.is_cuda else CPU_CHUNK_TOKENS)
-        row_function = _rows if hidden.is_cuda else _rows_in_blocks
+        on_cpu = hidden.device.type == "cpu"
+        chunk_tokens = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
+        row_function = _rows_in_blocks if on_cpu else _rows
         if compiled:
             row_function = _compiled_rows()
         # needs_input_grad is also True under no_grad, where no gradient is needed.

@@ -156,6 +156,7 @@ def run_stage(program, *arguments):
     """Prints and runs a command of this project; raises `Stopped` if it ends early."""
     arguments = [str(argument) for argument in arguments]
     print(f"\n$ python {program.__name__}.py {shlex.join(arguments)}", flush=True)
+    torch.cuda.empty_cache()  # else what torch keeps of the stage before is not free for a teacher cache
     if code := program.main(arguments):
         raise Stopped(code)
 
@@ -641,7 +642,7 @@ def check_models(context, seeds):
             for network_name, network in ({name: model} | teachers).items():
                 check_context(network, length, network_name)
             compute = choose_compute(context.device, config.precision)
-            should_capture(config.cuda_graph, compute, [], config.batch_size * length)  # may raise
+            should_capture(config, compute, [], flops=0)  # may raise
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 train.fit_corpus(train.CrossEntropyObjective(model), config, corpus, name)
                 if teachers:
@@ -747,9 +748,11 @@ def main(argv=None):
     recipe = dataclasses.replace(recipe, words=config.words or recipe.words)
     chosen = recipe.only(config.models) if config.models else recipe
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    context = None
+    context, out = None, Path(config.out or f"runs/{recipe.name}")
+    # Compiled layers stay with the experiment: a machine that continues it does not compile again.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(out.absolute() / "compiled"))
     try:
-        context = open_context(config, recipe, Path(config.out or f"runs/{recipe.name}"))
+        context = open_context(config, recipe, out)
         if not config.tune:
             check_results(context)
         context = dataclasses.replace(context, recipe=chosen)

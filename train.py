@@ -32,7 +32,7 @@ from training.logger import StopSignal, TrainingLogger, exit_code
 from training.options import RECIPE, SAVE, SPEED, RunConfig, option, parse
 from training.plan import log_averaging_time, plan_run, print_plan
 
-EVAL_BATCH_SIZE = 32  # sequences
+CPU_EVAL_BATCH, GPU_EVAL_TOKENS = 32, 32_768  # sequences; tokens
 NO_DECAY = ("layernorm", "norms", "norms+embeddings")
 PRESET = "(default: the preset's)"
 recipe = functools.partial(option, group=RECIPE)
@@ -262,8 +262,10 @@ def dev_cross_entropy(model, shard, starts, sequence_length, autocast):
     device, training = next(model.parameters()).device, model.training
     model.eval()
     total, rank, world_size = 0.0, distributed.rank(), distributed.world_size()
-    for i in range(0, len(starts), EVAL_BATCH_SIZE * world_size):
-        own = starts[i : i + EVAL_BATCH_SIZE * world_size][rank::world_size]
+    on_cpu = device.type == "cpu"
+    batch_size = world_size * (CPU_EVAL_BATCH if on_cpu else max(GPU_EVAL_TOKENS // sequence_length, 1))
+    for i in range(0, len(starts), batch_size):
+        own = starts[i : i + batch_size][rank::world_size]
         # A rank without chunks of its own runs the model too: all ranks must join FSDP's all-gather.
         tokens, targets = shard.chunks(own if len(own) else starts[:1], sequence_length)
         with autocast:
@@ -296,7 +298,8 @@ def fit(objective, config, stream, evaluate, provenance):
         return resume.new_progress(plan.steps)
     train_step = build_train_step(objective, config, stream, compute)
     config = dataclasses.replace(config, micro_batch_size=train_step.micro_batch_size)
-    captured = should_capture(config.cuda_graph, compute, train_step.optimizers, plan.tokens_seen(1))
+    flops = 6 * sum(p.numel() for p in train_step.parameters.values()) * plan.tokens_seen(1)
+    captured = should_capture(config, compute, train_step.optimizers, flops)
     with locked(config.out) if distributed.rank() == 0 else contextlib.nullcontext():
         progress = resume.start_or_resume(train_step, config, provenance, plan.steps)
         if resume.is_finished(progress, config.patience):

@@ -22,7 +22,7 @@ from distill import DistillConfig
 from tokenizer import Tokenizer
 from train import CrossEntropyObjective, TrainConfig, TrainStep, build_optimizer
 from training.checkpoint import content_digest, read_checkpoint, write_checkpoint
-from training.device import autocast_for
+from training.device import autocast_for, choose_device
 from training.io import atomic_write, run_program
 from training.logger import commit
 from training.options import may_change
@@ -256,6 +256,13 @@ def refused(capsys):
         return error
 
     return end_of
+
+
+@pytest.fixture(autouse=True)
+def device_of_training(request):
+    """On a GPU attention by cuDNN is off in tests too, whatever ran before."""
+    if request.node.get_closest_marker("gpu"):
+        choose_device("cuda")
 
 
 @pytest.fixture(scope="session", autouse=True)

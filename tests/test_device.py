@@ -1,6 +1,7 @@
 """Devices, precision, compiled and recomputed layers, and a training step as one CUDA graph."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ import model as models
 from conftest import config_for, fitted, interrupt_after, step_of
 from data import BatchStream
 from distill import DistillConfig, FusedDistillationObjective, cast_linears_to_bf16
-from train import CrossEntropyObjective
+from train import CrossEntropyObjective, TrainConfig
 from training.cuda_graph import GraphedStep
 from training.device import (
     Compute,
@@ -229,16 +230,35 @@ def test_a_graph_is_used_if_its_replay_equals_a_plain_step(train_shard, capsys, 
         assert "without a CUDA graph" in warning and "trace" not in warning
 
 
-def test_a_graph_is_the_default_on_cuda_for_steps_of_few_tokens():
+def test_a_graph_is_kept_where_a_tensor_repeats_its_bits_by_chance(train_shard, monkeypatch, capsys):
+    """Plain steps differ in one weight, and the replay in another by the least that it can."""
+    step = Replaying(full_step("alone"), "drifting")
+    update, noise = step.train_step.update, itertools.count(1)
+    *_, noisy = step.train_step.parameters.values()
+
+    def noisy_update(micro_batches):
+        terms = update(micro_batches)
+        noisy.data += 1e-7 * next(noise)
+        return terms
+
+    monkeypatch.setattr(step.train_step, "update", noisy_update)
+    end_of(step, [BatchStream(train_shard, 8, 32, seed=0)(i) for i in range(5)])
+    assert step.replay and not capsys.readouterr().err
+
+
+def test_a_graph_is_the_default_on_cuda_for_short_steps():
     parameter = torch.nn.Parameter(torch.zeros(2))
     adamw, sgd = [torch.optim.AdamW([parameter], fused=True)], [torch.optim.SGD([parameter])]
     cuda, cpu = Compute(CUDA, "bf16"), Compute(CPU, "fp32")
-    assert should_capture(None, cuda, adamw, 4096) and should_capture(True, cuda, adamw, 1 << 20)
-    assert not should_capture(None, cuda, adamw, 32_768) and not should_capture(None, cuda, sgd, 64)
-    assert not should_capture(None, cpu, adamw, 64) and not should_capture(False, cuda, adamw, 64)
+    default, asked, refused = (TrainConfig(cuda_graph=choice) for choice in (None, True, False))
+    recomputed = TrainConfig(checkpoint_activations=True)
+    assert should_capture(default, cuda, adamw, 1e12) and should_capture(asked, cuda, adamw, 1e14)
+    assert not should_capture(default, cuda, adamw, 1e14) and not should_capture(default, cuda, sgd, 1e9)
+    assert not should_capture(default, cpu, adamw, 1e9) and not should_capture(refused, cuda, adamw, 1e9)
+    assert not should_capture(recomputed, cuda, adamw, 1e9)
     for compute, optimizers in ((cpu, adamw), (cuda, sgd)):
         with pytest.raises(UserError, match="leave"):
-            should_capture(True, compute, optimizers, 64)
+            should_capture(asked, compute, optimizers, 1e9)
 
 
 def compiling_with(monkeypatch, backend):

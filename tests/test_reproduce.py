@@ -39,6 +39,15 @@ MODELS = {
 }
 
 
+def test_a_stage_begins_with_the_memory_that_the_stage_before_has_left(monkeypatch):
+    order = []
+    monkeypatch.setattr(reproduce.torch.cuda, "empty_cache", lambda: order.append("emptied"))
+    program = SimpleNamespace(__name__="train", main=order.append)
+    for number in (1, 2):
+        reproduce.run_stage(program, number)
+    assert order == ["emptied", ["1"], "emptied", ["2"]]
+
+
 @pytest.fixture
 def recipe(monkeypatch, tmp_path):
     """`recipe(**changes)` writes a recipe with models, steps and pairs for a test; its path."""

@@ -46,6 +46,19 @@ def test_what_was_written_is_read_chunk_by_chunk(empty):
     assert equal(empty.read(ids), states(ids)) and empty.read(ids)[0].dtype == torch.bfloat16
 
 
+def test_a_gpu_is_given_pinned_memory(empty, monkeypatch):
+    written, ids, allocate, pinned = torch.arange(5), torch.tensor([3, 1, 4]), torch.empty, []
+
+    def allocate_anywhere(*args, pin_memory=False, **options):
+        pinned.append(pin_memory)
+        return allocate(*args, **options)
+
+    empty.write(written, states(written))
+    empty.pins = True
+    monkeypatch.setattr(torch, "empty", allocate_anywhere)
+    assert equal(empty.read(ids), states(ids)) and pinned == [True, True]
+
+
 def test_a_chunk_is_written_once(empty):
     first, again = torch.tensor([4, 1]), torch.tensor([2, 4])
     empty.write(first, states(first))

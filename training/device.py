@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+import warnings
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from training import distributed
 from training.io import UserError, log, warn
 
-GRAPH_TOKENS = 8192  # tokens of a step: up to this number a CUDA graph is the default
+GRAPH_FLOPS = 5e12  # of a step: up to this number, some 10 ms on an H200, a CUDA graph is the default
 # Dense bf16 products with sums in float32, by data sheet; the first pattern in a GPU's name counts.
 PEAK_FLOPS = {
     r"\bB200\b": 2250e12,
@@ -137,6 +138,7 @@ def compile_blocks(objective):
     objective.compiled = True
     models = [module for module in objective.modules() if hasattr(module, "blocks")]
     torch._dynamo.reset()
+    warnings.filterwarnings("ignore", "TensorFloat32")  # products in float32 are meant to be exact
     config = torch._dynamo.config
     config.optimize_ddp = False  # it would cut layers, which are graphs already
     # Models of one architecture share a limit, beyond which torch warns and goes on without compiling.
@@ -285,12 +287,14 @@ def _fits(objective, batch, compute, shard):
             objective.zero_grad(set_to_none=True)
 
 
-def should_capture(choice, compute, optimizers, tokens):
-    """Returns True if steps of `tokens` tokens are replayed as a CUDA graph.
+def should_capture(config, compute, optimizers, flops):
+    """Returns True if the steps of a run, of `flops` operations, are replayed as a CUDA graph.
 
-    `choice` is --cuda-graph. By default a graph is used on CUDA for steps of few tokens. Raises
-    `UserError` if a graph is asked for and not possible.
+    By default a graph is used on CUDA for steps that take longer to launch than to compute, but not
+    with --checkpoint-activations, which reads the random state. Raises `UserError` if a graph is
+    asked for and not possible.
     """
+    choice = config.cuda_graph
     on_cuda, is_alone = compute.device.type == "cuda", not distributed.is_torchrun()
     possible = on_cuda and is_alone and all(map(skips_on_device, optimizers))
     if choice and not possible:
@@ -298,4 +302,6 @@ def should_capture(choice, compute, optimizers, tokens):
             "--cuda-graph needs a GPU of CUDA, one process without torchrun, and --optimizer adamw: "
             "leave it out"
         )
-    return possible and (tokens <= GRAPH_TOKENS if choice is None else choice)
+    if choice is None:
+        choice = flops <= GRAPH_FLOPS and not config.checkpoint_activations
+    return possible and choice

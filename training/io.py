@@ -58,7 +58,8 @@ def _torch_problem(error):
     if type(error).__name__ == "OutOfMemoryError":
         return f"{first_line} Training needs less with --micro-batch-size auto"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        remedy = "give --no-compile, or delete torch's cache (/tmp/torchinductor_USER) if a kill damaged it"
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_USER")
+        remedy = f"give --no-compile, or delete torch's cache ({cache}) if a kill damaged it"
         return f"torch.compile: {first_line}: {remedy}"
     return "another process of this run has ended" if "gloo" in str(error) else None
 

@@ -37,6 +37,10 @@ AUTO_SHARE = 0.7  # of free memory that --cache-teachers auto may take
 class TeacherCache:
     """Hidden states by chunk: `read(ids)` returns what `write(ids, states)` was given."""
 
+    # True if a GPU reads what is in host memory or a file. From pinned memory it copies without making
+    # the host wait, so that the host gathers the next chunks while the GPU computes.
+    pins = False
+
     def __init__(self, arrays, digests=None):
         """`arrays` are K × (N, T, C_k). A cache in a file has `digests` (N, 32), zero for empty chunks."""
         self.arrays, self.digests = arrays, digests
@@ -86,7 +90,11 @@ class TeacherCache:
         if not self.filled[chunk_ids].all():
             return None
         # The ids are copied without waiting for the GPU, which stays busy meanwhile.
-        return [array[chunk_ids.to(array.device, non_blocking=True)] for array in self.arrays]
+        if not self.pins:
+            return [array[chunk_ids.to(array.device, non_blocking=True)] for array in self.arrays]
+        shapes = [(len(chunk_ids), *array.shape[1:]) for array in self.arrays]
+        pinned = [torch.empty(shape, dtype=a.dtype, pin_memory=True) for a, shape in zip(self.arrays, shapes)]
+        return [torch.index_select(a, 0, chunk_ids, out=out) for a, out in zip(self.arrays, pinned)]
 
     def write(self, chunk_ids, states):
         """Keeps `states`, K × (B, T, C_k), of those chunks `chunk_ids` (B,) that are missing.
@@ -174,12 +182,15 @@ def open_cache(place, shapes, dtype, made_from, device, dry_run=False):
     log(f"cache      {states} in {place}, {free / GIB:.1f} GiB free")
     if dry_run:
         return None
-    if not in_file:
-        return TeacherCache.in_memory(shapes, dtype, device if place == "gpu" else "cpu")
-    is_first = distributed.local_rank() == 0  # on its machine
-    return distributed.rank_zero_first(
-        lambda: TeacherCache.in_file(place, shapes, dtype, made_from, verify=is_first), is_first
-    )
+    if in_file:
+        is_first = distributed.local_rank() == 0  # on its machine
+        cache = distributed.rank_zero_first(
+            lambda: TeacherCache.in_file(place, shapes, dtype, made_from, verify=is_first), is_first
+        )
+    else:
+        cache = TeacherCache.in_memory(shapes, dtype, device if place == "gpu" else "cpu")
+    cache.pins = device.type == "cuda" and place != "gpu"
+    return cache
 
 
 def _choose_place(place, needed, device):
