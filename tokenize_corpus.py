@@ -41,6 +41,7 @@ SAMPLE_SEED = 0
 SPECIAL_PIECES = ["<pad>", "<s>", "</s>"]  # of the paper's tokenizer: the ids PAD, BOS and EOS
 MAX_TRAINING_BYTES = 4000  # SentencePiece silently skips training lines of more than 4192 bytes
 BLOCK_CHARACTERS = 1 << 18  # encoded at a time, by all cores
+CUT = re.compile(r"(?<=\S)\n(?=\n?\S)")
 
 
 # ---- reading
@@ -103,14 +104,17 @@ def read_folder(folder, cleaning="light", keep_cr=False):
 
 
 def line_blocks(text, characters):
-    """`text` in blocks of whole lines: a block ends with the line that reaches `characters`.
+    """`text` in blocks of whole lines, of `characters` or a little more.
 
-    No piece of SentencePiece contains a newline, so the ids of all blocks together are those of the
-    whole text. A byte-level BPE may join several newlines, but not where a block ends.
+    The ids of all blocks together are those of the whole text. No piece of SentencePiece contains a
+    newline. A byte-level BPE may join a newline with other blanks: so a block ends where none is
+    beside it, but for an empty line, if such a place is within the next `characters`.
     """
     start = 0
     while start < len(text):
-        stop = text.find("\n", start + characters - 1) + 1 or len(text)
+        reached = start + characters - 1
+        end = CUT.search(text, reached, reached + characters)
+        stop = end.end() if end else text.find("\n", reached) + 1 or len(text)
         yield text[start:stop]
         start = stop
 
@@ -242,7 +246,7 @@ def trained_tokenizer(sources, vocabulary_size, kind):
 
 def encode(tokenizer, text):
     """The ids (N,), int32, of `text`, newlines included, and whether they give it back exactly."""
-    calls = list(line_blocks(text, tokenizer.call_characters or BLOCK_CHARACTERS))
+    calls = list(line_blocks(text, tokenizer.call_characters))
     ids = tokenizer.encode_batch(calls)
     decoded = "".join(tokenizer.decode_batch([call.tolist() for call in ids]))
     exact = decoded in (text, text.replace(SPACE_PIECE, " "))

@@ -38,7 +38,7 @@ class Tokenizer:
     """
 
     adds_space = False
-    call_characters = None  # of a text that is encoded at a time, if there is a limit
+    call_characters = 1 << 14  # of a long text, to encode at a time by a core
 
     @staticmethod
     def read(model_bytes, name="tokenizer.model"):

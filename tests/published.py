@@ -66,7 +66,7 @@ def train(tokenizer, special, size=400):
     )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-    tokenizer.train_from_iterator([*TEXT, *NASTY], trainer)
+    tokenizer.train_from_iterator([*TEXT, *NASTY, "\n\n\n"], trainer)
     return tokenizer
 
 

@@ -107,6 +107,16 @@ def test_each_token_stands_for_its_characters(name, tmp_path):
     assert tokens.offsets[0][0] == 0 and tokens.offsets[-1][1] == len(text)
 
 
+def test_blocks_of_a_text_have_its_tokens_where_newlines_are_joined(tmp_path):
+    TOKENIZERS["GPT-2"](tmp_path)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    tokenizer.call_characters = 40
+    text = "the cat\n\nthe dog\n\n\nthe \n garden\n\n\n\na river\n  the old\ndog\n" * 30
+    assert tokenizer.encode("\n\n\n") != 3 * tokenizer.encode("\n")
+    ids, exact = tokenize_corpus.encode(tokenizer, text)
+    assert ids.tolist() == tokenizer.encode(text) and exact
+
+
 def test_special_tokens_are_those_that_a_folder_names(tmp_path):
     expected = {
         "Baby Llama": (0, 1, 2, None),
@@ -129,6 +139,19 @@ def test_a_vocabulary_is_the_same_tokenizer_as_its_json(tmp_path):
     other = Tokenizer.load(tmp_path / "vocab.json")
     assert other.vocabulary_size == tokenizer.vocabulary_size == size
     assert other.encode(TEXTS) == tokenizer.encode(TEXTS)
+
+
+def test_pickled_weights_in_several_files_are_read(tmp_path):
+    folder = tmp_path / "theirs"
+    published.save_model(folder, **FORMS["Baby Llama"])
+    whole = read_checkpoint(imported(folder))
+    weights = torch.load(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").rename(folder / "unused")
+    for i in range(2):
+        part = {name: weights[name] for name in sorted(weights)[i::2]}
+        torch.save(part, folder / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    folder.with_suffix(".pt").unlink()
+    assert read_checkpoint(imported(folder))["digest"] == whole["digest"]
 
 
 def test_pickled_weights_that_hold_code_are_refused(tmp_path, refused):
