@@ -173,7 +173,7 @@ def parse(config_class, description, argv=None, epilog="", check=None, parser_cl
     fields = sorted(dataclasses.fields(config_class), key=lambda field: field.name in of_any_run)
     required = [" ".join([*_names(f), f.name.upper()]) for f in fields if f.default is REQUIRED]
     parser = parser_class(
-        usage=" ".join(["%(prog)s", *required, "[options]"]),
+        usage=" ".join(["%(prog)s", *required, "[options, or @FILE with some]"]),
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
