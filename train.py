@@ -326,7 +326,7 @@ def fit(objective, config, stream, evaluate, provenance):
                     logger.evaluate(evaluate)
                     last = resume.is_finished(progress, config.patience)
                 stopping = stop.is_requested()
-                if last or stopping or step % config.save_every == 0:
+                if last or stopping or logger.is_save_due():
                     logger.save()
                 if last or stopping:
                     break

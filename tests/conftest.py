@@ -21,10 +21,11 @@ from data import TokenShard, open_corpus
 from distill import DistillConfig
 from tokenizer import Tokenizer
 from train import CrossEntropyObjective, TrainConfig, TrainStep, build_optimizer
+from training import logger, resume
 from training.checkpoint import content_digest, read_checkpoint, write_checkpoint
 from training.device import autocast_for, choose_device
 from training.io import atomic_write, run_program
-from training.logger import commit
+from training.logger import TrainingLogger, commit
 from training.options import may_change
 from training.resume import Provenance
 
@@ -195,6 +196,19 @@ def interrupt_after(monkeypatch, steps, then=lambda: os.kill(os.getpid(), signal
         return prepare(self, batch)
 
     monkeypatch.setattr(TrainStep, "prepare", counted)
+
+
+def write_in_background(setattr):
+    """Lets runs on a CPU write checkpoints as on a GPU: a thread writes the host's own copy."""
+    gather, init = resume.gather_on_rank_zero, TrainingLogger.__init__
+
+    def init_in_background(self, *arguments):
+        init(self, *arguments)
+        self.in_background = True
+
+    setattr(TrainingLogger, "__init__", init_in_background)
+    for module in (resume, logger):
+        setattr(module, "gather_on_rank_zero", lambda tensor: gather(tensor).clone())
 
 
 @pytest.fixture(scope="session")

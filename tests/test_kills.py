@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import model as models
-from conftest import FIGURES, comparable, save_model, write_text
+from conftest import FIGURES, comparable, save_model, write_in_background, write_text
 from data import open_corpus
 from llama import LlamaConfig
 from training import plan, teacher_cache
@@ -52,6 +53,7 @@ class Watch:
 
     def __init__(self, folder, copies):
         self.folder, self.copies, self.seen, self.busy = str(folder), copies, [], False
+        self.lock = threading.RLock()  # another thread may write a checkpoint
         sys.addaudithook(self.hook)
         write = teacher_cache.TeacherCache.write  # its file is written through memory, without any call
 
@@ -64,20 +66,26 @@ class Watch:
         teacher_cache.TeacherCache.write = watched
 
     def hook(self, event, arguments):
-        if self.busy or event not in EVENTS or not isinstance(arguments[0], (str, os.PathLike)):
+        if event not in EVENTS or not isinstance(arguments[0], (str, os.PathLike)):
             return
+        with self.lock:
+            if not self.busy:
+                self.before_call(event, arguments)
+
+    def before_call(self, event, arguments):
         if os.path.abspath(arguments[0]).startswith(self.folder):
             reads = event == "open" and "r" in (arguments[1] or "")
             assert not (reads and TEMPORARY.search(str(arguments[0]))), "a temporary file is read"
             self.copy()
 
     def copy(self):
-        self.busy = True
-        now = content(self.folder)
-        if now not in self.seen:
-            shutil.copytree(self.folder, self.copies / str(len(self.seen)))
-            self.seen.append(now)
-        self.busy = False
+        with self.lock:
+            self.busy = True
+            now = content(self.folder)
+            if now not in self.seen:
+                shutil.copytree(self.folder, self.copies / str(len(self.seen)))
+                self.seen.append(now)
+            self.busy = False
 
 
 @pytest.fixture
@@ -138,13 +146,19 @@ def newest_step(out):
     return max(steps)
 
 
-def folders_left(perform, program, arguments, root, copies):
+def folders_left(perform, program, arguments, root, copies, in_background=False):
     """Every folder that a kill of the program may leave, in order; `root` has the last one."""
+
+    def watch():
+        Watch(root, copies)
+        if in_background:
+            write_in_background(setattr)
+
     copies.mkdir()
-    code, errors = perform(program, arguments, lambda: Watch(root, copies))
+    code, errors = perform(program, arguments, watch)
     assert code == 0, errors
     folders = sorted(copies.iterdir(), key=lambda path: int(path.name))
-    CALLS[program] = f"{program}.py {len(folders)}"
+    CALLS[f"{program}{in_background}"] = f"{program}.py{' in background' * in_background} {len(folders)}"
     FIGURES["kills at a call"] = (
         "each folder that a kill leaves before an open, rename, link, removal or mkdir, or within "
         f"the cache's memory: {', '.join(CALLS.values())}",
@@ -153,12 +167,16 @@ def folders_left(perform, program, arguments, root, copies):
     return folders
 
 
-@pytest.mark.parametrize("program", ["train", "distill"])
-def test_a_kill_at_any_call_of_a_run_loses_nothing(perform, data_folder, teachers, tmp_path, program):
+@pytest.mark.parametrize("program, in_background", [("train", False), ("train", True), ("distill", False)])
+def test_a_kill_at_any_call_of_a_run_loses_nothing(
+    perform, data_folder, teachers, tmp_path, program, in_background
+):
     root, step = tmp_path / "r", 0
     root.mkdir()
     arguments = run_arguments(program, root, data_folder, teachers)
-    folders = folders_left(perform, program, arguments, root, tmp_path / "copies")
+    if in_background:
+        arguments += ["--save-every-minutes", "0"]  # after each step
+    folders = folders_left(perform, program, arguments, root, tmp_path / "copies", in_background)
     expected, names = comparable(root / "run"), content(root).keys()
     for folder in folders:
         shutil.rmtree(root)

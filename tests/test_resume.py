@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ import torch
 
 import distill
 import train
-from conftest import comparable, config_for, needs_full_device, run, same, stopped, trained, weights
+from conftest import (
+    comparable,
+    config_for,
+    needs_full_device,
+    run,
+    same,
+    stopped,
+    trained,
+    weights,
+    write_in_background,
+)
 from data import open_corpus
 from training import checkpoint as checkpoints
 from training import io, logger, resume
@@ -272,3 +283,46 @@ def test_differences_name_each_setting_that_differs():
     assert resume.differences({"later": 5}, {}) == ["later: 5 -> None"]
     teachers = [{"name": "x"}, {"name": "y"}]
     assert resume.differences({"t": teachers}, {"t": [{"name": "x"}, {"name": "z"}]}) == ["t.1.name: y -> z"]
+
+
+# ---- saving
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(data_folder, tmp_path, monkeypatch):
+    """The first write waits for a step that comes after it; the run ends with the same bits."""
+    options = {"steps": 6, "save_every": 2, "eval_every": 3}
+    trained(config_for(data_folder, tmp_path / "plain", **options))
+    count, write, later = logger.TrainingLogger.count, logger.write_checkpoint, threading.Event()
+
+    def noted_count(self, step):
+        count(self, step)
+        if step == 3:
+            later.set()
+
+    def slow_write(path, **fields):
+        assert later.wait(60)
+        write(path, **fields)
+
+    write_in_background(monkeypatch.setattr)
+    monkeypatch.setattr(logger.TrainingLogger, "count", noted_count)
+    monkeypatch.setattr(logger, "write_checkpoint", slow_write)
+    trained(config_for(data_folder, tmp_path / "slow", **options))
+    assert comparable(tmp_path / "slow") == comparable(tmp_path / "plain")
+
+    def failing_write(path, **fields):
+        raise UserError(f"cannot write {path}")
+
+    monkeypatch.setattr(logger, "write_checkpoint", failing_write)
+    with pytest.raises(UserError, match="cannot write"):
+        trained(config_for(data_folder, tmp_path / "failed", **options))
+
+
+@pytest.mark.parametrize("minutes, steps", [(None, [3, 6]), (0, [1, 2, 3, 4, 5, 6]), (60, [6])])
+def test_a_checkpoint_is_due_by_steps_or_by_minutes(data_folder, tmp_path, monkeypatch, minutes, steps):
+    saved, save = [], logger.TrainingLogger.save
+    monkeypatch.setattr(
+        logger.TrainingLogger, "save", lambda self: (saved.append(self.progress["step"]), save(self))
+    )
+    options = {"steps": 6, "save_every": 3, "save_every_minutes": minutes}
+    trained(config_for(data_folder, tmp_path / "r", **options))
+    assert saved == steps

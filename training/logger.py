@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -228,7 +229,10 @@ class TrainingLogger:
         if config.profile and self.writes:
             self.profiler = profiler(config.profile, self.out / "trace.json")
             self.profiler.start()
-        self.started = self.clock = time.perf_counter()
+        # On a GPU the host has a copy of its own: training goes on while that is hashed and written.
+        self.in_background = train_step.nonfinite_steps.device.type != "cpu"
+        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.started = self.clock = self.saved_at = time.perf_counter()
         self.clock_step = self.first_step
         self.peak = peak_flops(choose_compute(config.device, config.precision))
 
@@ -236,6 +240,8 @@ class TrainingLogger:
         return self
 
     def __exit__(self, *_error):
+        self.finish_writing()
+        self.writer.shutdown()
         if self.profiler:
             self.profiler.stop()
             if self.progress["step"] - self.first_step <= PROFILE_AFTER:
@@ -314,16 +320,33 @@ class TrainingLogger:
         if record_evaluation(self.progress, values, self.config.least_gain):
             self._write_checkpoint("best.pt")
 
+    def is_save_due(self):
+        """True if a checkpoint is due after this step, by steps or by minutes. All ranks must call it."""
+        minutes = self.config.save_every_minutes
+        if minutes is None:
+            return self.progress["step"] % self.config.save_every == 0
+        return any(distributed.all_gather(time.perf_counter() - self.saved_at >= 60 * minutes))
+
     def save(self):
         """Writes checkpoint.pt; the one before it becomes previous.pt."""
+        self.saved_at = time.perf_counter()
         training = training_state(self.train_step)
         self._write_checkpoint("checkpoint.pt", previous=self.out / "previous.pt", training=training)
 
     def _write_checkpoint(self, name, **details):
         with self.paused():
+            self.finish_writing()
             fields = self._checkpoint_fields()
             if self.writes:
-                write_checkpoint(self.out / name, **fields, **details)
+                self.writing = self.writer.submit(write_checkpoint, self.out / name, **fields, **details)
+            if not self.in_background:
+                self.finish_writing()
+
+    def finish_writing(self):
+        """Waits for the last checkpoint. Raises what its writing has raised, such as `UserError`."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
     def _checkpoint_fields(self):
         """The fields that all checkpoints of the run have. All ranks must call it, to gather weights."""

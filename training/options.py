@@ -50,6 +50,9 @@ class RunConfig:
     )
     log_every: int = option(20, "steps between lines of log.jsonl", SAVE, minimum=1)
     save_every: int = option(500, "steps between checkpoints", SAVE, minimum=1)
+    save_every_minutes: float | None = option(
+        None, "minutes between checkpoints, in place of --save-every", SAVE, minimum=0
+    )
     save_at_words: list[str] | None = option(
         None,
         "also keep the weights after this many words of training, as chck_1M.pt and so on: numbers such "
