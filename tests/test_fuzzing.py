@@ -30,6 +30,7 @@ from evaluation.minimal_pairs import read_pairs
 from evaluation.statistics import comparison_table, read_losses
 from finetuning import classifier, tasks
 from llama import Llama, LlamaConfig
+from published import TOKENIZERS
 from tokenizer import Tokenizer
 from training import checkpoint as checkpoints
 from training.io import PAGE_BYTES, UserError, first_line_bytes, pack_header
@@ -272,9 +273,12 @@ def damage(generator, content):
 def test_damaged_bytes_are_refused_or_used(kinds, tokenizer, tmp_path, count):
     (tmp_path / "a.model").write_bytes(tokenizer.model_bytes)
     tokenizers = Kind(tmp_path / "a.model", {}, None, Tokenizer.load)
+    TOKENIZERS["Baby Llama"](tmp_path)
+    published = Kind(tmp_path / "tokenizer.json", {}, None, lambda path: Tokenizer.load(path).encode("a cat"))
     loaded = kinds["checkpoints"]._replace(read=models.load_checkpoint)
     generator = random.Random(0)
-    for name, kind in (kinds | {"checkpoints": loaded, "tokenizers": tokenizers}).items():
+    others = {"checkpoints": loaded, "tokenizers": tokenizers, "tokenizer.json": published}
+    for name, kind in (kinds | others).items():
         if kind.write:
             kind.write(kind.path, kind.header)
         original, refused = kind.path.read_bytes(), 0
