@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -477,21 +478,28 @@ def test_weights_and_biases_has_what_the_log_says_also_of_a_run_that_was_stopped
     config = config_for(data_folder, tmp_path / "r", wandb=True)
     stopped(config, monkeypatch, 8)
     trained(config)
-    found = {}
     paths = sorted((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(paths) == 2 and len({path.name for path in paths}) == 1  # one run, in two parts
-    for path in paths:
-        content, position = path.read_bytes(), 7
-        assert len(content) < 1 << 15
-        while position < len(content):
-            _, size, _ = struct.unpack_from("<IHB", content, position)
-            record = Record.FromString(content[position + 7 : position + 7 + size])
-            position += 7 + size
-            for item in record.history.item:
-                key = item.key or item.nested_key[0]
-                found.setdefault(record.history.step.num, {})[key] = json.loads(item.value_json)
-    for entry in log_entries(tmp_path / "r"):
-        assert entry.items() <= found[entry["step"]].items() | {("step", entry["step"])}
+
+    def history():
+        steps = {}
+        for path in paths:
+            content, position = path.read_bytes(), 7
+            assert len(content) < 1 << 15
+            while position < len(content):
+                _, size, _ = struct.unpack_from("<IHB", content, position)
+                record = Record.FromString(content[position + 7 : position + 7 + size])
+                position += 7 + size
+                for item in record.history.item:
+                    key = item.key or item.nested_key[0]
+                    steps.setdefault(record.history.step.num, {})[key] = json.loads(item.value_json)
+        return steps
+
+    entries, deadline = log_entries(tmp_path / "r"), time.monotonic() + 30
+    while not {entry["step"] for entry in entries} <= history().keys() and time.monotonic() < deadline:
+        time.sleep(0.1)  # a process of its own writes the file
+    for entry in entries:
+        assert entry.items() <= history()[entry["step"]].items() | {("step", entry["step"])}
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
