@@ -261,8 +261,12 @@ def without_prefix(rule):
         return rule
     if rule.get("type") == "Prepend" or (rule.get("type") == "Strip" and "start" in rule):
         return None
-    off = {"add_prefix_space": False, "prepend_scheme": "never"}
-    return {key: off[key] if key in off else without_prefix(value) for key, value in rule.items()}
+    changed = {key: without_prefix(value) for key, value in rule.items()}
+    if rule.get("type") == "Metaspace" and rule.get("add_prefix_space", True):
+        changed["prepend_scheme"] = "never"  # older files do not have it
+    if "add_prefix_space" in rule:
+        changed["add_prefix_space"] = False
+    return changed
 
 
 def with_special_ids(model_bytes, path):

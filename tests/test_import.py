@@ -132,6 +132,33 @@ def test_special_tokens_are_those_that_a_folder_names(tmp_path):
         assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == ids, name
 
 
+METASPACE = {"type": "Metaspace", "replacement": "\u2581"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+PREFIXES = {  # of several versions of the library: with a blank before each text, the last without
+    "older": {"pre_tokenizer": METASPACE | {"add_prefix_space": True}},
+    "both": {"pre_tokenizer": METASPACE | {"add_prefix_space": True, "prepend_scheme": "first"}},
+    "newer": {"pre_tokenizer": METASPACE | {"prepend_scheme": "always", "split": False}},
+    "normalizer": {
+        "pre_tokenizer": None,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, REPLACE],
+        },
+    },
+    "none": {"pre_tokenizer": METASPACE | {"prepend_scheme": "never"}},
+}
+
+
+def test_the_blank_before_a_text_is_known_in_each_spelling(tmp_path):
+    published.llama2_json(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for name, rules in PREFIXES.items():
+        tokenizer = Tokenizer.read(json.dumps(content | rules).encode())
+        assert tokenizer.adds_space == (name != "none")
+        assert tokenizer.decode(tokenizer.encode("the cat")[:1])[0] == "t", name
+        assert tokenizer.decode(tokenizer.encode(" the cat")) == " the cat", name
+
+
 def test_a_vocabulary_is_the_same_tokenizer_as_its_json(tmp_path):
     published.gpt2(tmp_path)
     tokenizer, size = Tokenizer.load(tmp_path / "tokenizer.json"), 400
