@@ -37,7 +37,7 @@ import train
 from corpus.text_files import sub_corpora
 from data import TokenShard, open_corpus
 from evaluation.minimal_pairs import pairs_digest, read_pairs
-from evaluation.perplexity import training_shares
+from evaluation.perplexity import FITTED_CHUNKS, training_shares
 from evaluation.scoring import context_length
 from experiments import recipes
 from experiments.jobs import INCOMPLETE, Job, run_jobs
@@ -68,6 +68,7 @@ from training.resume import differences, is_finished
 
 PROMPTS = ("Once upon a time", "The children", "I think that")
 SAMPLE_TOKENS = 40
+FITTING_PASSES = 3  # that the temperature takes as a rule
 DISK_BYTES = 40  # per parameter of a run: two full checkpoints, best.pt, a checkpoint that is being written
 
 
@@ -653,29 +654,37 @@ def check_models(context, seeds):
 
 
 def check_scored_data(context):
-    """Raises `UserError` for text or pairs that evaluate.py would refuse after the training."""
-    corpus = open_corpus(context.data)
-    for shard in (corpus.dev, TokenShard(context.data / "report" / "dev.bin")):
+    """Returns the tokens that a model is run on when it is scored.
+
+    Raises `UserError` for text or pairs that evaluate.py would refuse after the training.
+    """
+    corpus, test = open_corpus(context.data), TokenShard(context.data / "report" / "dev.bin")
+    for shard in (corpus.dev, test):
         training_shares(context.data, shard)  # every model is scored with these
+    fitted = FITTING_PASSES * min(corpus.dev.num_tokens, FITTED_CHUNKS * 128)
+    tokens = corpus.dev.num_tokens + test.num_tokens + fitted
     size = corpus.tokenizer.vocabulary_size
     positions = min(context_length(spec.network(size)) for spec in context.recipe.specs.values())
     for folder in context.pairs:
         pairs = [pair for file_pairs in read_pairs(folder).values() for pair in file_pairs]
         sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
         for sentence, ids in zip(sentences, corpus.tokenizer.encode(sentences)):
+            tokens += len(ids)
             if len(ids) > positions:
                 raise UserError(
                     f"{folder}: a sentence of {len(ids)} tokens is longer than the context of a model, "
                     f"{positions}: {sentence[:60]!r}"
                 )
+    return tokens
 
 
-def print_costs(context, seeds):
+def print_costs(context, seeds, scored_tokens):
     """Prints what each model costs, and the time left, if models were trained on this machine before."""
     shard = TokenShard(context.data / "train.bin")
     rows = [["model", "parameters", "epochs", "tokens", "FLOPs", "left to train", "disk"]]
     flops_left = flops_measured = seconds = disk = 0
-    for name, cost in recipes.costs(context.recipe, shard.num_tokens, shard.words).items():
+    costs = recipes.costs(context.recipe, shard.num_tokens, shard.words)
+    for name, cost in costs.items():
         paths = [context.result_path(name, seed) for seed in seeds]
         results = [read_result(path) for path in paths if path.exists()]
         runs_left, size = len(seeds) - len(results), DISK_BYTES * cost.parameters
@@ -690,6 +699,9 @@ def print_costs(context, seeds):
     hours = flops_left * seconds / flops_measured / 3600 if seconds else None
     time_left = "" if hours is None else f", {hours:.2g} hours at the speed measured here"
     free = shutil.disk_usage(context.data).free
+    minutes = recipes.card_minutes(context.recipe, costs, scored_tokens)
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in minutes.items())
+    print(f"minutes a seed on an H200, by arithmetic: {sum(minutes.values()):.1f} ({parts})")
     print(
         f"seeds {seeds[0]} to {seeds[-1]}: {flops_left:.1e} FLOPs of training left{time_left}; scoring and "
         f"fine-tuning come on top\ndisk {disk / 1e9:.2f} GB in all, {free / 1e9:.0f} GB free"
@@ -757,8 +769,7 @@ def main(argv=None):
             check_results(context)
         context = dataclasses.replace(context, recipe=chosen)
         check_models(context, seeds)
-        check_scored_data(context)
-        print_costs(context, seeds)
+        print_costs(context, seeds, check_scored_data(context))
         if config.dry_run:
             return 0
         if not config.tune:

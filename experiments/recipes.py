@@ -366,6 +366,9 @@ def _merged_table(name, tables):
 
 # ---- arithmetic before training
 
+# Of an H200 in operations per second: 40 % of bf16 products by data sheet, and products in float32.
+CARD_FLOPS, CARD_FLOPS_FP32 = 0.4 * 989e12, 50e12
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -398,3 +401,15 @@ def costs(experiment, num_tokens, words):
         flops += sum(2 * layers[t] * teacher_tokens + 2 * head[t] * tokens for t in spec.teachers)
         result[name] = Cost(models.count_parameters(network), plan.epochs(plan.steps), tokens, flops)
     return result
+
+
+def card_minutes(experiment, costs, scored_tokens):
+    """{part: minutes on an H200}, by arithmetic: each training, and the scoring of everything.
+
+    `costs` are those of `costs`, and each model and ensemble is scored on `scored_tokens` tokens.
+    Saves, compiling and the launches of small models come on top.
+    """
+    minutes = {name: cost.flops / CARD_FLOPS / 60 for name, cost in costs.items()}
+    sizes = [costs[spec.name].parameters for specs, _ in experiment.all_scored().values() for spec in specs]
+    speed = CARD_FLOPS_FP32 if experiment.precision == "fp32" else CARD_FLOPS
+    return minutes | {"scoring": 2 * sum(sizes) * scored_tokens / speed / 60}

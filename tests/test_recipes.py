@@ -1,11 +1,12 @@
 """Recipes: those that come with the project can be run, and a wrong one says what is wrong."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from experiments.recipes import costs, read_experiment, recipe_names
+from experiments.recipes import Cost, card_minutes, costs, read_experiment, recipe_names
 from training.io import UserError
 
 MODELS = {
@@ -114,6 +115,18 @@ def test_the_costs_are_the_arithmetic(tmp_path):
     head = 1000 * 96
     expected = (6 * met_by_student + 2 * head) * student.tokens + 2 * (met - head) * 12_801
     assert cached.flops == expected
+
+
+def test_minutes_on_a_card_are_the_arithmetic():
+    """60 x 40 % of 989e12 operations a minute; scoring is 2 for each parameter and token."""
+    recipe = read_experiment("paper")
+    by_model = {name: Cost(10**8, 6, 0, 60 * 0.4 * 989e12) for name in recipe.specs}
+    minutes = card_minutes(recipe, by_model, 10**6)
+    scoring = minutes.pop("scoring")
+    assert minutes == pytest.approx(dict.fromkeys(recipe.specs, 1.0))
+    assert scoring == pytest.approx(6 * 2 * 10**8 * 10**6 / 50e12 / 60)  # four models, an ensemble of two
+    in_bf16 = dataclasses.replace(recipe, precision="bf16")
+    assert card_minutes(in_bf16, by_model, 10**6)["scoring"] < scoring / 7
 
 
 @pytest.mark.parametrize(
