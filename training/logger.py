@@ -337,10 +337,10 @@ class TrainingLogger:
         with self.paused():
             self.finish_writing()
             fields = self._checkpoint_fields()
-            if self.writes:
+            if self.writes and self.in_background:
                 self.writing = self.writer.submit(write_checkpoint, self.out / name, **fields, **details)
-            if not self.in_background:
-                self.finish_writing()
+            elif self.writes:
+                write_checkpoint(self.out / name, **fields, **details)
 
     def finish_writing(self):
         """Waits for the last checkpoint. Raises what its writing has raised, such as `UserError`."""
