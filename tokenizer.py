@@ -40,12 +40,17 @@ class Tokenizer:
     adds_space = False
     call_characters = 1 << 14  # of a long text, to encode at a time by a core
 
+    def __new__(cls, model_bytes, name="tokenizer.model"):
+        """`Tokenizer(model_bytes)` is of the kind that the bytes are of."""
+        kind = cls
+        if cls is Tokenizer:
+            kind = JsonTokenizer if bytes(model_bytes[:1]) == b"{" else SentencePieceTokenizer
+        return super().__new__(kind)
+
     @staticmethod
     def read(model_bytes, name="tokenizer.model"):
         """The tokenizer with these bytes. Raises `UserError` if they are of none that can be read."""
-        model_bytes = bytes(model_bytes)
-        kind = JsonTokenizer if model_bytes[:1] == b"{" else SentencePieceTokenizer
-        return kind(model_bytes, name)
+        return Tokenizer(model_bytes, name)
 
     @staticmethod
     def load(path):
