@@ -468,6 +468,10 @@ def run_in_parallel(context, seeds, limit):
 
 def model_job(context, name, seed, is_needed):
     """`run_model` as a job; one that is needed is trained even if it has a result. Returns an exit code."""
+    # The jobs of its teachers and members have ended. Two jobs must not open one run at a time.
+    specs, _ = context.recipe.all_scored()[name]
+    sources = context.recipe.only([spec.name for spec in specs]).specs
+    context.finished.update(context.folder(spec, seed) for key, spec in sources.items() if key != name)
     try:
         run_model(context, name, seed)
         if is_needed:

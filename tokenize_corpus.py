@@ -106,9 +106,10 @@ def read_folder(folder, cleaning="light", keep_cr=False):
 def line_blocks(text, characters):
     """`text` in blocks of whole lines, of `characters` or a little more.
 
-    The ids of all blocks together are those of the whole text. No piece of SentencePiece contains a
-    newline. A byte-level BPE may join a newline with other blanks: so a block ends where none is
-    beside it, but for an empty line, if such a place is within the next `characters`.
+    The ids of all blocks together are those of the whole text, unless a tokenizer joins several
+    newlines as Llama 3's does. No piece of SentencePiece contains a newline. A byte-level BPE may join
+    a newline with other blanks: so a block ends where none is beside it, but for an empty line, if such
+    a place is within the next `characters`.
     """
     start = 0
     while start < len(text):
@@ -287,8 +288,8 @@ def encode_split(file, split, sources, tokenizer):
 def write_corpus(out, splits, tokenizer):
     """Writes `tokenizer` and {split: list of SourceText} into the folder `out`: {split: header}.
 
-    The files get their names when all of them are on the disk, so that a full disk or a stop changes
-    nothing. A kill between two renames leaves a folder without train.bin, which is refused until the
+    The files get their names when all of them are on the disk, so that a full disk changes nothing. A
+    kill or a stop between two renames leaves a folder without train.bin, which is refused until the
     same command has completed it.
     """
     names = [*(f"{split}.bin" for split in splits), "tokenizer.model"]

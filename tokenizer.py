@@ -40,11 +40,11 @@ class Tokenizer:
     adds_space = False
     call_characters = 1 << 14  # of a long text, to encode at a time by a core
 
-    def __new__(cls, model_bytes, name="tokenizer.model"):
+    def __new__(cls, *arguments):
         """`Tokenizer(model_bytes)` is of the kind that the bytes are of."""
         kind = cls
         if cls is Tokenizer:
-            kind = JsonTokenizer if bytes(model_bytes[:1]) == b"{" else SentencePieceTokenizer
+            kind = JsonTokenizer if bytes(arguments[0][:1]) == b"{" else SentencePieceTokenizer
         return super().__new__(kind)
 
     @staticmethod

@@ -47,7 +47,8 @@ def logit_blocks(model, tokens, targets):
     """Yields float32 logits (n, V) and their targets (n,) of (B, T) tokens, in blocks of rows."""
     device = next(model.parameters()).device
     logits = model(tokens.to(device)).flatten(0, 1)  # (N, V)
-    size = BLOCK_ROWS if device.type == "cpu" else len(logits)  # such a block fits a CPU's cache
+    # A block fits a CPU's cache, and takes a quarter of a GiB for each array of a GPU.
+    size = BLOCK_ROWS if device.type == "cpu" else max(1, (1 << 26) // logits.shape[-1])
     for z, target in zip(logits.split(size), targets.to(device).flatten().split(size)):
         yield z.float(), target
 

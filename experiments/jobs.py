@@ -62,8 +62,10 @@ def run_jobs(jobs, limit):
                     code = INCOMPLETE
                 elif process.exitcode == 1:
                     raise UserError(f"{job.name}: {last_line(job.log)}")
+                elif process.exitcode < 0:
+                    raise UserError(f"{job.name}: signal {-process.exitcode} killed it, see {job.log}")
                 else:
-                    return abs(process.exitcode)
+                    return process.exitcode
     return code
 
 
@@ -103,6 +105,9 @@ def run_job(job, threads):
         wait([multiprocessing.parent_process().sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
 
+    # Ctrl-C in a terminal reaches the parent alone, which asks all jobs to stop, once: a second signal
+    # would end a training before it has saved.
+    os.setsid()
     threading.Thread(target=stop_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     job.log.parent.mkdir(parents=True, exist_ok=True)

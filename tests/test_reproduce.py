@@ -489,6 +489,7 @@ def test_the_first_job_that_fails_stops_the_others_and_says_why(recipe, given_te
 def test_side_by_side_continues_after_a_signal_and_trains_only_what_is_missing(recipe, given_text, tmp_path):
     models = {name: MODELS[name] for name in ("llama-teacher", "control")}
     models["student"] = MODELS["student"] | {"teachers": ["llama-teacher"]}
+    models["second-student"] = models["student"] | {"alpha": 0.25}  # both wait for one teacher
     options = OPTIONS | {"steps": 60, "log_every": 1}
     arguments = ["--recipe", recipe(models=models, options=options), *given_text]
     assert run(*arguments, "--out", tmp_path / "one") == 0
@@ -510,12 +511,14 @@ def test_side_by_side_continues_after_a_signal_and_trains_only_what_is_missing(r
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     assert not list(out.glob("seed-0/*.json"))
-    assert run(*arguments, "--out", out, "--jobs", "2") == 0
+    assert run(*arguments, "--out", out, "--jobs", "3") == 0
     assert weights_of(out) == weights_of(tmp_path / "one")
     # A student whose teacher's run is gone needs it again; the control does not.
     shutil.rmtree(out / "seed-0" / "llama-teacher")
     shutil.rmtree(out / "seed-0" / "student")
+    shutil.rmtree(out / "seed-0" / "second-student")
     (out / "seed-0" / "student.json").unlink()
+    (out / "seed-0" / "second-student.json").unlink()
     before = trained(out / "seed-0" / "control")
     assert run(*arguments, "--out", out, "--jobs", "2") == 0
     assert weights_of(out) == weights_of(tmp_path / "one")

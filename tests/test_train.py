@@ -325,8 +325,8 @@ def test_an_unknown_option_suggests_the_nearest(capsys, program, argument, neare
 
 def test_a_file_of_options_stands_where_its_name_stands(tmp_path, capsys):
     path = tmp_path / "options.txt"
-    path.write_text("--model llama-tiny  # a comment\n--steps\n5\n--data 'my data'\n")
-    expected = TrainConfig(model="llama-tiny", steps=7, data="my data", seed=3)
+    path.write_text("# it's\n--model llama-tiny  # a comment\n--steps\n5\n--data 'my data#1'\n")
+    expected = TrainConfig(model="llama-tiny", steps=7, data="my data#1", seed=3)
     assert parse(TrainConfig, "", ["--seed", "3", f"@{path}", "--steps", "7"]) == expected
     mistakes = ("--data 'no end", "No closing quotation"), ("--stpes 5", "did you mean --steps?")
     for content, message in (*mistakes, (None, "No such file")):

@@ -240,14 +240,16 @@ class TrainingLogger:
         return self
 
     def __exit__(self, *_error):
-        self.finish_writing()
-        self.writer.shutdown()
-        if self.profiler:
-            self.profiler.stop()
-            if self.progress["step"] - self.first_step <= PROFILE_AFTER:
-                warn(f"--profile: no trace was written, because it begins after {PROFILE_AFTER} steps")
-        for tracker in self.log.trackers if self.log else ():
-            tracker.close()
+        try:
+            self.finish_writing()
+        finally:
+            self.writer.shutdown()
+            if self.profiler:
+                self.profiler.stop()
+                if self.progress["step"] - self.first_step <= PROFILE_AFTER:
+                    warn(f"--profile: no trace was written, because it begins after {PROFILE_AFTER} steps")
+            for tracker in self.log.trackers if self.log else ():
+                tracker.close()
 
     def count(self, step):
         """Counts a step. At a mark of --save-at-words it saves the weights."""

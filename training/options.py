@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import shlex
 import sys
 import types
@@ -118,8 +119,9 @@ def defaults(config_class):
 class Parser(argparse.ArgumentParser):
     """An argument parser that suggests the nearest option for an unknown one.
 
-    An argument @FILE stands for the words in that file, quoted as in a shell, with # for comments. What
-    comes later on the command line wins. `reads_files` is False where an argument may begin with @.
+    An argument @FILE stands for the words in that file, quoted as in a shell. A # at the start of a line
+    or after a blank begins a comment. What comes later on the command line wins. `reads_files` is False
+    where an argument may begin with @.
     """
 
     reads_files = True
@@ -142,7 +144,7 @@ class Parser(argparse.ArgumentParser):
         if not argument.startswith("@"):
             return [argument]
         try:
-            return shlex.split(Path(argument[1:]).read_text("utf-8"), comments=True)
+            return shlex.split(re.sub(r"(?m)(^|\s)#.*", "", Path(argument[1:]).read_text("utf-8")))
         except (OSError, ValueError) as error:  # ValueError: a quote without its end, or no UTF-8
             return self.error(f"{argument}: {getattr(error, 'strerror', None) or error}")
 
