@@ -101,8 +101,8 @@ def read_pairs(folder, convention="newline"):
 
 def pairs_digest(pairs):
     """The SHA-256 of pairs as `read_pairs` returns them; of BLiMP's, sentences and field alone."""
-    kept = {f: [p if any(p.contexts) else p[:3] for p in members] for f, members in pairs.items()}
-    return sha256(json.dumps(kept).encode())
+    fields = {f: [p if any(p.contexts) else p[:3] for p in members] for f, members in pairs.items()}
+    return sha256(json.dumps(fields).encode())
 
 
 def _pair(line, path, number, convention):

@@ -76,7 +76,8 @@ def stopped_by_signals():
     def leave(number, _frame):
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, leave) for number in STOPPING}
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+    previous = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:

@@ -171,14 +171,14 @@ def test_a_vocabulary_is_the_same_tokenizer_as_its_json(tmp_path):
 def test_pickled_weights_in_several_files_are_read(tmp_path):
     folder = tmp_path / "theirs"
     published.save_model(folder, **FORMS["Baby Llama"])
-    whole = read_checkpoint(imported(folder))
+    expected = read_checkpoint(imported(folder))
     weights = torch.load(folder / "pytorch_model.bin")
     (folder / "pytorch_model.bin").rename(folder / "unused")
     for i in range(2):
         part = {name: weights[name] for name in sorted(weights)[i::2]}
         torch.save(part, folder / f"pytorch_model-0000{i + 1}-of-00002.bin")
     folder.with_suffix(".pt").unlink()
-    assert read_checkpoint(imported(folder))["digest"] == whole["digest"]
+    assert read_checkpoint(imported(folder))["digest"] == expected["digest"]
 
 
 def test_pickled_weights_that_hold_code_are_refused(tmp_path, refused):

@@ -21,6 +21,8 @@ from training.io import UserError, atomic_write, log, remove_temporaries, warn, 
 from training.resume import check_diverged, gather_on_rank_zero, training_state
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+AGREE_SECONDS = 2  # ranks agree on stopping at least this often, or after as many steps:
+AGREE_STEPS = 8  # torchrun kills a process that has not ended 30 seconds after a signal
 PROFILE_AFTER = 10  # steps: by then all layers are compiled and all buffers are allocated
 NONFINITE_LIMIT = 10  # a run ends after so many steps in a row without a finite gradient
 
@@ -68,7 +70,9 @@ class StopSignal:
 
     def __init__(self, minutes=None):
         self.number = None
-        self.deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+        self.agreed_at = time.perf_counter()
+        self.deadline = math.inf if minutes is None else self.agreed_at + 60 * minutes
+        self.steps_since_agreed, self.steps_to_agree = 0, 1
 
     def __enter__(self):
         under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -86,10 +90,21 @@ class StopSignal:
             signal.signal(number, handler)
 
     def is_requested(self):
-        """True if the run should stop, on all ranks alike. All must call it after each step."""
-        answers = distributed.all_gather((self.number, time.perf_counter() > self.deadline))
-        numbers, late = zip(*answers)
+        """True if the run should stop, on all ranks alike. All must call it after each step.
+
+        Several ranks exchange this about once in `AGREE_SECONDS`: each exchange waits for the slowest.
+        """
+        self.steps_since_agreed += 1
+        if self.steps_since_agreed < self.steps_to_agree:
+            return False
+        now = time.perf_counter()
+        step_seconds = (now - self.agreed_at) / self.steps_since_agreed
+        answers = distributed.all_gather((self.number, now > self.deadline, step_seconds))
+        numbers, late, seconds = zip(*answers)
         self.number = next(filter(None, numbers), None)
+        self.steps_since_agreed, self.agreed_at = 0, now
+        if distributed.world_size() > 1:
+            self.steps_to_agree = max(1, min(AGREE_STEPS, int(AGREE_SECONDS / max(seconds))))
         return self.number is not None or any(late)
 
 
@@ -323,10 +338,15 @@ class TrainingLogger:
             self._write_checkpoint("best.pt")
 
     def is_save_due(self):
-        """True if a checkpoint is due after this step, by steps or by minutes. All ranks must call it."""
-        minutes = self.config.save_every_minutes
+        """True if a checkpoint is due after this step. All ranks must call it.
+
+        Several ranks exchange their minutes after logged steps alone, where they wait anyway.
+        """
+        minutes, step = self.config.save_every_minutes, self.progress["step"]
         if minutes is None:
-            return self.progress["step"] % self.config.save_every == 0
+            return step % self.config.save_every == 0
+        if distributed.world_size() > 1 and step % self.config.log_every:
+            return False
         return any(distributed.all_gather(time.perf_counter() - self.saved_at >= 60 * minutes))
 
     def save(self):
