@@ -9,12 +9,13 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import model as models
 from conftest import make_tokenizer, save_model, train_tokenizer, write_split, write_text
 from data import TokenShard
-from evaluation import perplexity
+from evaluation import perplexity, scoring
 from evaluation.minimal_pairs import (
     accuracies,
     pair_scores,
@@ -432,6 +433,47 @@ def test_scores_in_bfloat16_are_near(checkpoints, data_folder, tmp_path):
     a, b = (result["cross_entropy"] for result in results)
     assert a != b and abs(a - b) < 1e-3 * a
     assert results[0]["pairs"] == results[1]["pairs"]
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the names of all operators that run in this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["gpt2-tiny", "llama-tiny"])
+def test_products_by_one_dnn_give_the_same_losses(preset, monkeypatch):
+    model, losses, names = models.build_model(preset, 300).eval(), {}, {}
+    tokens = torch.randint(300, (5, 33), generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which are 0 in a new model
+            nn.init.normal_(parameter, std=0.1)
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        with Operators() as operators:
+            losses[capability] = scoring.token_losses(model, tokens[:, :-1], tokens[:, 1:])
+        names[capability] = operators.names
+    torch.testing.assert_close(losses["AVX512"], losses["AVX2"], rtol=0, atol=1e-5)
+    if torch.backends.mkldnn.is_available():
+        assert "mkldnn::_linear_pointwise" in names["AVX512"] - names["AVX2"]
+        assert not names["AVX512"] & {"aten::mm", "aten::addmm"}
+
+
+def test_one_dnn_leaves_other_precisions_alone():
+    layer, x = nn.Linear(40, 30), torch.randn(7, 40)
+    for dtype in (torch.bfloat16, torch.float64):
+        double = dtype == torch.float64
+        layer, x = (layer.double(), x.double()) if double else (layer, x)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=not double):
+            expected = layer(x)
+            with scoring.OneDnnProducts():
+                assert layer(x).dtype == dtype and torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize(
