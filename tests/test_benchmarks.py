@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measurement, suite, workers
+from benchmarks import evaluation, measurement, suite, workers
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {command for phases in suite.SUITES.values() for command in phases.values()}
@@ -218,3 +218,19 @@ def test_the_last_line_of_a_benchmark_with_json_has_all_results():
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     results = json.loads(done.stdout.splitlines()[-1])
     assert results.keys() == {"machine", "16 fused"} and results["16 fused"]["ms"] > 0
+
+
+def test_all_ways_of_scoring_agree_and_what_is_not_installed_is_said(monkeypatch, capsys):
+    def other_way(folder, device, sentences):
+        assert (folder / "model.safetensors").exists()
+        return lambda: torch.zeros(len(sentences), dtype=torch.float64)
+
+    monkeypatch.setattr(evaluation, "OTHERS", {"json": other_way, "no_such_module": other_way})
+    monkeypatch.setattr(evaluation, "SENTENCES", 30)
+    evaluation.main(["--model", "llama-tiny-student", "--device", "cpu", "--json"])
+    *printed, results = capsys.readouterr().out.splitlines()
+    results = json.loads(results)
+    assert results.keys() == {"machine", "by length", "one at a time", "padded to the longest", "json"}
+    assert results["one at a time"]["difference"] < 1e-4 > results["padded to the longest"]["difference"]
+    assert results["json"]["difference"] > 10  # this way is wrong
+    assert any(line.split() == ["no_such_module", "not", "installed", "-", "-"] for line in printed)
