@@ -70,7 +70,7 @@ PROBE = "a  b\n\n\tﬁ ½\u00a0e\u0301 "
 CARD_OPTIONS = (
     *("epochs", "steps", "batch_size", "sequence_length", "random_offset", "seed"),
     *("optimizer", "learning_rate", "schedule", "min_lr_ratio", "warmup_steps", "beta2", "clip"),
-    *("weight_decay", "no_decay", "dropout", "label_smoothing", "precision", "patience"),
+    *("average_last", "weight_decay", "no_decay", "dropout", "label_smoothing", "precision", "patience"),
     *("alpha", "temperature", "kl_reduction", "teacher_weights"),
 )
 PROGRESS = {

@@ -18,6 +18,7 @@ from torch import nn
 
 from loss import linear_cross_entropy
 from training import distributed, resume
+from training.average import WeightAverage
 from training.device import (
     checkpoint_activations,
     choose_compute,
@@ -71,6 +72,9 @@ class TrainConfig(RunConfig):
         "adamw", "muon: Muon for the layers' weight matrices, AdamW for the rest", choices=("adamw", "muon")
     )
     beta2: float = recipe(0.999, "decay of AdamW's mean of squared gradients", minimum=0, maximum=0.999999)
+    average_last: float = recipe(
+        0.0, "average the weights over this share of the steps, the last ones", minimum=0, maximum=1
+    )
     eval_sequences: int = option(
         1024, "largest number of dev (validation) sequences per evaluation", SAVE, minimum=1, may_change=False
     )
@@ -190,6 +194,7 @@ class TrainStep:
         device = next(iter(self.parameters.values())).device
         self.nonfinite_in_a_row = torch.zeros((), device=device)
         self.nonfinite_steps = torch.zeros((), device=device)
+        self.average = WeightAverage()
 
     def __call__(self, batch, learning_rate):
         for group, ratio in zip(self.groups, self.rate_ratios):
@@ -299,6 +304,8 @@ def fit(objective, config, stream, evaluate, provenance):
     train_step = build_train_step(objective, config, stream, compute)
     config = dataclasses.replace(config, micro_batch_size=train_step.micro_batch_size)
     flops = 6 * sum(p.numel() for p in train_step.parameters.values()) * plan.tokens_seen(1)
+    if plan.averaged_steps:
+        train_step.average = WeightAverage(train_step.parameters, plan.steps - plan.averaged_steps + 1)
     captured = should_capture(config, compute, train_step.optimizers, flops)
     with locked(config.out) if distributed.rank() == 0 else contextlib.nullcontext():
         progress = resume.start_or_resume(train_step, config, provenance, plan.steps)
@@ -318,6 +325,7 @@ def fit(objective, config, stream, evaluate, provenance):
                 )
                 batch = stream(step - 1).rank_slice(distributed.rank(), distributed.world_size())
                 terms = take_step(batch.to(compute.device), rate)
+                train_step.average.update(step)
                 logger.count(step)
                 last = step == plan.steps
                 if last or step % config.log_every == 0:

@@ -108,7 +108,7 @@ def test_an_option_that_an_old_run_does_not_have_means_its_default(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     command = [*OLD_COMMANDS["1d4d709", "trained"][1].split(), *OLD_OPTIONS]
     saved = torch.load("trained/checkpoint.pt", weights_only=True)["config"]
-    for name, value in (("clip", 0.5), ("beta2", 0.95), ("min_lr_ratio", 0.1), ("optimizer", "muon")):
+    for name, value in (("clip", 0.5), ("beta2", 0.95), ("min_lr_ratio", 0.1), ("average_last", 0.2)):
         assert name not in saved
         assert name in refused(train, *command, f"--{name.replace('_', '-')}", value)
 

@@ -47,6 +47,7 @@ from conftest import (
 from data import Batch, BatchStream, TokenShard
 from distill import DistillConfig
 from train import CrossEntropyObjective, TrainConfig, learning_rate
+from training.average import WeightAverage
 from training.checkpoint import read_checkpoint
 from training.io import UserError
 from training.options import GROUPS, parse
@@ -136,6 +137,31 @@ def test_resuming_equals_not_stopping(whole_run, data_folder, tmp_path, monkeypa
     assert stopped(config, monkeypatch, steps)["stopped_by"] == signal.SIGTERM
     assert trained(config)["step"] == 12
     assert comparable(tmp_path / "r") == comparable(whole_run)
+
+
+def test_average_last_gives_the_mean_of_the_last_weights(whole_run, data_folder, tmp_path, monkeypatch):
+    options = {"average_last": 0.5, "eval_every": 9}
+    after, update = [], WeightAverage.update
+
+    def recorded(self, step):
+        after.append({name: p.detach().clone() for name, p in self.parameters.items()})
+        update(self, step)
+
+    def assert_mean(path, steps):
+        for name, weight in weights(path).items():
+            mean = torch.stack([values[name] for values in steps]).mean(0)
+            torch.testing.assert_close(weight, mean, rtol=1e-5, atol=1e-6)
+
+    config = config_for(data_folder, tmp_path / "cut", **options)
+    monkeypatch.setattr(WeightAverage, "update", recorded)
+    assert stopped(config, monkeypatch, 9)["best_step"] == 9
+    assert_mean(tmp_path / "cut/best.pt", after[6:])
+    assert same(weights(tmp_path / "cut/checkpoint.pt"), after[8])  # training goes on with these
+    trained(config)
+    assert same(after[-1], weights(whole_run / "checkpoint.pt"))  # those of a run without the option
+    assert_mean(tmp_path / "cut/checkpoint.pt", after[6:])
+    trained(config_for(data_folder, tmp_path / "whole", **options))
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from training import distributed
 from training.checkpoint import make_checkpoint, write_checkpoint
 from training.device import choose_compute, peak_flops
 from training.io import UserError, atomic_write, log, remove_temporaries, warn, write_text
-from training.resume import check_diverged, gather_on_rank_zero, training_state
+from training.resume import check_diverged, gather_on_rank_zero, is_finished, training_state
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AGREE_SECONDS = 2  # ranks agree on stopping at least this often, or after as many steps:
@@ -326,7 +326,8 @@ class TrainingLogger:
 
         Writes best.pt if this evaluation is the best so far.
         """
-        with self.paused(), distributed.unsharded(self.train_step.objective):
+        average, objective = self.train_step.average, self.train_step.objective
+        with self.paused(), average.applied(), distributed.unsharded(objective):
             result = evaluate(self.model, self.train_step.autocast)
         values = {key: float(value) for key, value in result.items()}
         if self.log:
@@ -351,12 +352,15 @@ class TrainingLogger:
 
     def save(self):
         """Writes checkpoint.pt; the one before it becomes previous.pt."""
+        if is_finished(self.progress, self.config.patience):
+            self.train_step.average.finish()
         self.saved_at = time.perf_counter()
         training = training_state(self.train_step)
         self._write_checkpoint("checkpoint.pt", previous=self.out / "previous.pt", training=training)
 
     def _write_checkpoint(self, name, **details):
-        with self.paused():
+        applied = contextlib.nullcontext() if "training" in details else self.train_step.average.applied()
+        with self.paused(), applied:
             self.finish_writing()
             fields = self._checkpoint_fields()
             if self.writes and self.in_background:

@@ -21,7 +21,8 @@ class Plan:
 
     `sequence_length` is the mean number of tokens of a chunk. `marks` is {file name: words}: after so
     many words of training the weights are kept under that name. Dev is evaluated at the end of each
-    epoch, if `eval_epochs`, and every `eval_every` steps, unless that is 0.
+    epoch, if `eval_epochs`, and every `eval_every` steps, unless that is 0. The weights of the last
+    `averaged_steps` steps are averaged.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Plan:
     marks: dict
     eval_every: int
     eval_epochs: bool = True
+    averaged_steps: int = 0
 
     def epochs(self, step):
         """Returns the passes over the data after `step` steps."""
@@ -86,6 +88,7 @@ def plan_run(config, num_chunks, words, num_tokens=math.inf):
         marks=word_marks(config.save_at_words, total_words),
         eval_every=config.eval_every,
         eval_epochs=not config.eval_only_every,
+        averaged_steps=math.ceil(config.average_last * steps),
     )
 
 
@@ -127,7 +130,8 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     shape = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(provenance.shape).items())
     length, tokens = f"{round(plan.sequence_length, 1):g}", plan.tokens_seen(1)
     epochs = plan.epochs(plan.steps)
-    state = 16 * trained + sum(p.nbytes for p in frozen)  # with gradients and two moments
+    moments = 3 if plan.averaged_steps else 2  # two of the optimizer, and the mean weights
+    state = (8 + 4 * moments) * trained + sum(p.nbytes for p in frozen)  # with gradients
     log(f"model      {provenance.name}: {trained:,} parameters; {compute}{processes}")
     log(f"shape      {shape}")
     if frozen:
@@ -135,6 +139,8 @@ def print_plan(plan, out, provenance, objective, num_tokens, compute):
     log(f"data       {num_tokens:,} tokens, {plan.words:,} words")
     log(f"step       {plan.batch_size} sequences x {length} = {tokens:,} tokens")
     log(f"run        {plan.steps:,} steps = {epochs:.2f} epochs of {plan.num_chunks:,} chunks")
+    if plan.averaged_steps:
+        log(f"average    the weights of the last {plan.averaged_steps:,} steps")
     reached = plan.marks_passed(plan.steps, since=0)
     if late := [name for name in plan.marks if name not in reached]:
         warn(f"--save-at-words: {', '.join(late)}: the run sees only {plan.words_seen(plan.steps):,} words")
@@ -160,7 +166,7 @@ def log_averaging_time(plan, config):
 def check_disk(plan, out, trained):
     """Prints the bytes that a run with `trained` parameters writes. Raises `UserError` without room."""
     # Two full states and a third while it is written; best.pt and the marks are weights alone.
-    total = (3 * 12 + 4 * (1 + len(plan.marks))) * trained
+    total = (3 * (16 if plan.averaged_steps else 12) + 4 * (1 + len(plan.marks))) * trained
     written = sum(path.stat().st_size for path in Path(out).glob("*.pt"))  # if the run continues
     needed, free = max(0, total - written), shutil.disk_usage(existing_folder(out)).free
     log(f"disk       {needed / GIB:.2f} GiB in {out}, {free / GIB:.1f} GiB free")

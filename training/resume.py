@@ -72,7 +72,7 @@ def training_state(train_step):
     """The section "training" of a checkpoint, all on the CPU.
 
     Optimizer state and the objective's own parameters by parameter name, counts of non-finite
-    steps, random state of rank 0 and of the others.
+    steps, random state of rank 0 and of the others, the mean weights once there are some.
     """
     parameters, device = train_step.parameters, train_step.nonfinite_steps.device
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -83,8 +83,11 @@ def training_state(train_step):
             for key, value in optimizer.state.get(parameter, {}).items():
                 is_tensor = isinstance(value, torch.Tensor)
                 optimizer_state[name][key] = gather_on_rank_zero(value) if is_tensor else value
+    average = train_step.average
+    mean = {name: gather_on_rank_zero(w) for name, w in average.mean.items()} if average.count else {}
     return {
         "optimizer": optimizer_state,
+        "average": {"count": average.count, "mean": mean},
         "objective": {name: gather_on_rank_zero(p) for name, p in _outside_model(parameters).items()},
         "nonfinite": [train_step.nonfinite_in_a_row.item(), train_step.nonfinite_steps.item()],
         "random": rank_zero | ({"others": others} if others else {}),
@@ -128,6 +131,10 @@ def restore(train_step, checkpoint, path):
         with torch.no_grad():
             for name, target in targets.items():
                 _copy(weights[name], target)
+        average = saved.get("average", {"count": 0, "mean": {}})  # older checkpoints have none
+        train_step.average.count = average["count"]
+        for name, value in average["mean"].items():
+            _copy(value, train_step.average.mean[name])
         in_a_row, total = saved.get("nonfinite", (0, 0))  # older checkpoints did not count them
         train_step.nonfinite_in_a_row.fill_(in_a_row)
         train_step.nonfinite_steps.fill_(total)
