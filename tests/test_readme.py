@@ -51,6 +51,7 @@ def small_world(tmp_path, monkeypatch):
         for seed, name in enumerate(("qed", "cbt")):
             text = write_text(2000 if split == "train" else 400, seed)
             (tmp_path / folder / f"{name}.{split}").write_text(text)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     for folder in ("blimp_filtered", "supplement_filtered"):
         (tmp_path / folder).mkdir()
         pair = {"sentence_good": "the cat runs", "sentence_bad": "the dog runs"}
