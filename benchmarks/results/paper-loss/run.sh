@@ -14,13 +14,16 @@ echo 19 > /proc/self/autogroup 2> /dev/null || true # nice alone does not count 
 export OMP_NUM_THREADS=1
 
 tune() { # tune MODEL...: seed 100, scored on the validation half alone
-  nice -n 19 "$python" reproduce.py --recipe "$results/trials.json" --tune --first-seed 100 \
+  nice -n 19 "$python" reproduce.py --recipe "$here/trials.json" --tune --first-seed 100 \
     --data "$state/data" --out "$state/tune" --results "$results/tuning" --device cpu --models "$@"
 }
 
 [ -e "$state/data/made.json" ] ||
   "$python" reproduce.py --recipe ratios --train "$train" --dev "$dev" --out "$state" --dry-run
 
-{ tune control control-36-epochs control-decay-0.5 control-dropout-0; } &
-{ tune llama-teacher llama-dropout-0.2-16-epochs; tune gpt2-teacher gpt2-offset-16-epochs; } &
+{ tune control control-36-epochs control-48-epochs control-decay-0.5 control-dropout-0; } &
+{ tune llama-teacher llama-dropout-0.2-16-epochs gpt2-teacher gpt2-offset-16-epochs; } &
+wait
+{ tune token-36-epochs; } &
+{ tune paper-48-epochs paper-96-epochs; } &
 wait
