@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The trials and seeds of paper-loss.md; the same command continues where it was stopped.
 #
-#   bash run.sh STATE TRAIN_DIR DEV_DIR
+#   bash run.sh STATE TRAIN_DIR DEV_DIR PAIRS_DIR...
 #
 # STATE keeps text, shards and checkpoints. Results go beside this script, or into $RESULTS.
 # Two processes of one thread each, at the lowest priority.
 set -euo pipefail
-state=$1 train=$2 dev=$3
+state=$1 train=$2 dev=$3 pairs=("${@:4}")
 here=$(cd "$(dirname "$0")" && pwd)
 results=${RESULTS:-$here} python=${PYTHON:-.venv/bin/python}
 cd "$here/../../.."
@@ -27,3 +27,6 @@ wait
 { tune token-36-epochs; } &
 { tune paper-48-epochs paper-96-epochs; } &
 wait
+
+nice -n 19 "$python" reproduce.py --recipe ratios --data "$state/data" --out "$state/seeds" --results "$results" \
+  --pairs "${pairs[@]}" --first-seed 3 --seeds 5 --jobs 2 --device cpu
