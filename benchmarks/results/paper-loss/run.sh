@@ -21,11 +21,11 @@ tune() { # tune MODEL...: seed 100, scored on the validation half alone
 [ -e "$state/data/made.json" ] ||
   "$python" reproduce.py --recipe ratios --train "$train" --dev "$dev" --out "$state" --dry-run
 
-{ tune control control-36-epochs control-48-epochs control-decay-0.5 control-dropout-0; } &
-{ tune llama-teacher llama-dropout-0.2-16-epochs gpt2-teacher gpt2-offset-16-epochs; } &
+{ tune control control-36-epochs control-48-epochs control-decay-0.5 control-dropout-0 control-48-epochs-offset; } &
+{ tune llama-teacher llama-dropout-0.2-16-epochs llama-offset-16-epochs gpt2-teacher gpt2-offset-16-epochs; } &
 wait
 { tune token-36-epochs; } &
-{ tune paper-48-epochs paper-96-epochs; } &
+{ tune paper-48-epochs; } &
 wait
 
 nice -n 19 "$python" reproduce.py --recipe ratios --data "$state/data" --out "$state/seeds" --results "$results" \
